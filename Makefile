@@ -1,0 +1,40 @@
+# Needs Python >= 3.10, g++, make and git; every target sets up what it needs, once.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+# One OpenMP thread per test process: oversubscribed OpenMP is many times slower than one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-fast lint clean
+
+help:
+	@echo "make quickstart  train GroupMamba-T on handwritten digits, then label held-out ones"
+	@echo "make test        the whole test suite      make test-fast  without the slow tests"
+	@echo "make lint        ruff check and format     make clean      remove the environment and what runs wrote"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,export,cuda,dev]"
+	touch $@
+
+quickstart: setup
+	$(BIN)/python tools/quickstart.py
+
+test: setup
+	$(PYTEST) tests
+
+test-fast: setup
+	$(PYTEST) -m "not slow" tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info data work_dirs
