@@ -1,0 +1,7 @@
+"""Operators of linear-complexity token mixers, on CPU, CUDA and in plain PyTorch."""
+
+from . import scan_order
+from .backend import backend_info, use_backend
+from .selective_scan import selective_scan, selective_states
+
+__all__ = ["backend_info", "scan_order", "selective_scan", "selective_states", "use_backend"]

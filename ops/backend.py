@@ -1,0 +1,106 @@
+"""Which implementation serves an operator: ``cpu`` (C++), ``cuda`` (NVRTC), ``reference`` (PyTorch) or ``export``.
+
+By default the tensor's device decides, and ``reference`` serves where there is no kernel: it warns once and says what to do,
+or raises under ``LINZOO_STRICT=1``. ``LINZOO_BACKEND`` or `use_backend` force one.
+"""
+
+import contextlib
+import functools
+import os
+import warnings
+
+import torch
+
+from .build import BuildError, build, sources
+
+BACKENDS = ("cpu", "cuda", "reference", "export")
+
+
+def _checked(name, argument):
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{argument}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_forced = _checked(os.environ.get("LINZOO_BACKEND") or None, "LINZOO_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """Forces every operator of the process onto one backend within the block; None restores the choice by device.
+
+    ``export`` evaluates operators by `torch._higher_order_ops.scan`, which ``torch.onnx.export`` turns into ONNX ``Scan``.
+
+    Raises:
+        ValueError: `name` is no backend.
+    """
+    global _forced
+    previous, _forced = _forced, _checked(name, "name")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def forced_backend():
+    """The backend that `use_backend` or ``LINZOO_BACKEND`` asks for, or None."""
+    return _forced
+
+
+@functools.cache
+def _load(op):
+    """Loads operator `op`'s C++ library; returns None, or why it cannot be had."""
+    if op not in sources():
+        return f"{op} has no C++ kernel"
+    try:
+        torch.ops.load_library(str(build(op)))
+    except (BuildError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _unavailable(op, backend):
+    """Why `backend` cannot serve operator `op` here, or None if it can."""
+    if backend == "cpu":
+        return _load(op)
+    if backend == "cuda":
+        return f"{op} has no CUDA kernel in this version"
+    return None
+
+
+@functools.cache
+def _warn_once(message):
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def resolve(op, device):
+    """Name of the backend that serves operator `op` on tensors of `device` (a `torch.device`).
+
+    Raises:
+        RuntimeError: a forced backend cannot serve; or, under ``LINZOO_STRICT=1``, nothing but the reference can.
+    """
+    if _forced in ("reference", "export"):
+        return "reference"
+    if _forced and _forced != device.type:
+        raise RuntimeError(f"backend {_forced!r} is forced, but {op} was given tensors on {device}")
+    if device.type in ("cpu", "cuda"):
+        reason = _unavailable(op, device.type)
+    else:
+        reason = f"{op} has no kernel for {device.type} tensors"
+    if reason is None:
+        return device.type
+    if _forced:
+        raise RuntimeError(f"backend {_forced!r} is forced, but cannot serve {op}: {reason}")
+    if os.environ.get("LINZOO_STRICT") == "1":
+        raise RuntimeError(f"LINZOO_STRICT=1 forbids the slow reference, but nothing else can serve {op}: {reason}")
+    _warn_once(f"linzoo.ops.{op} runs on its slow PyTorch reference: {reason}. LINZOO_STRICT=1 makes this an error.")
+    return "reference"
+
+
+def backend_info():
+    """For each operator, which backend serves CPU and CUDA tensors and why the others do not.
+
+    Returns:
+        ``{op: {"cpu": reason, "cuda": reason, "reference": None}}``: None where the backend can serve, else why it cannot.
+    """
+    return {op: {backend: _unavailable(op, backend) for backend in ("cpu", "cuda", "reference")} for op in sources()}

@@ -1,0 +1,103 @@
+"""Scan orders: permutations of the tokens of an image, as data for the operators' ``order`` argument.
+
+Every function takes the height and width of the token map and returns an int32 tensor whose entry ``t`` is the raster
+index ``row * W + column`` of the token visited at step ``t``; one order is ``(H * W,)``, several are ``(G, H * W)``. All
+are made of plain tensor operations, so they trace, and work for any ``H`` and ``W``.
+"""
+
+import torch
+
+
+def raster(H, W, device=None):
+    """Row by row, each from left to right."""
+    return torch.arange(H * W, dtype=torch.int32, device=device)
+
+
+def column(H, W, device=None):
+    """Column by column, each from top to bottom."""
+    return raster(H, W, device).view(H, W).t().reshape(-1)
+
+
+def reverse(order):
+    """The same walk from its end."""
+    return order.flip(-1)
+
+
+def cross(H, W, device=None):
+    """The four routes of cross-scan (VMamba, arXiv 2401.10166, fig. 3): raster, column, and both reversed; ``(4, H * W)``."""
+    forth = torch.stack([raster(H, W, device), column(H, W, device)])
+    return torch.cat([forth, reverse(forth)])
+
+
+def snake(H, W, device=None):
+    """Row by row, every second one from right to left, so that successive tokens are neighbours."""
+    rows = raster(H, W, device).view(H, W)
+    odd = torch.arange(H, device=device)[:, None] % 2 == 1
+    return torch.where(odd, rows.flip(1), rows).reshape(-1)
+
+
+def _by_keys(*keys):
+    """Raster indices sorted by the first key, ties by the second and so on; keys are ``(H, W)`` integer maps."""
+    order = torch.arange(keys[0].numel(), device=keys[0].device)
+    for key in reversed(keys):
+        order = order[torch.argsort(key.reshape(-1)[order], stable=True)]
+    return order.to(torch.int32)
+
+
+def _grid(H, W, device):
+    return torch.meshgrid(torch.arange(H, device=device), torch.arange(W, device=device), indexing="ij")
+
+
+def windowed(H, W, window, device=None):
+    """Window by window in raster order, raster order within each (LocalMamba, arXiv 2403.09338).
+
+    `window` is a size or a pair (height, width); windows at the lower and right border are cut off where they do not fit.
+
+    Raises:
+        ValueError: a window size below 1.
+    """
+    h, w = (window, window) if isinstance(window, int) else window
+    if h < 1 or w < 1:
+        raise ValueError(f"window: sizes must be at least 1, got {window}")
+    row, col = _grid(H, W, device)
+    return _by_keys(row // h, col // w, row, col)
+
+
+def diagonal(H, W, device=None):
+    """Anti-diagonal by anti-diagonal from the upper left corner, each from its upper right end downwards."""
+    row, col = _grid(H, W, device)
+    return _by_keys(row + col, row)
+
+
+def hilbert(H, W, device=None):
+    """Along Hilbert's curve of the smallest enclosing square of a power of two; tokens outside the map are left out.
+
+    Successive tokens are neighbours where H = W is a power of two.
+    """
+    row, col = _grid(H, W, device)
+    x, y, distance = col.clone(), row.clone(), torch.zeros_like(row)
+    side = 1 << max(max(H, W) - 1, 0).bit_length()
+    half = side // 2
+    while half > 0:  # one quadrant decision a level, from the coarsest
+        right, lower = (x & half) > 0, (y & half) > 0
+        distance += half * half * ((3 * right.long()) ^ lower.long())
+        mirror = right & ~lower
+        x, y = torch.where(mirror, half - 1 - (x & (half - 1)), x), torch.where(mirror, half - 1 - (y & (half - 1)), y)
+        x, y = torch.where(lower, x, y), torch.where(lower, y, x)
+        half //= 2
+    return _by_keys(distance)
+
+
+def atrous(H, W, step, device=None):
+    """Every `step`-th token of every `step`-th row, one group for each of the ``step ** 2`` offsets, in raster order.
+
+    Group ``i * step + j`` starts at row i and column j (EfficientVMamba's atrous sampling, arXiv 2403.09977, section 3.2).
+    Returns ``(step ** 2, H * W / step ** 2)``: shorter than the map, each group sees its own tokens only.
+
+    Raises:
+        ValueError: H or W is no multiple of `step`.
+    """
+    if step < 1 or H % step or W % step:
+        raise ValueError(f"step: must divide the map's sides, got {step} for {H} x {W}")
+    grid = raster(H, W, device).view(H // step, step, W // step, step)
+    return grid.permute(1, 3, 0, 2).reshape(step * step, -1)
