@@ -1,0 +1,10 @@
+"""GroupMamba-B on ImageNet-1k by its published recipe, with the DeiT teacher: `torchrun --nproc_per_node=8`, 128 each."""
+
+_base_ = ["../_base_/runtime.py", "../_base_/imagenet.py", "../_base_/deit_300e.py"]
+
+model = dict(
+    model_name="groupmamba_b",
+    drop_path_rate=0.05,
+    distillation="hard",
+    teacher=dict(model_name="regnety_160.deit_in1k", pretrained=True),
+)

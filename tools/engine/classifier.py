@@ -1,0 +1,102 @@
+"""A timm model as mmpretrain classifier, with an optional teacher."""
+
+import timm
+import torch
+from mmpretrain.models import TimmClassifier
+from mmpretrain.registry import MODELS
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, kind: str, tau: float = 1.0) -> Tensor:
+    """What the distillation head pays for differing from the teacher.
+
+    hard: CE(student, argmax teacher);  soft: tau^2 sum KL(softmax(teacher/tau) || softmax(student/tau)) / numel(student).
+    Touvron et al., "Training data-efficient image transformers & distillation through attention" (2021), section 4.
+
+    Args:
+        student: logits of the distillation head (B, K).
+        teacher: logits of the teacher (B, K).
+        kind: "hard" or "soft".
+        tau: temperature of "soft".
+    """
+    if kind == "hard":
+        return F.cross_entropy(student, teacher.argmax(dim=1))
+    student, teacher = (F.log_softmax(x.float() / tau, dim=1) for x in (student, teacher))
+    return tau**2 * F.kl_div(student, teacher, reduction="sum", log_target=True) / student.numel()
+
+
+@MODELS.register_module()
+class Classifier(TimmClassifier):
+    """A model of timm's registry to train, with an optional timm teacher.
+
+    With distillation "hard" or "soft" the model must be of DeiT's distilled kind (`set_distilled_training`): in training it
+    returns (logits, dist_logits) and `loss = (1 - alpha) loss_module(logits, labels) + alpha distillation_loss`. The teacher
+    sees the same (mixed) images, in eval mode and without gradient. With "none" the model is trained on the output that
+    it is evaluated with.
+
+    Args:
+        model_name: timm name of the model; other keywords go to `timm.create_model`.
+        teacher: keywords of `timm.create_model` for the teacher.
+        distillation: "hard", "soft" or "none".
+        alpha: weight of the teacher's term.
+        tau: temperature of "soft".
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        teacher: dict | None = None,
+        distillation: str = "none",
+        alpha: float = 0.5,
+        tau: float = 1.0,
+        **kwargs,
+    ):
+        super().__init__(model_name, **kwargs)
+        if distillation not in ("hard", "soft", "none"):
+            raise ValueError(f"distillation={distillation!r}; expected 'hard', 'soft' or 'none'")
+        self.distillation, self.alpha, self.tau = distillation, alpha, tau
+        if distillation == "none":
+            return
+        if teacher is None:
+            raise ValueError(f"teacher=None with distillation={distillation!r}; expected keywords of timm.create_model")
+        if not hasattr(self.model, "set_distilled_training"):
+            raise ValueError(f"model_name={model_name!r} has no distillation head; expected distillation='none'")
+        self.model.set_distilled_training(True)
+        self.ask_teacher = _frozen(timm.create_model(**teacher))
+
+    def init_weights(self):
+        """Nothing: timm initialises or loads in `create_model`, and a second initialisation would undo a loading."""
+
+    def loss(self, inputs: Tensor, data_samples: list, **kwargs) -> dict[str, Tensor]:
+        """The losses of a batch of images (B, 3, H, W) with their labels or label scores."""
+        if self.distillation == "none":
+            return super().loss(inputs, data_samples, **kwargs)
+        logits, dist_logits = self.model(inputs)
+        label_loss = self._get_loss(logits, data_samples, **kwargs)["loss"]
+        teacher_loss = distillation_loss(dist_logits, self.ask_teacher(inputs), self.distillation, self.tau)
+        return dict(loss_label=(1 - self.alpha) * label_loss, loss_teacher=self.alpha * teacher_loss)
+
+    # State dicts hold the timm model's own names. mmpretrain's versions of these two hooks work for a classifier at the
+    # root only: within an EMA copy the one has no effect and the other drops keys outside `prefix`, such as the step count.
+    @staticmethod
+    def _remove_state_dict_prefix(self, state_dict, prefix, local_metadata):
+        for key in [k for k in state_dict if k.startswith(f"{prefix}model.")]:
+            state_dict[prefix + key.removeprefix(f"{prefix}model.")] = state_dict.pop(key)
+
+    @staticmethod
+    def _add_state_dict_prefix(state_dict, prefix, *_):
+        for key in [k for k in state_dict if k.startswith(prefix)]:
+            state_dict[f"{prefix}model.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+
+def _frozen(teacher: nn.Module):
+    """The teacher as a plain function: no parameter of it enters the optimizer, checkpoints, DDP or EMA copies."""
+    teacher.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def ask(images: Tensor) -> Tensor:
+        return teacher.to(images.device)(images)
+
+    return ask

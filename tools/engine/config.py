@@ -1,0 +1,177 @@
+"""Reading a training config and refusing what it misspells, before anything is built or written."""
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import mmengine.registry
+import timm
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import DefaultScope, Registry
+from mmengine.runner import EpochBasedTrainLoop, LogProcessor, TestLoop, ValLoop
+from torch.utils.data import DataLoader
+
+from .errors import InputError, did_you_mean, existing_file
+from .runner import Runner
+
+
+def _parameters(function) -> set[str]:
+    return set(inspect.signature(function).parameters) - {"self"}
+
+
+# Keys that mmengine reads from the config itself, beside the arguments of its Runner.
+TOP_LEVEL = _parameters(Runner.__init__) - {"cfg"} | {
+    "activation_checkpointing",
+    "compile",
+    "custom_imports",
+    "efficient_conv_bn_eval",
+    "find_unused_parameters",
+    "model_wrapper_cfg",
+    "sync_bn",
+}
+_LOADER = _parameters(DataLoader.__init__) | {"num_batch_per_epoch"}
+# Dictionaries without a `type` of their own.
+SECTIONS = {
+    "train_dataloader": _LOADER,
+    "val_dataloader": _LOADER,
+    "test_dataloader": _LOADER,
+    "train_cfg": _parameters(EpochBasedTrainLoop) | {"by_epoch"},
+    "val_cfg": _parameters(ValLoop),
+    "test_cfg": _parameters(TestLoop),
+    "log_processor": _parameters(LogProcessor),
+    "randomness": _parameters(Runner.set_randomness),
+    "env_cfg": {"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"},
+}
+
+
+def load_config(path: str, options: dict | None = None) -> Config:
+    """The config of a file with `--cfg-options` applied, every key of it checked.
+
+    Raises InputError for a file that is missing or no config, a misspelt key at any depth, an unknown `type` or an unknown
+    timm model; the message says what was probably meant.
+    """
+    existing_file("config", path)
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as e:  # the config is Python: anything may be wrong with it
+        message = (str(e).strip().splitlines() or [""])[-1]
+        raise InputError(f"config {path!r} cannot be read: {type(e).__name__}: {message}") from e
+    for option, value in (options or {}).items():
+        _check_option(cfg, option)
+        cfg.merge_from_dict({option: value})
+    _check_top_level(cfg, path)
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
+        for key, value in cfg.items():
+            if key in TOP_LEVEL:
+                _check(value, key, cfg.get("default_scope"))
+    _check_model(cfg.get("model", {}))
+    return cfg
+
+
+def _check_option(cfg: Config, option: str) -> None:
+    """An option may change what is there, or add an argument to a dictionary whose keys are checked afterwards."""
+    node, path = cfg._cfg_dict, ""
+    for key in option.split("."):
+        if isinstance(node, (list, tuple)) and key.isdigit() and int(key) < len(node):
+            node = node[int(key)]
+        elif isinstance(node, dict) and key in node:
+            node = node[key]
+        elif isinstance(node, dict) and ("type" in node or path in SECTIONS or (not path and key in TOP_LEVEL)):
+            return
+        else:
+            known = list(node) if isinstance(node, dict) else []
+            raise InputError(f"--cfg-options {option}: the config has no {key!r}{did_you_mean(key, known)}")
+        path = f"{path}.{key}" if path else key
+
+
+def _check_top_level(cfg: Config, path: str) -> None:
+    """Top-level names must be mmengine's, or be used by the files that make up the config."""
+    used, files, seen = set(), [Path(path)], set()
+    while files:
+        file = files.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        tree = ast.parse(file.read_text())
+        used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_base_":
+                bases = ast.literal_eval(node.value)
+                files += [file.parent / base for base in ([bases] if isinstance(bases, str) else bases)]
+    for key in cfg:
+        if key not in TOP_LEVEL and key not in used:
+            raise InputError(f"config {path!r}: unknown key {key!r}{did_you_mean(key, TOP_LEVEL)}")
+
+
+def _check(node, path: str, scope: str | None) -> None:
+    """Every dictionary with a `type` must name something registered and give it arguments that it takes."""
+    if isinstance(node, (list, tuple)):
+        for i, item in enumerate(node):
+            _check(item, f"{path}.{i}", scope)
+    if not isinstance(node, dict):
+        return
+    known = SECTIONS.get(path)
+    if isinstance(node.get("type"), str):
+        known = _arguments(_resolve(node["type"], path, scope))
+    elif inspect.isclass(node.get("type")):
+        known = _arguments(node["type"])
+    for key, value in node.items():
+        if known is not None and key not in known | {"type", "_scope_", "priority"}:
+            raise InputError(f"config key {path}.{key}={value!r}: unknown{did_you_mean(key, known)}")
+        _check(value, f"{path}.{key}", scope)
+
+
+def _resolve(name: str, path: str, scope: str | None):
+    modules = [mmengine.registry] + ([importlib.import_module(f"{scope}.registry")] if scope else [])
+    registries = [x for module in modules for x in vars(module).values() if isinstance(x, Registry)]
+    for registry in reversed(registries):
+        if found := registry.get(name):
+            return found
+    names = {key for registry in registries for key in registry.module_dict}
+    raise InputError(f"config key {path}.type={name!r}: nothing is registered under it{did_you_mean(name, names)}")
+
+
+def _arguments(of) -> set[str] | None:
+    """Names of the arguments of a class or function; None where it takes any keyword."""
+    names = set()
+    for owner in inspect.getmro(of) if inspect.isclass(of) else (of,):
+        if inspect.isclass(owner) and "__init__" not in vars(owner):
+            continue
+        try:
+            parameters = inspect.signature(owner.__init__ if inspect.isclass(owner) else owner).parameters.values()
+        except ValueError:
+            return None
+        if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            return None
+        names |= {p.name for p in parameters}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names
+    return None
+
+
+def _check_model(model: ConfigDict) -> None:
+    """A timm model must exist and take the keywords that the config gives it."""
+    if model.get("type") != "Classifier":
+        return
+    from .classifier import Classifier
+
+    for key, settings in (("model", model), ("model.teacher", model.get("teacher") or {})):
+        name = settings.get("model_name")
+        if name is None:
+            continue
+        base = name.split(".")[0]
+        if not timm.is_model(base):
+            raise InputError(
+                f"config key {key}.model_name={name!r}: no such model in timm or LinZoo"
+                f"{did_you_mean(base, timm.list_models())}"
+            )
+    own = _parameters(Classifier.__init__) | _parameters(Classifier.__mro__[1].__init__)
+    keywords = {k: v for k, v in model.items() if k not in own | {"type", "pretrained"}}
+    try:
+        with torch.device("meta"):
+            timm.create_model(model["model_name"], **keywords)
+    except TypeError as e:
+        raise InputError(f"config key model: {model['model_name']!r} does not take these keywords: {e}") from e

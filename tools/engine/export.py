@@ -1,0 +1,78 @@
+"""The best model of a run, as timm loads it."""
+
+import copy
+from pathlib import Path
+
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from timm.models import save_for_hf
+
+from .weights import read_checkpoint
+
+FOLDER = "export"
+
+
+@HOOKS.register_module()
+class ExportHook(Hook):
+    """After training, writes `work_dir/export/{model.safetensors,config.json}`.
+
+    The folder is timm's own exchange format: `timm.create_model("local-dir:work_dir/export", pretrained=True)`, or the
+    weights alone by `pretrained_cfg_overlay=dict(file=".../model.safetensors")`. `config.json` names the model, its class
+    names, input size, mean and std, the training config and its accuracy. The weights are those of the best validation
+    (the averaged ones where the run averages), else the last.
+    """
+
+    priority = "LOWEST"
+
+    @master_only
+    def after_train(self, runner):
+        """Write the export."""
+        info = runner.message_hub.runtime_info
+        source = info.get("best_ckpt", info.get("last_ckpt"))
+        if source is None:
+            return
+        classifier = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = copy.deepcopy(classifier.model)
+        # A moved work dir keeps its old path in the message hub.
+        state, classes = read_checkpoint(Path(runner.work_dir, Path(source).name))
+        model.load_state_dict(state)
+        export(
+            model,
+            Path(runner.work_dir, FOLDER),
+            label_names=list(classes or ()),
+            data_config=_data_config(runner.val_dataloader.dataset, classifier.data_preprocessor),
+            config=Path(runner.cfg.filename or "").name,
+            top1=info.get("best_score"),
+        )
+        runner.logger.info(f"The best model is exported to {Path(runner.work_dir, FOLDER)}")
+
+
+def export(model, folder: Path, label_names: list[str], data_config: dict, **facts) -> None:
+    """Write a timm model as `folder/model.safetensors` and `folder/config.json`, each whole or not at all.
+
+    Args:
+        model: timm model with the weights to write.
+        label_names: class names, by index.
+        data_config: timm's preprocessing keys (input_size, mean, std ...).
+        facts: further entries of config.json.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    save_for_hf(
+        model,
+        str(partial),
+        model_config=dict(label_names=label_names, **facts),
+        data_config=data_config,
+        safe_serialization=True,
+    )
+    folder.mkdir(exist_ok=True)
+    for file in partial.iterdir():
+        file.replace(folder / file.name)
+    partial.rmdir()
+
+
+def _data_config(dataset, preprocessor) -> dict:
+    size = tuple(dataset[0]["inputs"].shape)
+    mean, std = ((x.flatten() / 255).tolist() for x in (preprocessor.mean, preprocessor.std))
+    return dict(input_size=size, mean=mean, std=std, crop_pct=1.0)

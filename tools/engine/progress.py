@@ -1,0 +1,93 @@
+"""Progress of a run: a live bar on a terminal, plain lines elsewhere."""
+
+import logging
+import sys
+import time
+
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+COLUMNS = (
+    "[bold]epoch {task.fields[epoch]}",
+    "loss {task.fields[loss]:.4f}",
+    "lr {task.fields[lr]:.2e}",
+    "{task.fields[images]:.0f} images/s",
+    "top-1 {task.fields[top1]}",
+)
+
+
+@HOOKS.register_module()
+class ProgressHook(Hook):
+    """Records images/s for the log, and on a terminal shows a live bar with a line per epoch in place of the log's lines.
+
+    Only the main process shows anything. The log file has every line either way.
+
+    Args:
+        metric: the validation metric to show.
+    """
+
+    priority = "ABOVE_NORMAL"
+
+    def __init__(self, metric: str = "accuracy/top1"):
+        self.metric = metric
+        self.bar = None
+
+    def before_train(self, runner):
+        """Start the bar on a terminal."""
+        if not (is_main_process() and sys.stdout.isatty()):
+            return
+        for handler in runner.logger.handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.setLevel(logging.WARNING)
+        self.bar = Progress(
+            BarColumn(bar_width=20),
+            *(TextColumn(column) for column in COLUMNS),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=Console(),
+        )
+        fields = dict(epoch=f"{runner.epoch}/{runner.max_epochs}", loss=float("nan"), lr=0.0, images=0.0, top1="-")
+        self.task = self.bar.add_task("", total=runner.max_iters, completed=runner.iter, **fields)
+        self.bar.start()
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        """Start the clock at the first batch of an epoch; loading it counts from then on."""
+        if batch_idx == 0:
+            self.clock = time.perf_counter()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        """Record images/s over all processes and move the bar."""
+        now = time.perf_counter()
+        images = len(data_batch["inputs"]) * get_world_size() / (now - self.clock)
+        self.clock = now
+        runner.message_hub.update_scalar("train/images_per_s", images)
+        if self.bar is None:
+            return
+        mean = {name: runner.message_hub.get_scalar(f"train/{name}").mean(20) for name in ("loss", "images_per_s")}
+        self.bar.update(
+            self.task,
+            completed=runner.iter + 1,
+            epoch=f"{runner.epoch + 1}/{runner.max_epochs}",
+            loss=mean["loss"],
+            images=mean["images_per_s"],
+            lr=runner.message_hub.get_scalar("train/lr").current(),
+        )
+
+    def after_val_epoch(self, runner, metrics=None):
+        """Print the epoch's line."""
+        if self.bar is None or self.metric not in (metrics or {}):
+            return
+        top1 = f"{metrics[self.metric]:.2f} %"
+        self.bar.update(self.task, top1=top1)
+        loss = runner.message_hub.get_scalar("train/loss").mean(len(runner.train_dataloader))
+        self.bar.console.print(f"epoch {runner.epoch}/{runner.max_epochs}  loss {loss:.4f}  top-1 {top1}")
+
+    def after_train(self, runner):
+        """Stop the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -1,0 +1,91 @@
+"""Reading checkpoints strictly, and telling which model they belong to."""
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+from mmengine.runner.checkpoint import get_torch_safe_globals
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from .errors import InputError, existing_file
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], list[str] | None]:
+    """The weights of a checkpoint and its class names, where it knows them.
+
+    Args:
+        path: `.safetensors` (class names from timm's `config.json` beside it) or a checkpoint of mmengine. Nothing but
+            tensors and plain data is unpickled.
+    """
+    path = existing_file("checkpoint", str(path))
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as f:
+                state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118: the handle is no mapping
+            config = path.with_name("config.json")
+            return state, json.loads(config.read_text()).get("label_names") if config.is_file() else None
+        with torch.serialization.safe_globals(get_torch_safe_globals()):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(checkpoint["state_dict"]), checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes")
+    except Exception as e:  # a damaged or foreign file raises one of a dozen kinds, and all mean the same
+        raise InputError(
+            f"checkpoint {str(path)!r} cannot be read ({type(e).__name__}); "
+            "expected a whole .safetensors file or a checkpoint written by train.py"
+        ) from e
+
+
+def load_weights(model: nn.Module, name: str, path: str | Path) -> list[str] | None:
+    """Load a checkpoint into a timm model, every tensor of it; the class names that the checkpoint knows.
+
+    Args:
+        model: what `timm.create_model(name, ...)` returned.
+        name: its timm name.
+        path: see `read_checkpoint`.
+
+    Raises:
+        InputError: tensors differ in name or shape; the message says which registered variant they fit.
+    """
+    state, classes = read_checkpoint(path)
+    check_fit(model, name, state, path)
+    model.load_state_dict(state)
+    return classes
+
+
+def check_fit(model: nn.Module, name: str, state: dict[str, Tensor], path: str | Path) -> None:
+    """InputError where the tensors of `state` are not those of `model`, naming the variant that they fit."""
+    want, have = _shapes(model.state_dict()), _shapes(state)
+    if want == have:
+        return
+    wrong = sorted(key for key in want.keys() | have.keys() if want.get(key) != have.get(key))
+    key = wrong[0]
+    fits = _variant_of(have, name, getattr(model, "num_classes", None))
+    raise InputError(
+        f"checkpoint {str(path)!r} does not fit model {name!r}: {len(wrong)} tensors differ, such as {key!r} "
+        f"(checkpoint {have.get(key, 'absent')}, model {want.get(key, 'absent')}); "
+        + (f"it fits {fits}" if fits else "no registered variant of the zoo fits it")
+    )
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _variant_of(shapes: dict, name: str, num_classes: int | None) -> str | None:
+    """The registered model of the zoo, or of the family of `name`, that has these shapes, as a phrase."""
+    family = timm.model_entrypoint(name).__module__
+    modules = {variant: timm.model_entrypoint(variant).__module__ for variant in timm.list_models()}
+    variants = [v for v, module in modules.items() if module == family or module.startswith("linzoo.")]
+    # Vectors of the classifier's length say how many classes there are; most checkpoints have the config's or ImageNet's.
+    counts = [num_classes, *sorted({shape[0] for key, shape in shapes.items() if len(shape) == 1 and "head" in key})]
+    for variant in sorted(variants, key=lambda v: (v != name, modules[v] != family)):
+        for count in counts:
+            try:
+                with torch.device("meta"):
+                    model = timm.create_model(variant, num_classes=count)
+            except (TypeError, ValueError, RuntimeError):
+                continue
+            if _shapes(model.state_dict()) == shapes:
+                return f"{variant!r} with num_classes={count}"
+    return None

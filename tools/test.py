@@ -1,0 +1,37 @@
+"""Evaluate a checkpoint: `python tools/test.py CONFIG CHECKPOINT`, the checkpoint a .pth of train.py or a .safetensors."""
+
+import argparse
+import json
+import tempfile
+
+from mmengine.config import DictAction
+
+from linzoo.tools.engine.config import load_config
+from linzoo.tools.engine.data import prepare_data
+from linzoo.tools.engine.errors import command, existing_file
+from linzoo.tools.engine.runner import Runner
+from linzoo.tools.engine.weights import load_weights
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `test`: prints the metrics as one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="config file")
+    parser.add_argument("checkpoint", help=".pth of train.py, or .safetensors")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
+    args = parser.parse_args(argv)
+
+    cfg = load_config(args.config, args.cfg_options)
+    existing_file("checkpoint", args.checkpoint)
+    prepare_data(cfg)
+    cfg.model.update(pretrained=False, distillation="none")
+    with tempfile.TemporaryDirectory() as cfg.work_dir:
+        runner = Runner.from_cfg(cfg)
+        load_weights(runner.model.model, cfg.model.model_name, args.checkpoint)
+        metrics = runner.test()
+    print(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    main()

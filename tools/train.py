@@ -1,0 +1,43 @@
+"""Train a model: `python tools/train.py configs/cls/groupmamba_t_digits.py`."""
+
+import argparse
+import os
+from pathlib import Path
+
+from mmengine.config import DictAction
+
+from linzoo.tools.engine.config import load_config
+from linzoo.tools.engine.data import prepare_data
+from linzoo.tools.engine.errors import command
+from linzoo.tools.engine.runner import Runner
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `train`. Wrong input ends it with one line on stderr and status 2, before anything is written."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="config file")
+    parser.add_argument("--work-dir", help="where logs and checkpoints go; default: work_dirs/CONFIG")
+    parser.add_argument("--resume", action="store_true", help="continue the run of the work dir, if it has begun")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm"], default="none")
+    parser.add_argument("--seed", type=int, help="in place of the config's randomness.seed")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
+    args = parser.parse_args(argv)
+
+    cfg = load_config(args.config, args.cfg_options)
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
+    cfg.resume = args.resume
+    cfg.launcher = args.launcher
+    if args.seed is not None:
+        cfg.randomness = dict(cfg.get("randomness", {}), seed=args.seed)
+    if args.amp:
+        cfg.optim_wrapper.type = "AutocastOptimWrapper"
+    if args.launcher == "slurm":
+        os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    prepare_data(cfg)
+    Runner.from_cfg(cfg).train()
+
+
+if __name__ == "__main__":
+    main()
