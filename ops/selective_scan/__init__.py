@@ -13,7 +13,7 @@ __all__ = ["selective_scan", "selective_states"]
 
 CHUNK = 32  # tokens between two stored states; also kChunk in cpu.cpp
 LANES = 16  # the CPU kernel walks this many channels at once
-PARALLEL_TASKS = 64  # the CPU kernel splits the channels until it has about so many tasks
+PARALLEL_TASKS = 16  # the CPU kernel splits the channels until it has about so many tasks
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -231,20 +231,20 @@ def _backward(dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, sta
         return [g.to(x.dtype).contiguous() for g, x in zip(grads, present, strict=True)]
 
     batch, length, groups, channels = u.shape
-    n_states, partial = A.shape[2], length if order is None else order.shape[-1]
-    partial = partial < length
+    new = torch.empty if order is None or order.shape[-1] == length else torch.zeros  # 0 where no step visits a token
     split = _split_channels(u, batch * groups)
     splits = -(-channels // split)
-    du = (torch.zeros if partial else torch.empty)(u.shape, dtype=u.dtype, device=u.device)
     sums = dict(dtype=A.dtype, device=u.device)
-    dB, dC = (torch.zeros(splits, batch, length, groups, n_states, **sums) for _ in range(2))
-    dA = torch.empty(batch, groups, n_states, channels, **sums)
+    du = new(u.shape, dtype=u.dtype, device=u.device)
+    dB, dC = (new(splits, batch, length, groups, A.shape[2], **sums) for _ in range(2))
+    dA = torch.empty(batch, groups, A.shape[2], channels, **sums)
     dD, dbias = (torch.empty(batch, groups, channels, **sums) for _ in range(2))
     if dt_weight is None:
-        ddt, dweight = torch.zeros_like(du) if partial else torch.empty_like(du), torch.empty(0, **sums)
+        ddt, dweight = new(u.shape, dtype=u.dtype, device=u.device), torch.empty(0, **sums)
     else:
         rank = dt_weight.shape[2]
-        ddt, dweight = torch.zeros(splits, batch, length, groups, rank, **sums), torch.empty(batch, groups, rank, channels, **sums)
+        ddt = new(splits, batch, length, groups, rank, **sums)
+        dweight = torch.empty(batch, groups, rank, channels, **sums)
     *inputs, order = _kernel_inputs(u, dt, A, B, C, D, dt_weight, dt_bias, order)
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     torch.ops.linzoo_cpu.selective_scan_backward(
@@ -275,7 +275,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, dy, _):
     *tensors, order, states = ctx.saved_tensors
     if ctx.merge:  # every group's output receives the gradient of their sum
-        dy = dy.unsqueeze(2).expand(tensors[0].shape)
+        dy = dy.contiguous().unsqueeze(2).expand(tensors[0].shape)
     grads = iter(torch.ops.linzoo.selective_scan_backward(dy, *tensors, ctx.dt_softplus, order, states))
     return *(next(grads) if present else None for present in ctx.present), None, None, None, None
 

@@ -43,7 +43,7 @@ struct Activation {  // (batch, token, group, channel)
 
 struct Sizes {
   int64_t B, L, G, D, N, R, steps, chunks, splits, split_channels;
-  bool low_rank, has_bias, has_skip, softplus, merge;
+  bool low_rank, softplus, merge;
 };
 
 template <class S, class T>
@@ -57,106 +57,145 @@ struct Problem : Sizes {
   T* state(int64_t b, int64_t g, int64_t chunk) const { return states + (((b * G + g) * chunks + chunk) * N) * D; }
 };
 
-// What both directions need of a chunk, for up to kMaxVecs vectors of channels.
+// A block of channels: up to kMaxVecs vectors from channel `first` of group `group`, with its parameters at hand.
+template <class T>
+struct Block {
+  using V = typename Simd<T>::vec;
+  int64_t batch, group, first;
+  int vecs, lanes[kMaxVecs];
+  V skip[kMaxVecs], dt_bias[kMaxVecs];
+  std::vector<V> A, dt_weight;  // (N, vecs), (R, vecs)
+
+  template <class S>
+  Block(const Problem<S, T>& p, int64_t b, int64_t g, int64_t d0, int64_t dn) : batch(b), group(g), first(d0) {
+    constexpr int W = Simd<T>::width;
+    vecs = static_cast<int>((dn + W - 1) / W);
+    for (int v = 0; v < vecs; ++v) lanes[v] = static_cast<int>(std::min<int64_t>(W, dn - v * W));
+    auto rows = [&](const T* x, int64_t n, V* out) {
+      for (int64_t i = 0; i < n; ++i)
+        for (int v = 0; v < vecs; ++v)
+          out[i * vecs + v] = x ? load<T>(x + (g * n + i) * p.D + d0 + v * W, lanes[v]) : V{};
+    };
+    A.resize(p.N * vecs);
+    dt_weight.resize(p.R * vecs);
+    rows(p.A, p.N, A.data());
+    rows(p.dt_weight, p.R, dt_weight.data());
+    rows(p.skip, 1, skip);
+    rows(p.dt_bias, 1, dt_bias);
+  }
+
+  // The block's channels of a token's row.
+  template <class S>
+  V get(const S* row, int v) const {
+    return load<T>(row + first + v * Simd<T>::width, lanes[v]);
+  }
+  template <class S>
+  void put(S* row, int v, V x) const {
+    store<T>(row + first + v * Simd<T>::width, x, lanes[v]);
+  }
+};
+
+// Asks for the cache lines of a block's channels in a row that will be read (or written) a chunk later: orders jump across
+// the image, which no hardware prefetcher follows.
+template <bool kWrite, class S, class T>
+void prefetch(const Block<T>& block, const S* row) {
+  for (int64_t d = 0; d < block.vecs * Simd<T>::width; d += 64 / sizeof(S)) __builtin_prefetch(row + block.first + d, kWrite, 2);
+}
+
+// Successive steps of a block. `input` is delta u; `slope` is d delta / d (its value before softplus).
 template <class T>
 struct Chunk {
   using V = typename Simd<T>::vec;
-  int64_t first, length;
-  int64_t tokens[kChunk];
-  V delta[kChunk][kMaxVecs], u[kChunk][kMaxVecs], slope[kChunk][kMaxVecs];
+  int64_t length, tokens[kChunk];
+  V u[kChunk][kMaxVecs], delta[kChunk][kMaxVecs], input[kChunk][kMaxVecs], slope[kChunk][kMaxVecs];
 };
 
-// u, delta and (for the backward pass) d delta / d (its pre-activation) of a chunk.
 template <bool kSlope, class S, class T>
-void load_steps(const Problem<S, T>& p, int64_t b, int64_t g, int64_t d0, int64_t dn, Chunk<T>& c) {
+void load_chunk(const Problem<S, T>& p, const Block<T>& block, int64_t k, Chunk<T>& c) {
   using V = typename Simd<T>::vec;
-  constexpr int W = Simd<T>::width;
-  const int vecs = static_cast<int>((dn + W - 1) / W);
-  const T* weight = p.low_rank ? p.dt_weight + g * p.R * p.D + d0 : nullptr;
-  const V one = broadcast<T>(1);
-  V bias[kMaxVecs] = {};
-  for (int v = 0; v < vecs && p.has_bias; ++v)
-    bias[v] = load<T>(p.dt_bias + g * p.D + d0 + v * W, std::min<int64_t>(W, dn - v * W));
+  const int64_t b = block.batch, g = block.group;
+  const int vecs = block.vecs;
+  c.length = std::min<int64_t>(kChunk, p.steps - k * kChunk);
   for (int64_t t = 0; t < c.length; ++t) {
-    const S* u = p.u.at(b, c.tokens[t], g) + d0;
+    c.tokens[t] = p.token(b, g, k * kChunk + t);
+    const int64_t next = std::min(std::max<int64_t>((kSlope ? k - 1 : k + 1) * kChunk + t, 0), p.steps - 1);
+    prefetch<false>(block, p.u.at(b, p.token(b, g, next), g));
+    const S* u = p.u.at(b, c.tokens[t], g);
     const S* dt = p.dt.at(b, c.tokens[t], g);
+    V x[kMaxVecs];
+    for (int v = 0; v < vecs; ++v) x[v] = block.dt_bias[v] + (p.low_rank ? V{} : block.get(dt, v));
+    for (int64_t r = 0; r < p.R; ++r)
+      for (int v = 0; v < vecs; ++v) x[v] += block.dt_weight[r * vecs + v] * static_cast<T>(dt[r]);
     for (int v = 0; v < vecs; ++v) {
-      const int n = static_cast<int>(std::min<int64_t>(W, dn - v * W));
-      V x = bias[v];
-      if (p.low_rank) {
-        for (int64_t r = 0; r < p.R; ++r) x += load<T>(weight + r * p.D + v * W, n) * static_cast<T>(dt[r]);
+      if (!p.softplus) {
+        c.delta[t][v] = x[v];
+        c.slope[t][v] = broadcast<T>(1);
+      } else if (kSlope) {
+        c.delta[t][v] = softplus<T>(x[v], c.slope[t][v]);
       } else {
-        x += load<T>(dt + d0 + v * W, n);
+        c.delta[t][v] = softplus<T>(x[v]);
       }
-      c.u[t][v] = load<T>(u + v * W, n);
-      if (p.softplus) {
-        c.delta[t][v] = softplus(x, kSlope ? &c.slope[t][v] : nullptr);
-      } else {
-        c.delta[t][v] = x;
-        if (kSlope) c.slope[t][v] = one;
-      }
+      c.u[t][v] = block.get(u, v);
+      c.input[t][v] = c.delta[t][v] * c.u[t][v];
     }
   }
 }
 
-// Runs chunk by chunk through `visit(chunk index, Chunk&)`, forwards or backwards.
-template <class S, class T, class F>
-void for_chunks(const Problem<S, T>& p, int64_t b, int64_t g, bool reverse, Chunk<T>& c, F visit) {
-  for (int64_t i = 0; i < p.chunks; ++i) {
-    const int64_t k = reverse ? p.chunks - 1 - i : i;
-    c.first = k * kChunk;
-    c.length = std::min<int64_t>(kChunk, p.steps - c.first);
-    for (int64_t t = 0; t < c.length; ++t) c.tokens[t] = p.token(b, g, c.first + t);
-    visit(k);
+// B and C of `K` states from n on, for the steps of a chunk.
+template <int K, class S, class T>
+void load_projections(const Problem<S, T>& p, const Block<T>& block, const Chunk<T>& c, int64_t n, T (*B)[K], T (*C)[K]) {
+  for (int64_t t = 0; t < c.length; ++t) {
+    const S* b = p.Bm.at(block.batch, c.tokens[t], block.group) + n;
+    const S* cc = p.Cm.at(block.batch, c.tokens[t], block.group) + n;
+    for (int j = 0; j < K; ++j) B[t][j] = static_cast<T>(b[j]), C[t][j] = static_cast<T>(cc[j]);
   }
 }
 
-template <class S, class T>
-void forward_channels(const Problem<S, T>& p, Activation<S> y, T* merged, int64_t b, int64_t g, int64_t d0, int64_t dn) {
+// Calls f(n, integral_constant K) over all N states, four at a time as far as they go.
+template <class F>
+void for_states(int64_t N, F f) {
+  int64_t n = 0;
+  for (; n + 4 <= N; n += 4) f(n, std::integral_constant<int, 4>{});
+  for (; n < N; ++n) f(n, std::integral_constant<int, 1>{});
+}
+
+// Output of a block's channels; `write(token, v, y)` takes it, vector by vector.
+template <class S, class T, class Write>
+void forward_block(const Problem<S, T>& p, const Block<T>& block, Write write) {
   using V = typename Simd<T>::vec;
-  constexpr int W = Simd<T>::width;
-  const int vecs = static_cast<int>((dn + W - 1) / W);
+  const int vecs = block.vecs;
   std::vector<V> h(p.N * vecs, V{});
-  V skip[kMaxVecs] = {}, out[kChunk][kMaxVecs];
-  for (int v = 0; v < vecs && p.has_skip; ++v)
-    skip[v] = load<T>(p.skip + g * p.D + d0 + v * W, std::min<int64_t>(W, dn - v * W));
+  V y[kChunk][kMaxVecs];
   Chunk<T> c;
-  for_chunks(p, b, g, false, c, [&](int64_t k) {
-    load_steps<false>(p, b, g, d0, dn, c);
+  for (int64_t k = 0; k < p.chunks; ++k) {
+    load_chunk<false>(p, block, k, c);
     for (int64_t t = 0; t < c.length; ++t)
+      for (int v = 0; v < vecs; ++v) y[t][v] = block.skip[v] * c.u[t][v];
+    for_states(p.N, [&](int64_t n, auto states) {
+      constexpr int K = decltype(states)::value;
+      T B[kChunk][K], C[kChunk][K];
+      load_projections<K>(p, block, c, n, B, C);
       for (int v = 0; v < vecs; ++v) {
-        out[t][v] = skip[v] * c.u[t][v];
-        c.u[t][v] *= c.delta[t][v];
-      }
-    for (int64_t n = 0; n < p.N; ++n) {
-      T Bn[kChunk], Cn[kChunk];
-      for (int64_t t = 0; t < c.length; ++t) {
-        Bn[t] = static_cast<T>(p.Bm.at(b, c.tokens[t], g)[n]);
-        Cn[t] = static_cast<T>(p.Cm.at(b, c.tokens[t], g)[n]);
-      }
-      for (int v = 0; v < vecs; ++v) {
-        const int lanes = static_cast<int>(std::min<int64_t>(W, dn - v * W));
-        const V A = load<T>(p.A + (g * p.N + n) * p.D + d0 + v * W, lanes);
-        V state = h[n * vecs + v];
-        if (p.states) store<T>(p.state(b, g, k) + n * p.D + d0 + v * W, state, lanes);
+        V A[K], state[K];
+        for (int j = 0; j < K; ++j) {
+          A[j] = block.A[(n + j) * vecs + v];
+          state[j] = h[(n + j) * vecs + v];
+          if (p.states) block.put(p.state(block.batch, block.group, k) + (n + j) * p.D, v, state[j]);
+        }
         for (int64_t t = 0; t < c.length; ++t) {
-          state = exp2(c.delta[t][v] * A) * state + c.u[t][v] * Bn[t];
-          out[t][v] += state * Cn[t];
+          V sum = y[t][v];
+          for (int j = 0; j < K; ++j) {
+            state[j] = exp2(c.delta[t][v] * A[j]) * state[j] + c.input[t][v] * B[t][j];
+            sum += state[j] * C[t][j];
+          }
+          y[t][v] = sum;
         }
-        h[n * vecs + v] = state;
+        for (int j = 0; j < K; ++j) h[(n + j) * vecs + v] = state[j];
       }
-    }
+    });
     for (int64_t t = 0; t < c.length; ++t)
-      for (int v = 0; v < vecs; ++v) {
-        const int lanes = static_cast<int>(std::min<int64_t>(W, dn - v * W));
-        if (merged) {
-          T* row = merged + c.tokens[t] * p.split_channels + (d0 % p.split_channels) + v * W;
-          store<T>(row, load<T>(row, lanes) + out[t][v], lanes);
-        } else {
-          store<T>(y.at(b, c.tokens[t], g) + d0 + v * W, out[t][v], lanes);
-        }
-      }
-  });
+      for (int v = 0; v < vecs; ++v) write(c.tokens[t], v, y[t][v]);
+  }
 }
 
 template <class S, class T>
@@ -167,99 +206,123 @@ struct Gradients {
   T *dB, *dC, *ddt_low, *dA, *dskip, *dweight, *dbias;
 };
 
-template <class S, class T>
-void backward_channels(const Problem<S, T>& p, const Gradients<S, T>& o, int64_t b, int64_t g, int64_t split, int64_t d0,
-                       int64_t dn, typename Simd<T>::vec* scratch) {
+// Sums over a block's channels, one for each step of a chunk and each of `columns` values, gathered lane by lane.
+template <class T>
+struct ChannelSums {
   using V = typename Simd<T>::vec;
-  constexpr int W = Simd<T>::width;
-  const int vecs = static_cast<int>((dn + W - 1) / W);
-  const int64_t N = p.N, R = p.low_rank ? p.R : 0;
-  V* carry = scratch;              // dL/dh_t decayed from the step after, (N, vecs)
-  V* dA = carry + N * vecs;        // (N, vecs)
-  V* dweight = dA + N * vecs;      // (R, vecs)
-  V* dB = dweight + R * vecs;      // sums over vecs, lane by lane, (kChunk, N)
-  V* dC = dB + kChunk * N;         // (kChunk, N)
-  std::fill(carry, dB, V{});
-  V skip[kMaxVecs] = {}, dskip[kMaxVecs] = {}, dbias[kMaxVecs] = {};
-  for (int v = 0; v < vecs && p.has_skip; ++v)
-    skip[v] = load<T>(p.skip + g * p.D + d0 + v * W, std::min<int64_t>(W, dn - v * W));
-  const T* weight = p.low_rank ? p.dt_weight + g * p.R * p.D + d0 : nullptr;
-  const T ln2 = static_cast<T>(0.6931471805599453);
-  V dy[kChunk][kMaxVecs], dx[kChunk][kMaxVecs], ddelta[kChunk][kMaxVecs], decay[kChunk], h[kChunk + 1];
+  int64_t columns;
+  std::vector<V> lanes;  // (kChunk, columns)
+  std::vector<T> sums;
+  explicit ChannelSums(int64_t columns) : columns(columns), lanes(kChunk * columns), sums(kChunk * columns) {}
+  V& at(int64_t t, int64_t i) { return lanes[t * columns + i]; }
+  // Sets, or adds to, the chunk's rows of (token, G, columns); `rows` points to the group's first.
+  void put(T* rows, const Chunk<T>& c, int64_t G, bool add) {
+    sum_lanes<T>(lanes.data(), kChunk * columns, sums.data());
+    for (int64_t t = 0; t < c.length; ++t) {
+      T* row = rows + c.tokens[t] * G * columns;
+      const T* sum = sums.data() + t * columns;
+      for (int64_t i = 0; i < columns; ++i) row[i] = add ? row[i] + sum[i] : sum[i];
+    }
+  }
+};
+
+template <class S, class T>
+void backward_block(const Problem<S, T>& p, const Gradients<S, T>& o, const Block<T>& block, int64_t split) {
+  using V = typename Simd<T>::vec;
+  const int vecs = block.vecs;
+  const int64_t b = block.batch, g = block.group, N = p.N, R = p.R;
+  const int64_t rows = (split * p.B + b) * p.L * p.G + g;
+  const bool add = block.first > split * p.split_channels;  // not the split's first block
+  std::vector<V> carry(N * vecs, V{}), dA(N * vecs, V{}), dweight(R * vecs, V{});  // carry: dL/dh, decayed by one step
+  ChannelSums<T> dB(N), dC(N), ddt(R);
+  V dskip[kMaxVecs] = {}, dbias[kMaxVecs] = {};
+  V dy[kChunk][kMaxVecs], dinput[kChunk][kMaxVecs], ddelta[kChunk][kMaxVecs];
   Chunk<T> c;
-  for_chunks(p, b, g, true, c, [&](int64_t k) {
-    load_steps<true>(p, b, g, d0, dn, c);
+  for (int64_t k = p.chunks - 1; k >= 0; --k) {
+    load_chunk<true>(p, block, k, c);
     for (int64_t t = 0; t < c.length; ++t) {
-      const S* grad = o.dy.at(b, c.tokens[t], g) + d0;
+      prefetch<true>(block, o.du.at(b, c.tokens[t], g));
+      prefetch<false>(block, o.dy.at(b, p.token(b, g, std::max<int64_t>((k - 1) * kChunk + t, 0)), g));
       for (int v = 0; v < vecs; ++v) {
-        dy[t][v] = load<T>(grad + v * W, static_cast<int>(std::min<int64_t>(W, dn - v * W)));
-        dx[t][v] = ddelta[t][v] = V{};  // dx: dL/d(delta u)
+        dy[t][v] = block.get(o.dy.at(b, c.tokens[t], g), v);
+        dinput[t][v] = ddelta[t][v] = V{};
       }
     }
-    std::fill(dB, dB + 2 * kChunk * N, V{});
-    for (int64_t n = 0; n < N; ++n) {
-      T Bn[kChunk], Cn[kChunk];
-      for (int64_t t = 0; t < c.length; ++t) {
-        Bn[t] = static_cast<T>(p.Bm.at(b, c.tokens[t], g)[n]);
-        Cn[t] = static_cast<T>(p.Cm.at(b, c.tokens[t], g)[n]);
-      }
+    for_states(N, [&](int64_t n, auto states) {
+      constexpr int K = decltype(states)::value;
+      T B[kChunk][K], C[kChunk][K];
+      V decay[kChunk][K], h[kChunk + 1][K];
+      load_projections<K>(p, block, c, n, B, C);
       for (int v = 0; v < vecs; ++v) {
-        const int lanes = static_cast<int>(std::min<int64_t>(W, dn - v * W));
-        const V A = load<T>(p.A + (g * N + n) * p.D + d0 + v * W, lanes);
-        h[0] = load<T>(p.state(b, g, k) + n * p.D + d0 + v * W, lanes);
-        for (int64_t t = 0; t < c.length; ++t) {
-          decay[t] = exp2(c.delta[t][v] * A);
-          h[t + 1] = decay[t] * h[t] + c.delta[t][v] * c.u[t][v] * Bn[t];
+        V A[K], grad[K], sum_A[K];
+        for (int j = 0; j < K; ++j) {
+          A[j] = block.A[(n + j) * vecs + v];
+          grad[j] = carry[(n + j) * vecs + v];
+          sum_A[j] = dA[(n + j) * vecs + v];
+          h[0][j] = block.get(p.state(b, g, k) + (n + j) * p.D, v);
         }
-        V grad = carry[n * vecs + v], sum_A = dA[n * vecs + v];
+        for (int64_t t = 0; t < c.length; ++t)
+          for (int j = 0; j < K; ++j) {
+            decay[t][j] = exp2(c.delta[t][v] * A[j]);
+            h[t + 1][j] = decay[t][j] * h[t][j] + c.input[t][v] * B[t][j];
+          }
         for (int64_t t = c.length - 1; t >= 0; --t) {
-          dC[t * N + n] += dy[t][v] * h[t + 1];
-          grad += dy[t][v] * Cn[t];
-          dB[t * N + n] += grad * c.delta[t][v] * c.u[t][v];
-          dx[t][v] += grad * Bn[t];
-          grad *= decay[t];
-          const V through_decay = grad * h[t];
-          ddelta[t][v] += through_decay * A;
-          sum_A += through_decay * c.delta[t][v];
+          V to_input = dinput[t][v], to_delta = ddelta[t][v];
+          for (int j = 0; j < K; ++j) {
+            V& dCn = dC.at(t, n + j);
+            V& dBn = dB.at(t, n + j);
+            dCn = (v ? dCn : V{}) + dy[t][v] * h[t + 1][j];
+            grad[j] += dy[t][v] * C[t][j];
+            dBn = (v ? dBn : V{}) + grad[j] * c.input[t][v];
+            to_input += grad[j] * B[t][j];
+            grad[j] *= decay[t][j];
+            const V through_decay = grad[j] * h[t][j];
+            to_delta += through_decay * A[j];
+            sum_A[j] += through_decay * c.delta[t][v];
+          }
+          dinput[t][v] = to_input;
+          ddelta[t][v] = to_delta;
         }
-        carry[n * vecs + v] = grad;
-        dA[n * vecs + v] = sum_A;
+        for (int j = 0; j < K; ++j) {
+          carry[(n + j) * vecs + v] = grad[j];
+          dA[(n + j) * vecs + v] = sum_A[j];
+        }
       }
-    }
-    for (int64_t t = 0; t < c.length; ++t) {
-      const int64_t row = ((split * p.B + b) * p.L + c.tokens[t]) * p.G + g;
-      for (int64_t n = 0; n < N; ++n) {
-        o.dB[row * N + n] += horizontal_sum(dB[t * N + n]);
-        o.dC[row * N + n] += horizontal_sum(dC[t * N + n]);
-      }
+    });
+    dB.put(o.dB + rows * N, c, p.G, add);
+    dC.put(o.dC + rows * N, c, p.G, add);
+    for (int64_t t = 0; t < c.length; ++t)
       for (int v = 0; v < vecs; ++v) {
-        const int lanes = static_cast<int>(std::min<int64_t>(W, dn - v * W));
-        store<T>(o.du.at(b, c.tokens[t], g) + d0 + v * W, dx[t][v] * c.delta[t][v] + skip[v] * dy[t][v], lanes);
-        // ddelta so far counts A in units of log2(e)
-        ddelta[t][v] = (ddelta[t][v] * ln2 + dx[t][v] * c.u[t][v]) * c.slope[t][v];
+        const int64_t l = c.tokens[t];
+        // A counts in units of log2(e)
+        ddelta[t][v] = (ddelta[t][v] * T(0.6931471805599453) + dinput[t][v] * c.u[t][v]) * c.slope[t][v];
         dskip[v] += dy[t][v] * c.u[t][v];
         dbias[v] += ddelta[t][v];
-        if (!p.low_rank) store<T>(o.ddt.at(b, c.tokens[t], g) + d0 + v * W, ddelta[t][v], lanes);
+        block.put(o.du.at(b, l, g), v, dinput[t][v] * c.delta[t][v] + block.skip[v] * dy[t][v]);
+        if (!p.low_rank) block.put(o.ddt.at(b, l, g), v, ddelta[t][v]);
       }
-      const S* low = p.dt.at(b, c.tokens[t], g);
-      for (int64_t r = 0; r < R; ++r) {
+    for (int64_t r = 0; r < R; ++r) {
+      V sums[kMaxVecs];
+      for (int v = 0; v < vecs; ++v) sums[v] = dweight[r * vecs + v];
+      for (int64_t t = 0; t < c.length; ++t) {
+        const T low = static_cast<T>(p.dt.at(b, c.tokens[t], g)[r]);
         V sum = {};
         for (int v = 0; v < vecs; ++v) {
-          sum += ddelta[t][v] * load<T>(weight + r * p.D + v * W, static_cast<int>(std::min<int64_t>(W, dn - v * W)));
-          dweight[r * vecs + v] += ddelta[t][v] * static_cast<T>(low[r]);
+          sum += ddelta[t][v] * block.dt_weight[r * vecs + v];
+          sums[v] += ddelta[t][v] * low;
         }
-        o.ddt_low[row * R + r] += horizontal_sum(sum);
+        ddt.at(t, r) = sum;
       }
+      for (int v = 0; v < vecs; ++v) dweight[r * vecs + v] = sums[v];
     }
-  });
+    if (R) ddt.put(o.ddt_low + rows * R, c, p.G, add);
+  }
   const int64_t bg = b * p.G + g;
   for (int v = 0; v < vecs; ++v) {
-    const int lanes = static_cast<int>(std::min<int64_t>(W, dn - v * W));
-    const int64_t d = d0 + v * W;
-    for (int64_t n = 0; n < N; ++n) store<T>(o.dA + (bg * N + n) * p.D + d, dA[n * vecs + v], lanes);
-    for (int64_t r = 0; r < R; ++r) store<T>(o.dweight + (bg * R + r) * p.D + d, dweight[r * vecs + v], lanes);
-    if (p.has_skip) store<T>(o.dskip + bg * p.D + d, dskip[v], lanes);
-    if (p.has_bias) store<T>(o.dbias + bg * p.D + d, dbias[v], lanes);
+    for (int64_t n = 0; n < N; ++n) block.put(o.dA + (bg * N + n) * p.D, v, dA[n * vecs + v]);
+    for (int64_t r = 0; r < R; ++r) block.put(o.dweight + (bg * R + r) * p.D, v, dweight[r * vecs + v]);
+    if (p.skip) block.put(o.dskip + bg * p.D, v, dskip[v]);
+    if (p.dt_bias) block.put(o.dbias + bg * p.D, v, dbias[v]);
   }
 }
 
@@ -273,24 +336,33 @@ void for_blocks(const Sizes& s, int64_t split, F f) {
 
 template <class S, class T>
 void run_forward(const Problem<S, T>& p, const Tensor& y) {
-  const Activation<S> none;
   torch::stable::parallel_for(0, p.B * (p.merge ? 1 : p.G) * p.splits, 1, [&](int64_t begin, int64_t end) {
     std::vector<T> merged(p.merge ? p.L * p.split_channels : 0);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t split = task % p.splits, bg = task / p.splits;
       if (!p.merge) {
+        const Activation<S> out(y);
         for_blocks<T>(p, split, [&](int64_t d0, int64_t dn) {
-          forward_channels(p, Activation<S>(y), static_cast<T*>(nullptr), bg / p.G, bg % p.G, d0, dn);
+          const Block<T> block(p, bg / p.G, bg % p.G, d0, dn);
+          forward_block(p, block, [&](int64_t l, int v, typename Simd<T>::vec x) {
+            block.put(out.at(block.batch, l, block.group), v, x);
+          });
         });
         continue;
       }
+      const int64_t first = split * p.split_channels, width = std::min(p.D - first, p.split_channels);
       std::fill(merged.begin(), merged.end(), T(0));
       for (int64_t g = 0; g < p.G; ++g)
-        for_blocks<T>(p, split, [&](int64_t d0, int64_t dn) { forward_channels(p, none, merged.data(), bg, g, d0, dn); });
-      const int64_t d0 = split * p.split_channels, dn = std::min(p.D - d0, p.split_channels);
-      S* out = static_cast<S*>(y.data_ptr()) + bg * p.L * p.D + d0;
+        for_blocks<T>(p, split, [&](int64_t d0, int64_t dn) {
+          const Block<T> block(p, bg, g, d0, dn);
+          forward_block(p, block, [&](int64_t l, int v, typename Simd<T>::vec x) {
+            T* row = merged.data() + l * p.split_channels - first;
+            block.put(row, v, block.get(row, v) + x);
+          });
+        });
+      S* out = static_cast<S*>(y.data_ptr()) + bg * p.L * p.D + first;
       for (int64_t l = 0; l < p.L; ++l)
-        for (int64_t d = 0; d < dn; ++d) out[l * p.D + d] = static_cast<S>(merged[l * p.split_channels + d]);
+        for (int64_t d = 0; d < width; ++d) out[l * p.D + d] = static_cast<S>(merged[l * p.split_channels + d]);
     }
   });
 }
@@ -298,11 +370,10 @@ void run_forward(const Problem<S, T>& p, const Tensor& y) {
 template <class S, class T>
 void run_backward(const Problem<S, T>& p, const Gradients<S, T>& o) {
   torch::stable::parallel_for(0, p.B * p.G * p.splits, 1, [&](int64_t begin, int64_t end) {
-    std::vector<typename Simd<T>::vec> scratch((2 * p.N + p.R) * kMaxVecs + 2 * kChunk * p.N);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t split = task % p.splits, bg = task / p.splits;
       for_blocks<T>(p, split, [&](int64_t d0, int64_t dn) {
-        backward_channels(p, o, bg / p.G, bg % p.G, split, d0, dn, scratch.data());
+        backward_block(p, o, Block<T>(p, bg / p.G, bg % p.G, d0, dn), split);
       });
     }
   });
@@ -315,7 +386,7 @@ Problem<S, T> problem(const Tensor& u, const Tensor& dt, const Tensor& A, const 
                       int64_t split_channels, const Tensor& states) {
   Problem<S, T> p;
   p.B = u.size(0), p.L = u.size(1), p.G = u.size(2), p.D = u.size(3), p.N = A.size(1);
-  p.low_rank = dt_weight.has_value(), p.has_bias = dt_bias.has_value(), p.has_skip = D.has_value();
+  p.low_rank = dt_weight.has_value();
   p.R = p.low_rank ? dt_weight->size(1) : 0;
   p.steps = order ? order->size(order->dim() - 1) : p.L;
   p.chunks = (p.steps + kChunk - 1) / kChunk;
