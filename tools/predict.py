@@ -50,7 +50,7 @@ def predict(cfg: Config, checkpoint: str, images: list[Path], batch_size: int = 
 
     settings = dict(cfg.model, pretrained=False, distillation="none", data_preprocessor=cfg.data_preprocessor)
     model = MODELS.build(settings)
-    classes = load_weights(model.model, cfg.model.model_name, checkpoint)
+    classes = load_weights(model.model, checkpoint)
     classes = classes or [str(i) for i in range(model.model.num_classes)]
     model._config = cfg
     inferencer = ImageClassificationInferencer(model, device=get_device(), classes=classes)
@@ -63,7 +63,7 @@ def predict(cfg: Config, checkpoint: str, images: list[Path], batch_size: int = 
     results = []
     for path, result in zip(images, inferencer([str(p) for p in images], batch_size=batch_size), strict=True):
         scores = result["pred_scores"]
-        top5 = [dict(label=classes[i], confidence=float(scores[i])) for i in scores.argsort()[::-1][:5]]
+        top5 = [{"label": classes[i], "confidence": float(scores[i])} for i in scores.argsort()[::-1][:5]]
         results.append(dict(path=str(path), **top5[0], top5=top5))
     return results
 

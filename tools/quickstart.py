@@ -11,7 +11,7 @@ WORK_DIR = Path("work_dirs/quickstart")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `quickstart`. A run that was cut off continues; a finished one is only asked for its predictions."""
+    """Command line of `quickstart`. A run that was cut off continues; a finished one only predicts."""
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
     train.main([CONFIG, "--work-dir", str(WORK_DIR), "--resume"])
     model = WORK_DIR / "export/model.safetensors"

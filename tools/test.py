@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: `python tools/test.py CONFIG CHECKPOINT`, the checkpoint a .pth of train.py or a .safetensors."""
+"""Evaluate a checkpoint (.pth of train.py, or .safetensors): `python tools/test.py CONFIG CHECKPOINT`."""
 
 import argparse
 import json
@@ -27,8 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     prepare_data(cfg)
     cfg.model.update(pretrained=False, distillation="none")
     with tempfile.TemporaryDirectory() as cfg.work_dir:
+        cfg.experiment_name = cfg.work_dir  # mmengine shares loggers and visualizers between runs of one name
         runner = Runner.from_cfg(cfg)
-        load_weights(runner.model.model, cfg.model.model_name, args.checkpoint)
+        load_weights(runner.model.model, args.checkpoint)
         metrics = runner.test()
     print(json.dumps(metrics))
 

@@ -4,12 +4,20 @@ import argparse
 import os
 from pathlib import Path
 
+import torch
 from mmengine.config import DictAction
 
 from linzoo.tools.engine.config import load_config
 from linzoo.tools.engine.data import prepare_data
-from linzoo.tools.engine.errors import command
+from linzoo.tools.engine.errors import InputError, command
 from linzoo.tools.engine.runner import Runner
+
+
+def _check_launcher(launcher: str) -> None:
+    if launcher == "pytorch" and "RANK" not in os.environ:
+        raise InputError("--launcher 'pytorch' without RANK in the environment; expected a start by torchrun")
+    if launcher == "slurm" and ("SLURM_PROCID" not in os.environ or not torch.cuda.is_available()):
+        raise InputError("--launcher 'slurm' needs srun and CUDA; expected 'pytorch' (by torchrun) elsewhere")
 
 
 @command
@@ -25,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
     args = parser.parse_args(argv)
 
+    _check_launcher(args.launcher)
     cfg = load_config(args.config, args.cfg_options)
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
     cfg.resume = args.resume
@@ -33,8 +42,6 @@ def main(argv: list[str] | None = None) -> None:
         cfg.randomness = dict(cfg.get("randomness", {}), seed=args.seed)
     if args.amp:
         cfg.optim_wrapper.type = "AutocastOptimWrapper"
-    if args.launcher == "slurm":
-        os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     prepare_data(cfg)
     Runner.from_cfg(cfg).train()
 

@@ -1,4 +1,4 @@
-"""The 300-epoch recipe of DeiT and Swin that most families follow: 1,024 images a step (8 x 128), AdamW, averaged weights."""
+"""The 300-epoch recipe of DeiT that most families follow: 1,024 images a step (8 x 128), AdamW, averaged weights."""
 
 model = dict(
     type="Classifier",

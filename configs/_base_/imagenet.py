@@ -1,4 +1,4 @@
-"""ImageNet-1k at 224 px: RandAugment, random erasing, mixup or CutMix for every batch. `data/imagenet/{train,val}/<wnid>/`."""
+"""ImageNet-1k at 224 px with RandAugment and random erasing; images in `data/imagenet/{train,val}/<wnid>/`."""
 
 data_preprocessor = dict(
     num_classes=1000, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True, to_onehot=True
@@ -6,7 +6,8 @@ data_preprocessor = dict(
 bgr_mean = data_preprocessor["mean"][::-1]
 bgr_std = data_preprocessor["std"][::-1]
 
-# "rand-m9-mstd0.5-inc1" in timm's words. timm's colour jitter (0.4 in the published settings) is off where RandAugment is on.
+# "rand-m9-mstd0.5-inc1" in timm's words. Published settings also say colour jitter 0.4, which timm leaves out where
+# RandAugment is in.
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="RandomResizedCrop", scale=224, interpolation="bicubic", backend="pillow"),

@@ -7,11 +7,15 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .errors import InputError
+
 
 def distillation_loss(student: Tensor, teacher: Tensor, kind: str, tau: float = 1.0) -> Tensor:
     """What the distillation head pays for differing from the teacher.
 
-    hard: CE(student, argmax teacher);  soft: tau^2 sum KL(softmax(teacher/tau) || softmax(student/tau)) / numel(student).
+    hard: CE(student, argmax teacher)
+    soft: tau^2 sum KL(softmax(teacher/tau) || softmax(student/tau)) / numel(student)
+
     Touvron et al., "Training data-efficient image transformers & distillation through attention" (2021), section 4.
 
     Args:
@@ -30,10 +34,13 @@ def distillation_loss(student: Tensor, teacher: Tensor, kind: str, tau: float = 
 class Classifier(TimmClassifier):
     """A model of timm's registry to train, with an optional timm teacher.
 
-    With distillation "hard" or "soft" the model must be of DeiT's distilled kind (`set_distilled_training`): in training it
-    returns (logits, dist_logits) and `loss = (1 - alpha) loss_module(logits, labels) + alpha distillation_loss`. The teacher
-    sees the same (mixed) images, in eval mode and without gradient. With "none" the model is trained on the output that
-    it is evaluated with.
+    With distillation "hard" or "soft" the model must be of DeiT's distilled kind (`set_distilled_training`), so that in
+    training it returns (logits, dist_logits), and
+
+        loss = (1 - alpha) loss_module(logits, labels) + alpha distillation_loss(dist_logits, teacher(images))
+
+    The teacher sees the same (mixed) images, in eval mode and without gradient. With "none" the model is trained on
+    the output that it is evaluated with.
 
     Args:
         model_name: timm name of the model; other keywords go to `timm.create_model`.
@@ -55,14 +62,14 @@ class Classifier(TimmClassifier):
     ):
         super().__init__(model_name, **kwargs)
         if distillation not in ("hard", "soft", "none"):
-            raise ValueError(f"distillation={distillation!r}; expected 'hard', 'soft' or 'none'")
+            raise InputError(f"distillation={distillation!r}; expected 'hard', 'soft' or 'none'")
         self.distillation, self.alpha, self.tau = distillation, alpha, tau
         if distillation == "none":
             return
         if teacher is None:
-            raise ValueError(f"teacher=None with distillation={distillation!r}; expected keywords of timm.create_model")
+            raise InputError(f"teacher=None with distillation={distillation!r}; expected keywords of timm.create_model")
         if not hasattr(self.model, "set_distilled_training"):
-            raise ValueError(f"model_name={model_name!r} has no distillation head; expected distillation='none'")
+            raise InputError(f"model_name={model_name!r} has no distillation head; expected distillation='none'")
         self.model.set_distilled_training(True)
         self.ask_teacher = _frozen(timm.create_model(**teacher))
 
@@ -76,10 +83,10 @@ class Classifier(TimmClassifier):
         logits, dist_logits = self.model(inputs)
         label_loss = self._get_loss(logits, data_samples, **kwargs)["loss"]
         teacher_loss = distillation_loss(dist_logits, self.ask_teacher(inputs), self.distillation, self.tau)
-        return dict(loss_label=(1 - self.alpha) * label_loss, loss_teacher=self.alpha * teacher_loss)
+        return {"loss_label": (1 - self.alpha) * label_loss, "loss_teacher": self.alpha * teacher_loss}
 
-    # State dicts hold the timm model's own names. mmpretrain's versions of these two hooks work for a classifier at the
-    # root only: within an EMA copy the one has no effect and the other drops keys outside `prefix`, such as the step count.
+    # State dicts hold the timm model's own names. mmpretrain's versions of these two hooks serve a classifier at the
+    # root only: within an EMA copy the one has no effect, and the other drops keys outside `prefix` (the step count).
     @staticmethod
     def _remove_state_dict_prefix(self, state_dict, prefix, local_metadata):
         for key in [k for k in state_dict if k.startswith(f"{prefix}model.")]:

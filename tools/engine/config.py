@@ -1,6 +1,7 @@
 """Reading a training config and refusing what it misspells, before anything is built or written."""
 
 import ast
+import copy
 import importlib
 import inspect
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope, Registry
 from mmengine.runner import EpochBasedTrainLoop, LogProcessor, TestLoop, ValLoop
+from mmpretrain.registry import MODELS
 from torch.utils.data import DataLoader
 
 from .errors import InputError, did_you_mean, existing_file
@@ -32,6 +34,7 @@ TOP_LEVEL = _parameters(Runner.__init__) - {"cfg"} | {
     "sync_bn",
 }
 _LOADER = _parameters(DataLoader.__init__) | {"num_batch_per_epoch"}
+ANY = "**"
 # Dictionaries without a `type` of their own.
 SECTIONS = {
     "train_dataloader": _LOADER,
@@ -49,8 +52,8 @@ SECTIONS = {
 def load_config(path: str, options: dict | None = None) -> Config:
     """The config of a file with `--cfg-options` applied, every key of it checked.
 
-    Raises InputError for a file that is missing or no config, a misspelt key at any depth, an unknown `type` or an unknown
-    timm model; the message says what was probably meant.
+    Raises InputError for a file that is missing or no config, a misspelt key at any depth, an unknown `type` or timm
+    model; the message says what was probably meant.
     """
     existing_file("config", path)
     try:
@@ -120,7 +123,9 @@ def _check(node, path: str, scope: str | None) -> None:
         known = _arguments(node["type"])
     for key, value in node.items():
         if known is not None and key not in known | {"type", "_scope_", "priority"}:
-            raise InputError(f"config key {path}.{key}={value!r}: unknown{did_you_mean(key, known)}")
+            hint = did_you_mean(key, known - {ANY}, 0.85 if ANY in known else 0.6)
+            if hint or ANY not in known:
+                raise InputError(f"config key {path}.{key}={value!r}: unknown{hint}")
         _check(value, f"{path}.{key}", scope)
 
 
@@ -134,44 +139,42 @@ def _resolve(name: str, path: str, scope: str | None):
     raise InputError(f"config key {path}.type={name!r}: nothing is registered under it{did_you_mean(name, names)}")
 
 
-def _arguments(of) -> set[str] | None:
-    """Names of the arguments of a class or function; None where it takes any keyword."""
+def _arguments(of) -> set[str]:
+    """Names of the arguments of a class or function, with ANY among them where it takes any keyword."""
     names = set()
     for owner in inspect.getmro(of) if inspect.isclass(of) else (of,):
         if inspect.isclass(owner) and "__init__" not in vars(owner):
             continue
         try:
             parameters = inspect.signature(owner.__init__ if inspect.isclass(owner) else owner).parameters.values()
-        except ValueError:
-            return None
+        except ValueError:  # written in C
+            break
+        names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
         if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-            return None
-        names |= {p.name for p in parameters}
+            break
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return names
-    return None
+    return names | {ANY}
 
 
 def _check_model(model: ConfigDict) -> None:
-    """A timm model must exist and take the keywords that the config gives it."""
+    """A timm model must exist and take the keywords that the config gives it: it is built without memory."""
     if model.get("type") != "Classifier":
         return
-    from .classifier import Classifier
-
-    for key, settings in (("model", model), ("model.teacher", model.get("teacher") or {})):
-        name = settings.get("model_name")
-        if name is None:
+    model = copy.deepcopy(model)
+    for key, settings in (("model", model), ("model.teacher", model.get("teacher"))):
+        if not settings:
             continue
+        settings["pretrained"] = False
+        name = str(settings.get("model_name"))
         base = name.split(".")[0]
         if not timm.is_model(base):
             raise InputError(
                 f"config key {key}.model_name={name!r}: no such model in timm or LinZoo"
                 f"{did_you_mean(base, timm.list_models())}"
             )
-    own = _parameters(Classifier.__init__) | _parameters(Classifier.__mro__[1].__init__)
-    keywords = {k: v for k, v in model.items() if k not in own | {"type", "pretrained"}}
     try:
         with torch.device("meta"):
-            timm.create_model(model["model_name"], **keywords)
+            MODELS.build(model)
     except TypeError as e:
-        raise InputError(f"config key model: {model['model_name']!r} does not take these keywords: {e}") from e
+        raise InputError(f"config key model: {model.model_name!r} does not take these keywords: {e}") from e

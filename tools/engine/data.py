@@ -12,13 +12,8 @@ from .errors import InputError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def check_image_folder(root: str | os.PathLike, classes: list[str] | None = None) -> list[str]:
-    """The class folders of `root`, sorted. InputError where the folder is missing or a class has no image in it.
-
-    Args:
-        root: folder that holds one folder per class.
-        classes: class folders that must be there; None: whichever are there.
-    """
+def check_image_folder(root: str | os.PathLike) -> list[str]:
+    """The class folders of `root`, sorted. InputError where the folder is missing or a class has no image in it."""
     root = Path(root)
     if not root.is_dir():
         raise InputError(
@@ -28,9 +23,6 @@ def check_image_folder(root: str | os.PathLike, classes: list[str] | None = None
     found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     if not found:
         raise InputError(f"data folder {str(root)!r} holds no class folder; expected one folder of images per class")
-    missing = set(classes or ()) - set(found)
-    if missing:
-        raise InputError(f"data folder {str(root)!r} lacks the class folder {sorted(missing)[0]!r}")
     for name in found:
         if not any(file.lower().endswith(EXTENSIONS) for _, _, files in os.walk(root / name) for file in files):
             raise InputError(
@@ -58,7 +50,7 @@ class ImageFolder(CustomDataset):
         super().__init__(extensions=extensions, **kwargs)
 
     def _find_samples(self):
-        check_image_folder(self.img_prefix, self.CLASSES)
+        check_image_folder(self.img_prefix)
         return super()._find_samples()
 
     def prepare_data(self, idx):
@@ -78,12 +70,20 @@ def prepare_data(cfg) -> None:
 
     Raises InputError before anything of a run is written.
     """
+    classes = None
     for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
         dataset = (cfg.get(key) or {}).get("dataset", {})
-        if dataset.get("type") != "ImageFolder":
+        if dataset.get("type") != "ImageFolder" or dataset.get("ann_file"):
             continue
         root = Path(dataset.get("data_root", ""))
         if dataset.get("make") and not root.exists():
             MAKERS[dataset["make"]](root)
-        if not dataset.get("ann_file"):
-            check_image_folder(root / dataset.get("data_prefix", ""))
+        folder = root / dataset.get("data_prefix", "")
+        found = check_image_folder(folder)
+        if classes is not None and found != classes:
+            odd = ", ".join(sorted(set(found) ^ set(classes))[:4])
+            raise InputError(f"data folder {str(folder)!r} has other classes than the training folder: {odd}")
+        classes = found
+        count = cfg.model.get("num_classes", len(found))
+        if count != len(found):
+            raise InputError(f"config key model.num_classes={count}: {str(folder)!r} has {len(found)} class folders")

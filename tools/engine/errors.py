@@ -11,9 +11,9 @@ class InputError(ValueError):
     """A wrong argument, config, checkpoint or image. The message names it, its value and what was expected."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """` (did you mean 'x'?)` for the known name nearest to `name`, or an empty string."""
-    near = get_close_matches(name, [str(k) for k in known], n=1)
+    near = get_close_matches(name, [str(k) for k in known], n=1, cutoff=cutoff)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

@@ -19,9 +19,9 @@ class ExportHook(Hook):
     """After training, writes `work_dir/export/{model.safetensors,config.json}`.
 
     The folder is timm's own exchange format: `timm.create_model("local-dir:work_dir/export", pretrained=True)`, or the
-    weights alone by `pretrained_cfg_overlay=dict(file=".../model.safetensors")`. `config.json` names the model, its class
-    names, input size, mean and std, the training config and its accuracy. The weights are those of the best validation
-    (the averaged ones where the run averages), else the last.
+    weights alone by `pretrained_cfg_overlay=dict(file=".../model.safetensors")`. `config.json` names the model, its
+    class names, input size, mean and std, the training config and the accuracy. The weights are those of the best
+    validation (the averaged ones where the run averages), else the last.
     """
 
     priority = "LOWEST"
@@ -75,4 +75,4 @@ def export(model, folder: Path, label_names: list[str], data_config: dict, **fac
 def _data_config(dataset, preprocessor) -> dict:
     size = tuple(dataset[0]["inputs"].shape)
     mean, std = ((x.flatten() / 255).tolist() for x in (preprocessor.mean, preprocessor.std))
-    return dict(input_size=size, mean=mean, std=std, crop_pct=1.0)
+    return {"input_size": size, "mean": mean, "std": std, "crop_pct": 1.0}

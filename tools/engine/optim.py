@@ -24,7 +24,7 @@ class TimmWeightDecay(DefaultOptimWrapperConstructor):
     """timm's two parameter groups: no decay for tensors of rank 0 and 1, biases and the model's `no_weight_decay()`."""
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
-        super().__init__(optim_wrapper_cfg, paramwise_cfg or dict(bypass_duplicate=True))
+        super().__init__(optim_wrapper_cfg, paramwise_cfg or {"bypass_duplicate": True})
 
     def add_params(self, params, module, prefix="", is_dcn_module=None):
         model = module.model

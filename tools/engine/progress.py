@@ -21,7 +21,7 @@ COLUMNS = (
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
-    """Records images/s for the log, and on a terminal shows a live bar with a line per epoch in place of the log's lines.
+    """Records images/s for the log, and on a terminal, a live bar and a line per epoch replace the log's lines.
 
     Only the main process shows anything. The log file has every line either way.
 
@@ -50,8 +50,16 @@ class ProgressHook(Hook):
             TimeRemainingColumn(),
             console=Console(),
         )
-        fields = dict(epoch=f"{runner.epoch}/{runner.max_epochs}", loss=float("nan"), lr=0.0, images=0.0, top1="-")
-        self.task = self.bar.add_task("", total=runner.max_iters, completed=runner.iter, **fields)
+        self.task = self.bar.add_task(
+            "",
+            total=runner.max_iters,
+            completed=runner.iter,
+            epoch=f"{runner.epoch}/{runner.max_epochs}",
+            loss=float("nan"),
+            lr=0.0,
+            images=0.0,
+            top1="-",
+        )
         self.bar.start()
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):

@@ -10,11 +10,11 @@ from mmengine.registry import HOOKS
 
 @HOOKS.register_module()
 class ResumeHook(Hook):
-    """Every epoch's random stream follows from (seed, epoch, rank), and a validation that a kill cut off is made up for.
+    """Every epoch's random stream follows from (seed, epoch, rank); a validation that a kill cut off is made up for.
 
-    Seeding Python, NumPy and torch (all devices) before an epoch fixes what it draws: drop path, mixup, and the base seed
-    from which the data loader seeds its workers. (The sampler orders the data by seed and epoch itself.) So a resumed epoch
-    draws what it would have drawn, on every rank, with nothing to store.
+    Seeding Python, NumPy and torch (all devices) before an epoch fixes what it draws: drop path, mixup, and the base
+    seed from which the data loader seeds its workers. (The sampler orders the data by seed and epoch itself.) So a
+    resumed epoch draws what it would have drawn, on every rank, with nothing to store.
     """
 
     priority = "VERY_LOW"

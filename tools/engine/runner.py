@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 from mmengine.dist import barrier, is_main_process
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner as MMRunner
 from torch.distributed import init_process_group
 
-from .errors import InputError
+from .classifier import Classifier
+from .weights import check_fit, read_checkpoint
 
 
 def write_atomically(path: str | os.PathLike, write) -> None:
@@ -46,13 +48,11 @@ class Runner(MMRunner):
     def setup_env(self, env_cfg: dict) -> None:
         """As mmengine's, with gloo instead of nccl where there is no CUDA (mmengine then asks CUDA for a device)."""
         if self.distributed and not torch.cuda.is_available() and not torch.distributed.is_initialized():
-            if self.launcher != "pytorch":
-                raise InputError(f"--launcher {self.launcher!r} without CUDA; expected 'pytorch' (torchrun) or 'none'")
             init_process_group("gloo")
         super().setup_env(env_cfg)
 
     def build_logger(self, *args, **kwargs):
-        """As mmengine's; long dumps (environment, config, hooks) and its own deprecation notes go to the log file only."""
+        """As mmengine's; its long dumps and deprecation notes go to the log file only."""
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
             if type(handler) is logging.StreamHandler:
@@ -70,16 +70,19 @@ class Runner(MMRunner):
     def build_dataloader(dataloader, seed=None, diff_rank_seed=False):
         """As mmengine's, with workers that torch seeds anew each epoch.
 
-        mmengine's own `worker_init_fn` gives every epoch the same augmentations; a persistent worker carries a random state
-        that no checkpoint holds.
+        mmengine's own `worker_init_fn` gives every epoch the same augmentations; a persistent worker carries a random
+        state that no checkpoint holds.
         """
         if isinstance(dataloader, dict):
             dataloader = dict(dataloader, persistent_workers=False)
-            dataloader.setdefault("worker_init_fn", dict(type=_leave_as_seeded))
+            dataloader.setdefault("worker_init_fn", {"type": _leave_as_seeded})
         return MMRunner.build_dataloader(dataloader, seed, diff_rank_seed)
 
     def load_or_resume(self) -> None:
-        """As mmengine's, from the last whole checkpoint; partial files are removed, and a new run forgets an old pointer."""
+        """As mmengine's, from the last whole checkpoint.
+
+        Partial files are removed, and a new run forgets the pointer to an earlier run's checkpoint.
+        """
         if self._resume and self._load_from is None:
             found = latest_checkpoint(self.work_dir)
             if found is None:
@@ -96,7 +99,10 @@ class Runner(MMRunner):
         super().load_or_resume()
 
     def resume(self, filename, *args, **kwargs) -> None:
-        """As mmengine's; the sampler follows the resumed seed as well."""
+        """As mmengine's, refusing another model's checkpoint; the sampler follows the resumed seed as well."""
+        classifier = self.model.module if is_model_wrapper(self.model) else self.model
+        if isinstance(classifier, Classifier):
+            check_fit(classifier.model, read_checkpoint(filename)[0], filename)
         super().resume(filename, *args, **kwargs)
         self.train_dataloader.sampler.seed = self.seed
 

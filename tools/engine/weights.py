@@ -23,7 +23,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], list[str] | No
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as f:
-                state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118: the handle is no mapping
+                state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
             config = path.with_name("config.json")
             return state, json.loads(config.read_text()).get("label_names") if config.is_file() else None
         with torch.serialization.safe_globals(get_torch_safe_globals()):
@@ -36,30 +36,29 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], list[str] | No
         ) from e
 
 
-def load_weights(model: nn.Module, name: str, path: str | Path) -> list[str] | None:
+def load_weights(model: nn.Module, path: str | Path) -> list[str] | None:
     """Load a checkpoint into a timm model, every tensor of it; the class names that the checkpoint knows.
 
     Args:
-        model: what `timm.create_model(name, ...)` returned.
-        name: its timm name.
+        model: what `timm.create_model` returned.
         path: see `read_checkpoint`.
 
     Raises:
         InputError: tensors differ in name or shape; the message says which registered variant they fit.
     """
     state, classes = read_checkpoint(path)
-    check_fit(model, name, state, path)
+    check_fit(model, state, path)
     model.load_state_dict(state)
     return classes
 
 
-def check_fit(model: nn.Module, name: str, state: dict[str, Tensor], path: str | Path) -> None:
+def check_fit(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """InputError where the tensors of `state` are not those of `model`, naming the variant that they fit."""
     want, have = _shapes(model.state_dict()), _shapes(state)
     if want == have:
         return
     wrong = sorted(key for key in want.keys() | have.keys() if want.get(key) != have.get(key))
-    key = wrong[0]
+    key, name = wrong[0], model.pretrained_cfg["architecture"]
     fits = _variant_of(have, name, getattr(model, "num_classes", None))
     raise InputError(
         f"checkpoint {str(path)!r} does not fit model {name!r}: {len(wrong)} tensors differ, such as {key!r} "
@@ -77,7 +76,7 @@ def _variant_of(shapes: dict, name: str, num_classes: int | None) -> str | None:
     family = timm.model_entrypoint(name).__module__
     modules = {variant: timm.model_entrypoint(variant).__module__ for variant in timm.list_models()}
     variants = [v for v, module in modules.items() if module == family or module.startswith("linzoo.")]
-    # Vectors of the classifier's length say how many classes there are; most checkpoints have the config's or ImageNet's.
+    # The lengths of the head's vectors are the candidates for the number of classes.
     counts = [num_classes, *sorted({shape[0] for key, shape in shapes.items() if len(shape) == 1 and "head" in key})]
     for variant in sorted(variants, key=lambda v: (v != name, modules[v] != family)):
         for count in counts:
