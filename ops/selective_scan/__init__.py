@@ -125,7 +125,9 @@ def _check_shapes(u, dt, A, B, C, D, dt_weight, dt_bias, order):
     }
     for name, (tensor, shape, letters) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected {letters} = {shape} beside u {tuple(u.shape)}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name}: expected {letters} = {shape} beside u {tuple(u.shape)}, got {tuple(tensor.shape)}"
+            )
     if order is not None:
         if order[:-1] not in ((groups,), (batch, groups)) or not 0 < order[-1] <= length:
             raise ValueError(

@@ -36,8 +36,9 @@ def _recurrence(A):
     return step
 
 
-def selective_scan(u, dt, A, B, C, D=None, dt_weight=None, dt_bias=None, dt_softplus=True, order=None, merge=False,
-                   use_scan=False):
+def selective_scan(
+    u, dt, A, B, C, D=None, dt_weight=None, dt_bias=None, dt_softplus=True, order=None, merge=False, use_scan=False
+):
     """See `linzoo.ops.selective_scan`. With `use_scan` the loop is one `torch._higher_order_ops.scan`.
 
     Returns:

@@ -1,0 +1,524 @@
+"""GroupMamba.
+
+Paper: GroupMamba: Efficient Group-Based Visual State Space Model (CVPR 2025) - https://arxiv.org/abs/2407.13772
+
+A four-stage pyramid whose token mixer splits the channels into four groups. Each group is a gated selective scan of its own
+that walks the image in one of four directions; a channel affinity computed from the mixer's input couples the groups again.
+
+Tokens are channel-last maps (B, H, W, C) throughout.
+"""
+
+import math
+import re
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import nn
+
+from linzoo.ops import scan_order
+
+from .layers import S6, GroupedLinear
+
+__all__ = ["GroupMamba"]
+
+GROUPS = 4
+
+
+class Conv2dNHWC(nn.Conv2d):
+    """Convolution of a channel-last map: the same memory, seen as NCHW."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class GroupedLayerNorm(nn.Module):
+    """LayerNorm of each group's channels, with weights for each: ``(..., G, d)``."""
+
+    def __init__(self, groups, dim, eps=1e-5, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(groups, dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(groups, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=self.eps), self.weight)
+
+
+class GatedGroupScan(nn.Module):
+    """M_g for all four groups: gated selective scans, each in its own direction (section 3.2, visual single selective scan).
+
+    ``[p, q] = W_in v;  y = LN(S6(SiLU(DWConv(p))));  W_out (y * SiLU(q))``
+    """
+
+    def __init__(self, dim, d_state=1, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        width = dim // GROUPS
+        self.in_proj = GroupedLinear(GROUPS, width, 2 * width, **dd)
+        self.conv = Conv2dNHWC(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.s6 = S6(width, GROUPS, d_state, **dd)
+        self.out_norm = GroupedLayerNorm(GROUPS, width, **dd)
+        self.out_proj = GroupedLinear(GROUPS, width, width, **dd)
+
+    def forward(self, x):
+        B, H, W, C = x.shape
+        p, q = self.in_proj(x.view(B, H * W, GROUPS, -1)).chunk(2, dim=-1)
+        p = F.silu(self.conv(p.reshape(B, H, W, C)))
+        y = self.s6(p.reshape(B, H * W, GROUPS, -1), order=scan_order.cross(H, W, device=x.device))
+        return self.out_proj(self.out_norm(y) * F.silu(q)).reshape(B, H, W, C)
+
+
+class ChannelAffinity(nn.Module):
+    """Channel affinity modulation: squeeze and excite of the mixer's normalised input (eq. 6-7), ``(B, 1, 1, C)``."""
+
+    def __init__(self, dim, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.fc1 = nn.Linear(dim, dim // 16, **dd)
+        self.fc2 = nn.Linear(dim // 16, dim, **dd)
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x.mean((1, 2), keepdim=True)))).sigmoid()
+
+
+class GroupMambaMixer(nn.Module):
+    """Modulated group Mamba layer: ``proj(LN(M(u) * skip_scale * u * affinity(u)))`` with ``u = LN(x)``, the same LN."""
+
+    def __init__(self, dim, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.scan = GatedGroupScan(dim, **dd)
+        self.skip_scale = nn.Parameter(torch.empty(1, **dd))
+        self.affinity = ChannelAffinity(dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.skip_scale)
+
+    def forward(self, x):
+        u = self.norm(x)
+        m = self.scan(u) * u * (self.skip_scale * self.affinity(u))
+        return self.proj(self.norm(m))
+
+
+class DepthwiseMlp(nn.Module):
+    """``fc2(GELU(DWConv(fc1(x))))``."""
+
+    def __init__(self, dim, hidden, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.conv = Conv2dNHWC(hidden, hidden, 3, padding=1, groups=hidden, **dd)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.conv(self.fc1(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, mlp_ratio, drop_path=0.0, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.mixer = GroupMambaMixer(dim, **dd)
+        self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = DepthwiseMlp(dim, int(dim * mlp_ratio), **dd)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.mixer(x))
+        return x + self.drop_path(self.mlp(self.norm(x)))
+
+
+class ClassBlock(nn.Module):
+    """Refines the pooled token ``(B, C)``: the mixer on a map of one token, normalised after it, then an MLP."""
+
+    def __init__(self, dim, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.mixer = GroupMambaMixer(dim, **dd)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, 4 * dim, **dd)
+
+    def forward(self, c):
+        c = c + self.norm1(self.mixer(c[:, None, None]))[:, 0, 0]
+        return c + self.mlp(self.norm2(c))
+
+
+class Stem(nn.Module):
+    """Four convolutions, stride 4 in all, and a LayerNorm: an image ``(B, 3, H, W)`` to tokens ``(B, H/4, W/4, C)``."""
+
+    def __init__(self, in_chans, width, dim, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        convs = []
+        for i, chans in enumerate((in_chans, width, width)):
+            size, stride = (7, 2) if i == 0 else (3, 1)
+            convs += [
+                nn.Conv2d(chans, width, size, stride, padding=size // 2, bias=False, **dd),
+                nn.BatchNorm2d(width, **dd),
+                nn.ReLU(),
+            ]
+        self.convs = nn.Sequential(*convs, nn.Conv2d(width, dim, 3, 2, padding=1, **dd))
+        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+
+    def forward(self, x):
+        return self.norm(self.convs(x).permute(0, 2, 3, 1))
+
+
+class Downsample(nn.Module):
+    """Strided convolution and LayerNorm: half the size, rounded up."""
+
+    def __init__(self, dim, dim_out, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv = Conv2dNHWC(dim, dim_out, 3, 2, padding=1, **dd)
+        self.norm = nn.LayerNorm(dim_out, eps=1e-5, **dd)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class Stage(nn.Module):
+    """Downsampling, blocks, and the LayerNorm that the next stage reads through (none in the last stage)."""
+
+    def __init__(self, dim_in, dim, depth, mlp_ratio, drop_path, last, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = nn.Identity() if dim_in is None else Downsample(dim_in, dim, **dd)
+        self.blocks = nn.Sequential(*[Block(dim, mlp_ratio, drop_path[j], **dd) for j in range(depth)])
+        self.norm = nn.Identity() if last else nn.LayerNorm(dim, eps=1e-6, **dd)
+
+    def forward(self, x):
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x)
+
+
+class GroupMamba(nn.Module):
+    """GroupMamba (arXiv 2407.13772).
+
+    Args:
+        in_chans: Input channels.
+        num_classes: Classes; 0 for none.
+        global_pool: Pooling before the class block, which only a pooled token passes; '' for none.
+        stem_width: Channels inside the stem.
+        dims: Channels of each stage, multiples of 4.
+        depths: Blocks of each stage.
+        mlp_ratios: Hidden over outer width of each stage's MLPs.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
+        distillation: Whether a second head learns from a teacher. Its output is averaged with the first head's, unless
+            `set_distilled_training` is on and the model trains: then `forward` returns both.
+    """
+
+    def __init__(
+        self,
+        in_chans=3,
+        num_classes=1000,
+        global_pool="avg",
+        stem_width=32,
+        dims=(64, 128, 348, 448),
+        depths=(3, 4, 9, 3),
+        mlp_ratios=(8, 8, 4, 4),
+        drop_rate=0.0,
+        drop_path_rate=0.0,
+        distillation=True,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if any(dim % GROUPS for dim in dims):
+            raise ValueError(f"dims: every stage's width must be a multiple of {GROUPS}, got {tuple(dims)}")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.output_fmt = "NHWC"
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.distillation = distillation
+        self.distilled_training = False
+
+        self.stem = Stem(in_chans, stem_width, dims[0], **dd)
+        drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        last = len(dims) - 1
+        self.stages = nn.Sequential(
+            *[
+                Stage(dims[i - 1] if i else None, dims[i], depths[i], mlp_ratios[i], drop_path[i], i == last, **dd)
+                for i in range(len(dims))
+            ]
+        )
+        self.feature_info = [dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(len(dims))]
+
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True, input_fmt="NHWC")
+        self.class_block = ClassBlock(dims[-1], **dd)
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-6, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = self._classifier(num_classes, **dd)
+        self.head_dist = self._classifier(num_classes, **dd) if distillation else None
+        self.init_weights(needs_reset=False)
+
+    def _classifier(self, num_classes, **dd):
+        return nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+    def init_weights(self, needs_reset=True):
+        """Fills every parameter; with `needs_reset` also those that their modules' constructors fill (after `to_empty`)."""
+        self.apply(partial(self._init_weights, needs_reset=needs_reset))
+
+    @staticmethod
+    def _init_weights(module, needs_reset=False):
+        if isinstance(module, GroupedLinear):
+            trunc_normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            height, width = module.kernel_size
+            nn.init.normal_(module.weight, std=math.sqrt(2 * module.groups / (height * width * module.out_channels)))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif needs_reset and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    @torch.jit.ignore
+    def no_weight_decay(self):
+        """The skips D and the weights of the groups' norms: matrices here, but vectors in the published recipe."""
+        return {name for name, _ in self.named_parameters() if name.endswith((".s6.D", ".out_norm.weight"))}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse=False):
+        return dict(
+            stem=r"^stem",
+            blocks=r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.norm", (99998,)),
+                (r"^(?:class_block|norm)", (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable=True):
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_distilled_training(self, enable=True):
+        """Whether `forward` returns ``(logits, distillation logits)`` while the model trains."""
+        self.distilled_training = enable
+
+    @torch.jit.ignore
+    def get_classifier(self):
+        return self.head if self.head_dist is None else (self.head, self.head_dist)
+
+    def reset_classifier(self, num_classes, global_pool=None):
+        dd = get_device_dtype(self)
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True, input_fmt="NHWC")
+        self.head = self._classifier(num_classes, **dd).train(self.training)
+        if self.head_dist is not None:
+            self.head_dist = self._classifier(num_classes, **dd).train(self.training)
+
+    def forward_intermediates(
+        self, x, indices=None, norm=False, stop_early=False, output_fmt="NCHW", intermediates_only=False
+    ):
+        """The stages' maps, each after the LayerNorm that ends it.
+
+        Args:
+            x: Images ``(B, 3, H, W)``.
+            indices: The last n stages if int, all if None, else those listed.
+            norm: Apply the final norm to the last stage's map, as dense predictors read it.
+            stop_early: Stop after the last stage that is asked for.
+            output_fmt: 'NCHW' or 'NHWC'.
+            intermediates_only: Return the maps alone.
+
+        Returns:
+            The final map (NHWC, as `forward_features`) and the list of maps; or that list.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt: expected 'NCHW' or 'NHWC', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.feature_info) - 1
+        x = self.stem(x)
+        intermediates = []
+        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(self.norm(x) if norm and i == last else x)
+        if output_fmt == "NCHW":
+            intermediates = [y.permute(0, 3, 1, 2).contiguous() for y in intermediates]
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
+        """Removes what the maps `indices` do not need; returns the indices, normalised."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        pruned = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if pruned:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_norm or pruned:
+            self.norm = nn.Identity()
+        if prune_head or pruned:
+            self.class_block = nn.Identity()
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x):
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x, pre_logits=False):
+        x = self.global_pool(x)
+        if x.dim() == 2:
+            x = self.class_block(x)
+        x = self.head_drop(self.norm(x))
+        if pre_logits:
+            return x
+        if self.head_dist is None:
+            return self.head(x)
+        logits, distilled = self.head(x), self.head_dist(x)
+        if self.distilled_training and self.training and not torch.jit.is_scripting():
+            return logits, distilled
+        return (logits + distilled) / 2
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+# Keys of a mixer in the published state dict, beside its four `mamba_g{1..4}`.
+_MIXER_KEYS = {"fc1": "affinity.fc1", "fc2": "affinity.fc2"}
+# Keys of one group, and ours for the four stacked; x_proj, dt_projs_* lose the leading 1.
+_GROUP_KEYS = {
+    "in_proj.weight": "in_proj.weight",
+    "conv2d.weight": "conv.weight",
+    "conv2d.bias": "conv.bias",
+    "x_proj_weight": "s6.x_proj",
+    "dt_projs_weight": "s6.dt_weight",
+    "dt_projs_bias": "s6.dt_bias",
+    "A_logs": "s6.A_log",
+    "Ds": "s6.D",
+    "out_norm.weight": "out_norm.weight",
+    "out_norm.bias": "out_norm.bias",
+    "out_proj.weight": "out_proj.weight",
+}
+
+
+def _convert_key(key):
+    key = re.sub(r"^patch_embed1\.conv\.(\d+)", r"stem.convs.\1", key)
+    key = key.replace("patch_embed1.proj", "stem.convs.9").replace("patch_embed1.norm", "stem.norm")
+    key = re.sub(r"^patch_embed(\d)\.proj", lambda m: f"stages.{int(m[1]) - 1}.downsample.conv", key)
+    key = re.sub(r"^patch_embed(\d)\.norm", lambda m: f"stages.{int(m[1]) - 1}.downsample.norm", key)
+    key = re.sub(r"^block(\d)\.(\d+)\.norm2", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}.norm", key)
+    key = re.sub(r"^block(\d)\.(\d+)", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}", key)
+    key = re.sub(r"^norm([123])\.", lambda m: f"stages.{int(m[1]) - 1}.norm.", key)
+    key = re.sub(r"^norm4\.", "norm.", key)
+    key = key.replace("post_network.0.", "class_block.").replace("mlp.dwconv.dwconv.", "mlp.conv.")
+    key = re.sub(r"\.attn\.(fc1|fc2)\.", lambda m: f".mixer.{_MIXER_KEYS[m[1]]}.", key)
+    return key.replace(".attn.", ".mixer.").replace("dist_head.", "head_dist.")
+
+
+def checkpoint_filter_fn(state_dict, model):
+    """Converts the published state dict (its EMA weights, if the file is a training checkpoint) to ours."""
+    for name in ("model_ema", "model", "state_dict"):
+        if name in state_dict:
+            state_dict = state_dict[name]
+            break
+    if "patch_embed1.proj.weight" not in state_dict:
+        return state_dict
+    out, groups = {}, {}
+    for key, value in state_dict.items():
+        match = re.fullmatch(r"(.*\.attn)\.mamba_g(\d)\.(.*)", key)
+        if match is None:
+            out[_convert_key(key)] = value
+        else:
+            name = _convert_key(match[1] + ".scan.") + _GROUP_KEYS[match[3]]
+            groups.setdefault(name, {})[int(match[2])] = value
+    for name, parts in groups.items():
+        parts = [parts[g] for g in sorted(parts)]
+        if ".conv." in name:
+            out[name] = torch.cat(parts)
+        elif name.endswith(("x_proj", "dt_weight", "dt_bias")):
+            out[name] = torch.cat(parts)
+        else:
+            out[name] = torch.stack(parts)
+    if model.head_dist is None:
+        out = {k: v for k, v in out.items() if not k.startswith("head_dist.")}
+    return out
+
+
+def _cfg(**kwargs):
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "min_input_size": (3, 32, 32),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.convs.0",
+        "classifier": ("head", "head_dist"),
+        "license": "mit",
+        "origin_url": "https://github.com/Amshaker/GroupMamba",
+        "paper_ids": "arXiv:2407.13772",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "groupmamba_t.in1k": _cfg(),
+        "groupmamba_s.in1k": _cfg(),
+        "groupmamba_b.in1k": _cfg(),
+    }
+)
+
+
+def _create_groupmamba(variant, pretrained=False, **kwargs):
+    return build_model_with_cfg(
+        GroupMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter", norm=True),
+        **kwargs,
+    )
+
+
+@register_model
+def groupmamba_t(pretrained=False, **kwargs):
+    """GroupMamba-Tiny: 23.4M parameters, 4.6 GMACs."""
+    model_args = dict(stem_width=32, dims=(64, 128, 348, 448), depths=(3, 4, 9, 3))
+    return _create_groupmamba("groupmamba_t", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def groupmamba_s(pretrained=False, **kwargs):
+    """GroupMamba-Small: 34.8M parameters, 7.0 GMACs."""
+    model_args = dict(stem_width=64, dims=(64, 128, 348, 512), depths=(3, 4, 16, 3))
+    return _create_groupmamba("groupmamba_s", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def groupmamba_b(pretrained=False, **kwargs):
+    """GroupMamba-Base: 57.2M parameters, 14 GMACs."""
+    model_args = dict(stem_width=64, dims=(96, 192, 424, 512), depths=(3, 6, 21, 3))
+    return _create_groupmamba("groupmamba_b", pretrained, **dict(model_args, **kwargs))

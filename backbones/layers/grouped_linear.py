@@ -1,0 +1,34 @@
+"""A linear map per group of channels."""
+
+import torch
+from torch import nn
+
+
+def grouped_linear(x, weight):
+    """``y[..., g, :] = weight[g] @ x[..., g, :]``.
+
+    Args:
+        x: ``(..., G, I)``.
+        weight: ``(G, O, I)``.
+
+    Returns:
+        ``(..., G, O)``, a view of memory in which each group's rows are contiguous.
+    """
+    rows = x.flatten(0, -3).transpose(0, 1)
+    return torch.bmm(rows, weight.transpose(1, 2)).transpose(0, 1).unflatten(0, x.shape[:-2])
+
+
+class GroupedLinear(nn.Module):
+    """`grouped_linear` with its weight ``(groups, out_features, in_features)``; sizes are those of one group."""
+
+    def __init__(self, groups, in_features, out_features, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, out_features, in_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        bound = self.weight.shape[2] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x):
+        return grouped_linear(x, self.weight)

@@ -1,0 +1,85 @@
+"""The selective state-space layer (S6) that the Mamba families build their mixers from."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from linzoo.ops import selective_scan
+
+from .grouped_linear import grouped_linear
+
+
+class S6(nn.Module):
+    """Input-dependent step, B and C, and the selective scan with them (Mamba, arXiv 2312.00752, algorithm 2).
+
+    Each of `groups` scans has its own parameters and its own order::
+
+        [r, B, C] = x_proj u;   y = selective_scan(u, r, -exp(A_log), B, C, D, dt_weight, dt_bias, order)
+
+    Args:
+        dim: Channels of one group.
+        groups: Scans that run side by side.
+        d_state: N, states per channel.
+        dt_rank: R, rank of the step size; None for ``ceil(dim / 16)``.
+        dt_min, dt_max: The initial step sizes are log-uniform between them.
+        dt_floor: Smallest initial step size.
+    """
+
+    def __init__(
+        self,
+        dim,
+        groups,
+        d_state=1,
+        dt_rank=None,
+        dt_min=0.001,
+        dt_max=0.1,
+        dt_floor=1e-4,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.dim, self.groups, self.d_state = dim, groups, d_state
+        self.dt_rank = dt_rank or math.ceil(dim / 16)
+        self.dt_range = dt_min, dt_max, dt_floor
+        self.x_proj = nn.Parameter(torch.empty(groups, self.dt_rank + 2 * d_state, dim, **dd))
+        self.dt_weight = nn.Parameter(torch.empty(groups, dim, self.dt_rank, **dd))
+        self.dt_bias = nn.Parameter(torch.empty(groups, dim, **dd))
+        self.A_log = nn.Parameter(torch.empty(groups, dim, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(groups, dim, **dd))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        nn.init.uniform_(self.x_proj, -(self.dim**-0.5), self.dim**-0.5)
+        nn.init.uniform_(self.dt_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        dt_min, dt_max, dt_floor = self.dt_range
+        step = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(dt_min), math.log(dt_max))
+        step = step.exp().clamp(min=dt_floor)
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log))
+        nn.init.ones_(self.D)
+
+    def forward(self, u, order=None, merge=False):
+        """Scans `u`.
+
+        Args:
+            u: ``(B, L, D)``, read by every group, or ``(B, L, G, D)``.
+            order: ``(G, T)`` integer scan orders; see `linzoo.ops.selective_scan`.
+            merge: Sum the groups' outputs.
+
+        Returns:
+            ``(B, L, G, D)``, or ``(B, L, D)`` with `merge`.
+        """
+        if u.dim() == 3:
+            projected = F.linear(u, self.x_proj.flatten(0, 1)).unflatten(-1, (self.groups, -1))
+            u = u.unsqueeze(2).expand(-1, -1, self.groups, -1)
+        else:
+            projected = grouped_linear(u, self.x_proj)
+        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        A = -torch.exp(self.A_log.float())
+        return selective_scan(
+            u, dt, A, B, C, self.D, dt_weight=self.dt_weight, dt_bias=self.dt_bias, order=order, merge=merge
+        )
