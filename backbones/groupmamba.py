@@ -2,8 +2,9 @@
 
 Paper: GroupMamba: Efficient Group-Based Visual State Space Model (CVPR 2025) - https://arxiv.org/abs/2407.13772
 
-A four-stage pyramid whose token mixer splits the channels into four groups. Each group is a gated selective scan of its own
-that walks the image in one of four directions; a channel affinity computed from the mixer's input couples the groups again.
+A four-stage pyramid whose token mixer splits the channels into four groups. Each group is a gated selective scan of its
+own that walks the image in one of four directions; a channel affinity, computed from the mixer's input, couples the
+groups again.
 
 Tokens are channel-last maps (B, H, W, C) throughout.
 """
@@ -55,7 +56,7 @@ class GroupedLayerNorm(nn.Module):
 
 
 class GatedGroupScan(nn.Module):
-    """M_g for all four groups: gated selective scans, each in its own direction (section 3.2, visual single selective scan).
+    """M_g for all four groups: gated selective scans, each in its own direction (section 3.2).
 
     ``[p, q] = W_in v;  y = LN(S6(SiLU(DWConv(p))));  W_out (y * SiLU(q))``
     """
@@ -92,7 +93,7 @@ class ChannelAffinity(nn.Module):
 
 
 class GroupMambaMixer(nn.Module):
-    """Modulated group Mamba layer: ``proj(LN(M(u) * skip_scale * u * affinity(u)))`` with ``u = LN(x)``, the same LN."""
+    """Modulated group Mamba layer: ``proj(LN(M(u) * skip_scale * u * affinity(u)))`` with ``u = LN(x)``."""
 
     def __init__(self, dim, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
@@ -278,7 +279,7 @@ class GroupMamba(nn.Module):
         return nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
     def init_weights(self, needs_reset=True):
-        """Fills every parameter; with `needs_reset` also those that their modules' constructors fill (after `to_empty`)."""
+        """Fills the parameters; with `needs_reset` (after `to_empty`) also those that constructors fill."""
         self.apply(partial(self._init_weights, needs_reset=needs_reset))
 
     @staticmethod
@@ -453,12 +454,8 @@ def checkpoint_filter_fn(state_dict, model):
             groups.setdefault(name, {})[int(match[2])] = value
     for name, parts in groups.items():
         parts = [parts[g] for g in sorted(parts)]
-        if ".conv." in name:
-            out[name] = torch.cat(parts)
-        elif name.endswith(("x_proj", "dt_weight", "dt_bias")):
-            out[name] = torch.cat(parts)
-        else:
-            out[name] = torch.stack(parts)
+        joined = ".conv." in name or name.endswith(("x_proj", "dt_weight", "dt_bias"))
+        out[name] = torch.cat(parts) if joined else torch.stack(parts)
     if model.head_dist is None:
         out = {k: v for k, v in out.items() if not k.startswith("head_dist.")}
     return out

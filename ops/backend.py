@@ -1,7 +1,7 @@
 """Which implementation serves an operator: ``cpu`` (C++), ``cuda`` (NVRTC), ``reference`` (PyTorch) or ``export``.
 
-By default the tensor's device decides, and ``reference`` serves where there is no kernel: it warns once and says what to do,
-or raises under ``LINZOO_STRICT=1``. ``LINZOO_BACKEND`` or `use_backend` force one.
+By default the tensor's device decides, and ``reference`` serves where there is no kernel: it warns once and says what to
+do, or raises under ``LINZOO_STRICT=1``. ``LINZOO_BACKEND`` or `use_backend` force one.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _forced = _checked(os.environ.get("LINZOO_BACKEND") or None, "LINZOO_BACKEND")
 def use_backend(name):
     """Forces every operator of the process onto one backend within the block; None restores the choice by device.
 
-    ``export`` evaluates operators by `torch._higher_order_ops.scan`, which ``torch.onnx.export`` turns into ONNX ``Scan``.
+    ``export`` evaluates operators by `torch._higher_order_ops.scan`, which ``torch.onnx.export`` turns into ONNX Scan.
 
     Raises:
         ValueError: `name` is no backend.
@@ -101,6 +101,6 @@ def backend_info():
     """For each operator, which backend serves CPU and CUDA tensors and why the others do not.
 
     Returns:
-        ``{op: {"cpu": reason, "cuda": reason, "reference": None}}``: None where the backend can serve, else why it cannot.
+        ``{op: {"cpu": reason, "cuda": reason, "reference": None}}``; a reason is None where the backend can serve.
     """
     return {op: {backend: _unavailable(op, backend) for backend in ("cpu", "cuda", "reference")} for op in sources()}

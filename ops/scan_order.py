@@ -1,8 +1,8 @@
 """Scan orders: permutations of the tokens of an image, as data for the operators' ``order`` argument.
 
 Every function takes the height and width of the token map and returns an int32 tensor whose entry ``t`` is the raster
-index ``row * W + column`` of the token visited at step ``t``; one order is ``(H * W,)``, several are ``(G, H * W)``. All
-are made of plain tensor operations, so they trace, and work for any ``H`` and ``W``.
+index ``row * W + column`` of the token visited at step ``t``; one order is ``(H * W,)``, several are ``(G, H * W)``.
+All are made of plain tensor operations, so they trace, and work for any ``H`` and ``W``.
 """
 
 import torch
@@ -24,7 +24,7 @@ def reverse(order):
 
 
 def cross(H, W, device=None):
-    """The four routes of cross-scan (VMamba, arXiv 2401.10166, fig. 3): raster, column, and both reversed; ``(4, H * W)``."""
+    """Cross-scan (VMamba, arXiv 2401.10166, fig. 3): raster, column, and both reversed; ``(4, H * W)``."""
     forth = torch.stack([raster(H, W, device), column(H, W, device)])
     return torch.cat([forth, reverse(forth)])
 
@@ -51,7 +51,7 @@ def _grid(H, W, device):
 def windowed(H, W, window, device=None):
     """Window by window in raster order, raster order within each (LocalMamba, arXiv 2403.09338).
 
-    `window` is a size or a pair (height, width); windows at the lower and right border are cut off where they do not fit.
+    `window` is a size or a pair (height, width); windows that do not fit at the lower and right border are cut off.
 
     Raises:
         ValueError: a window size below 1.
@@ -91,8 +91,7 @@ def hilbert(H, W, device=None):
 def atrous(H, W, step, device=None):
     """Every `step`-th token of every `step`-th row, one group for each of the ``step ** 2`` offsets, in raster order.
 
-    Group ``i * step + j`` starts at row i and column j (EfficientVMamba's atrous sampling, arXiv 2403.09977, section 3.2).
-    Returns ``(step ** 2, H * W / step ** 2)``: shorter than the map, each group sees its own tokens only.
+    Group ``i * step + j`` starts at row i and column j (EfficientVMamba, arXiv 2403.09977, section 3.2). Returns ``(step ** 2, H * W / step ** 2)``: shorter than the map, each group sees its own tokens only.
 
     Raises:
         ValueError: H or W is no multiple of `step`.
