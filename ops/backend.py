@@ -1,7 +1,7 @@
 """Which implementation serves an operator: ``cpu`` (C++), ``cuda`` (NVRTC), ``reference`` (PyTorch) or ``export``.
 
-By default the tensor's device decides, and ``reference`` serves where there is no kernel: it warns once and says what to
-do, or raises under ``LINZOO_STRICT=1``. ``LINZOO_BACKEND`` or `use_backend` force one.
+By default the tensor's device decides, and ``reference`` serves where there is no kernel: it warns once and says what
+to do, or raises under ``LINZOO_STRICT=1``. ``LINZOO_BACKEND`` or `use_backend` force one.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Compiles the CPU kernels: ``python -m linzoo.ops.build`` builds all of them ahead, for images and clusters.
 
 Each operator's ``cpu.cpp`` needs a C++17 compiler and the headers that torch ships (its stable ABI). The library goes
-to the user's cache directory, or to ``LINZOO_CACHE``, under a name made of everything it depends on. It is written under
-a lock and moved into place whole, since several training processes start at once.
+to the user's cache directory, or to ``LINZOO_CACHE``, under a name made of everything it depends on. It is written
+under a lock and moved into place whole, since several training processes start at once.
 """
 
 import functools

@@ -91,7 +91,8 @@ def hilbert(H, W, device=None):
 def atrous(H, W, step, device=None):
     """Every `step`-th token of every `step`-th row, one group for each of the ``step ** 2`` offsets, in raster order.
 
-    Group ``i * step + j`` starts at row i and column j (EfficientVMamba, arXiv 2403.09977, section 3.2). Returns ``(step ** 2, H * W / step ** 2)``: shorter than the map, each group sees its own tokens only.
+    Group ``i * step + j`` starts at row i and column j (EfficientVMamba, arXiv 2403.09977, section 3.2).
+    Returns ``(step ** 2, H * W / step ** 2)``: shorter than the map, each group sees its own tokens only.
 
     Raises:
         ValueError: H or W is no multiple of `step`.

@@ -40,7 +40,7 @@ def selective_scan(
         h_t     = exp(delta_t A[g, d]) h_{t-1} + delta_t B[b, l, g] u[b, l, g, d],     h_0 = 0, in R^N
         y[b, l, g, d] = C[b, l, g] . h_t + D[g, d] u[b, l, g, d]
 
-    Nothing is copied into scan order: `u`, `dt`, `B` and `C` stay in token order and may be views (a stride-0 ``expand``
+    Nothing is copied into scan order: `u`, `dt`, `B` and `C` stay in token order and may be views (a stride-0 expand
     over G, a split of channels, a strided grid of tokens) as long as their last dimension is contiguous.
 
     Args:
@@ -53,14 +53,14 @@ def selective_scan(
         dt_weight: ``(G, D, R)`` expands a low-rank `dt` inside the kernel.
         dt_bias: ``(G, D)``.
         dt_softplus: Whether the step size passes through softplus.
-        order: Integer ``(G, T)`` or ``(B, G, T)`` with T <= L distinct tokens per group; None for 0 .. L-1. Output at tokens
-            that no step visits is 0.
+        order: Integer ``(G, T)`` or ``(B, G, T)`` with T <= L distinct tokens per group; None for 0 .. L-1. Output at
+            tokens that no step visits is 0.
         merge: Sum the groups' outputs.
 
     Returns:
-        ``(B, L, G, D)``, or ``(B, L, D)`` with `merge`, in the dtype of the activations: `u`, `dt`, `B` and `C` are promoted to
-        their widest dtype, so mixed inputs under autocast are fine. States and sums are float32, float64 for float64
-        activations; `A`, `D`, `dt_weight` and `dt_bias` are read in that precision.
+        ``(B, L, G, D)``, or ``(B, L, D)`` with `merge`, in the dtype of the activations: `u`, `dt`, `B` and `C` are
+        promoted to their widest dtype, so mixed inputs under autocast are fine. States and sums are float32, float64 for
+        float64 activations; `A`, `D`, `dt_weight` and `dt_bias` are read in that precision.
 
     Raises:
         ValueError: a shape does not fit, L or T is 0.
@@ -128,11 +128,10 @@ def _check_shapes(u, dt, A, B, C, D, dt_weight, dt_bias, order):
             raise ValueError(
                 f"{name}: expected {letters} = {shape} beside u {tuple(u.shape)}, got {tuple(tensor.shape)}"
             )
-    if order is not None:
-        if order[:-1] not in ((groups,), (batch, groups)) or not 0 < order[-1] <= length:
-            raise ValueError(
-                f"order: expected (G, T) or (B, G, T) with G = {groups}, B = {batch} and 0 < T <= L = {length}, got {order}"
-            )
+    if order is not None and (order[:-1] not in ((groups,), (batch, groups)) or not 0 < order[-1] <= length):
+        raise ValueError(
+            f"order: expected (G, T) or (B, G, T) with B = {batch}, G = {groups}, 0 < T <= L = {length}, got {order}"
+        )
 
 
 def _check_types(u, dt, A, B, C, D, dt_weight, dt_bias, order):
@@ -161,12 +160,12 @@ def _check_order(order, length):
         raise RuntimeError("order: a group visits a token twice")
 
 
-# Registration. The operator returns its output and, if `save`, the state before each chunk of CHUNK steps, from which the
-# backward pass recomputes the others.
+# Registration. The operator returns its output and, if `save`, the state before each chunk of CHUNK steps, from which
+# the backward pass recomputes the others.
 
 _INPUTS = (
-    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_weight, Tensor? dt_bias, bool dt_softplus, "
-    "Tensor? order"
+    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_weight, Tensor? dt_bias, "
+    "bool dt_softplus, Tensor? order"
 )
 torch.library.define("linzoo::selective_scan", f"({_INPUTS}, bool merge, bool save) -> (Tensor y, Tensor states)")
 torch.library.define("linzoo::selective_scan_backward", f"(Tensor dy, {_INPUTS}, Tensor states) -> Tensor[]")
