@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_data(cfg)
     cfg.model.update(pretrained=False, distillation="none")
     with tempfile.TemporaryDirectory() as cfg.work_dir:
-        cfg.experiment_name = cfg.work_dir  # mmengine shares loggers and visualizers between runs of one name
+        cfg.experiment_name = cfg.work_dir  # mmengine shares loggers and histories between runs of one name
         runner = Runner.from_cfg(cfg)
         load_weights(runner.model.model, args.checkpoint)
         metrics = runner.test()

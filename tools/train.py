@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     _check_launcher(args.launcher)
     cfg = load_config(args.config, args.cfg_options)
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
+    cfg.setdefault("experiment_name", cfg.work_dir)  # mmengine shares loggers and histories between runs of one name
     cfg.resume = args.resume
     cfg.launcher = args.launcher
     if args.seed is not None:

@@ -1,5 +1,7 @@
 """The 300-epoch recipe of DeiT that most families follow: 1,024 images a step (8 x 128), AdamW, averaged weights."""
 
+_base_ = ["./runtime.py"]
+
 model = dict(
     type="Classifier",
     num_classes=1000,

@@ -1,6 +1,6 @@
 """GroupMamba-B on ImageNet-1k by its published recipe, with the DeiT teacher: `torchrun --nproc_per_node=8`."""
 
-_base_ = ["../_base_/runtime.py", "../_base_/imagenet.py", "../_base_/deit_300e.py"]
+_base_ = ["../_base_/imagenet.py", "../_base_/deit_300e.py"]
 
 model = dict(
     model_name="groupmamba_b",

@@ -33,7 +33,7 @@ def test_costs_agree_with_the_published_ones(name):
 
 
 def test_published_names_are_registered():
-    assert set(PUBLISHED) <= set(list_models()) | set(list_models(dense=True))
+    assert set(PUBLISHED) <= set(list_models())
 
 
 def test_known_model():

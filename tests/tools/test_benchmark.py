@@ -1,0 +1,134 @@
+"""The benchmark measures what it says; no test asserts how fast anything is."""
+
+import json
+
+import pytest
+import torch
+from timm.models import get_pretrained_cfg
+
+from linzoo.backbones import list_models
+from linzoo.ops import use_backend
+from linzoo.tools import benchmark
+
+SMALL = {"B": 1, "L": 64, "G": 4, "D": 32, "N": 2}
+
+
+@pytest.fixture
+def small_ops(monkeypatch):
+    monkeypatch.setitem(benchmark.OPS, "selective_scan", (benchmark.selective_scan_case, [SMALL]))
+
+
+def test_calls_are_timed_in_turns():
+    log = []
+    times = benchmark.medians({name: lambda n=name: log.append(n) for name in "ab"}, "cpu", budget=0.0, least=3)
+    assert log == ["a", "a", "b", "b"] + ["a", "b"] * 3  # the first two of each warm it up
+    assert times.keys() == {"a", "b"}
+
+
+def test_a_slow_call_drops_out_once_its_budget_is_spent(monkeypatch):
+    seconds = {"slow": 1.0, "fast": 0.125}
+    monkeypatch.setattr(benchmark, "seconds", lambda call, device: seconds[call()])
+    log = []
+    calls = {name: lambda n=name: log.append(n) or n for name in seconds}
+    assert benchmark.medians(calls, "cpu", budget=4.0, least=1) == seconds
+    assert log.count("slow") == 4
+    assert log.count("fast") == 32
+
+
+def test_exponent_of_a_power_law():
+    tokens = [196, 784, 3136]
+    assert benchmark.exponent(tokens, [3 * t**1.1 for t in tokens]) == pytest.approx(1.1)
+
+
+def test_selective_scan_case_is_model_like():
+    """Every leaf receives a gradient, the groups share their input, and the floor counts each state of each step."""
+    call, leaves, floor = benchmark.selective_scan_case("cpu", **SMALL)
+    y = call()
+    assert y.shape == (1, 64, 32)
+    grads = torch.autograd.grad(y.square().sum(), leaves)
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in grads)
+    assert floor().numel() == 64 * 4 * 32 * 2
+    with use_backend("reference"):
+        torch.testing.assert_close(call(), y, rtol=1e-4, atol=1e-5)
+
+
+def test_ops_part(small_ops, tmp_path, capsys):
+    file = tmp_path / "new" / "ops.json"
+    benchmark.main(["ops", "--op", "selective_scan", "--budget", "0", "--json", str(file)])
+    written = json.loads(file.read_text())
+    assert written["environment"]["torch"] == torch.__version__
+    assert written["environment"]["threads"] == torch.get_num_threads()
+    (row,) = written["rows"]
+    assert row["shape"] == SMALL
+    assert 0 <= row["error"] < 1e-4
+    assert all(row[f"{k}_ms"] > 0 for k in ("floor", "forward", "both", "reference_forward", "reference_both"))
+    out = capsys.readouterr().out
+    assert "B1 L64 G4 D32 N2" in out
+    assert torch.__version__ in out
+
+
+def test_operator_share():
+    call, _, _ = benchmark.selective_scan_case("cpu", **SMALL)
+    x = torch.randn(8, 8)
+
+    def mixed():
+        for _ in range(20):
+            x @ x
+        call()
+
+    assert benchmark.operator_share(lambda: x @ x, "cpu") == 0
+    assert 0 < benchmark.operator_share(mixed, "cpu") < 1
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "train"])
+def test_models_part(train, tmp_path, capsys):
+    name, file = list_models()[0], tmp_path / "models.json"
+    command = ["models", "--models", name, "test_mambaout", "--sizes", "32", "64", "--batch", "2", "--budget", "0"]
+    benchmark.main([*command, "--json", str(file), *["--train"] * train])
+    written = json.loads(file.read_text())
+    assert written["environment"]["pass"] == ("train" if train else "inference")
+    rows = {(r["model"], r["size"]): r for r in written["rows"]}
+    assert rows.keys() == {(n, s) for n in (name, "test_mambaout") for s in (32, 64)}
+    for row in rows.values():
+        assert row["images_per_s"] == pytest.approx(2 / row["seconds"])
+    assert rows[name, 64]["tokens"] == 4 * rows[name, 32]["tokens"]
+    assert rows[name, 64]["macs"] > rows[name, 32]["macs"]
+    assert rows[name, 64]["exponent"] == rows[name, 32]["exponent"]
+    assert 0 < rows[name, 64]["operator_share"] < 1
+    assert rows["test_mambaout", 64]["operator_share"] == 0
+    assert name in capsys.readouterr().out
+
+
+def test_family_stands_beside_the_baselines(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(benchmark, "model_rows", lambda names, size, args: asked.append(names) or [])
+    family = benchmark.family_of(list_models()[0])
+    benchmark.main(["models", "--family", family])
+    (names,) = asked
+    assert tuple(names[-2:]) == benchmark.BASELINES
+    assert names[:-2] == [n for n in list_models() if benchmark.family_of(n) == family]
+    assert all(get_pretrained_cfg(n) for n in names)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("models", "--models or --family"),
+        ("models --models no_such_model", "no_such_model"),
+        ("models --family no_such_family", "no_such_family"),
+        ("models --models test_mambaout --batch 0", "must be positive"),
+        ("ops --op no_such_op", "no_such_op"),
+    ],
+)
+def test_bad_input(command, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        benchmark.main(command.split())
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_cuda_without_a_device(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        benchmark.main(["ops", "--device", "cuda"])
+    assert "no CUDA device" in capsys.readouterr().err
