@@ -19,6 +19,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_module
 from torch import nn
 
 from linzoo.ops import scan_order
@@ -55,6 +56,7 @@ class GroupedLayerNorm(nn.Module):
         return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=self.eps), self.weight)
 
 
+@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
 class GatedGroupScan(nn.Module):
     """M_g for all four groups: gated selective scans, each in its own direction (section 3.2).
 
@@ -267,7 +269,7 @@ class GroupMamba(nn.Module):
         )
         self.feature_info = [dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(len(dims))]
 
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True, input_fmt="NHWC")
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool), input_fmt="NHWC")
         self.class_block = ClassBlock(dims[-1], **dd)
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6, **dd)
         self.head_drop = nn.Dropout(drop_rate)
@@ -334,7 +336,7 @@ class GroupMamba(nn.Module):
         dd = get_device_dtype(self)
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True, input_fmt="NHWC")
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool), input_fmt="NHWC")
         self.head = self._classifier(num_classes, **dd).train(self.training)
         if self.head_dist is not None:
             self.head_dist = self._classifier(num_classes, **dd).train(self.training)
@@ -388,7 +390,7 @@ class GroupMamba(nn.Module):
 
     def forward_head(self, x, pre_logits=False):
         x = self.global_pool(x)
-        if x.dim() == 2:
+        if not self.global_pool.is_identity():
             x = self.class_block(x)
         x = self.head_drop(self.norm(x))
         if pre_logits:
