@@ -59,8 +59,8 @@ def selective_scan(
 
     Returns:
         ``(B, L, G, D)``, or ``(B, L, D)`` with `merge`, in the dtype of the activations: `u`, `dt`, `B` and `C` are
-        promoted to their widest dtype, so mixed inputs under autocast are fine. States and sums are float32, float64 for
-        float64 activations; `A`, `D`, `dt_weight` and `dt_bias` are read in that precision.
+        promoted to their widest dtype, so mixed inputs under autocast are fine. States and sums are float32, float64
+        for float64 activations; `A`, `D`, `dt_weight` and `dt_bias` are read in that precision.
 
     Raises:
         ValueError: a shape does not fit, L or T is 0.
@@ -80,6 +80,7 @@ def selective_scan(
         return reference(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, use_scan=True)[0]
     inputs = (u, dt, A, B, C, D, dt_weight, dt_bias)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    save = save and not torch.compiler.is_exporting()  # the number of chunks would tie the program to a length
     return torch.ops.linzoo.selective_scan(*inputs, dt_softplus, order, merge, save)[0]
 
 
@@ -128,7 +129,10 @@ def _check_shapes(u, dt, A, B, C, D, dt_weight, dt_bias, order):
             raise ValueError(
                 f"{name}: expected {letters} = {shape} beside u {tuple(u.shape)}, got {tuple(tensor.shape)}"
             )
-    if order is not None and (order[:-1] not in ((groups,), (batch, groups)) or not 0 < order[-1] <= length):
+    if order is None:
+        return
+    fits = len(order) in (2, 3) and order[-2] == groups and 0 < order[-1] <= length
+    if not fits or (len(order) == 3 and order[0] != batch):
         raise ValueError(
             f"order: expected (G, T) or (B, G, T) with B = {batch}, G = {groups}, 0 < T <= L = {length}, got {order}"
         )
@@ -161,7 +165,7 @@ def _check_order(order, length):
 
 
 # Registration. The operator returns its output and, if `save`, the state before each chunk of CHUNK steps, from which
-# the backward pass recomputes the others.
+# the backward pass recomputes the others; without them it runs the forward pass again.
 
 _INPUTS = (
     "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_weight, Tensor? dt_bias, "
@@ -198,7 +202,6 @@ def _kernel_inputs(u, dt, A, B, C, D, dt_weight, dt_bias, order):
     return u, dt, A, B, C, D, dt_weight, dt_bias, order
 
 
-@torch.library.impl("linzoo::selective_scan", "default")
 def _forward(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, save):
     _check_order(order, u.shape[1])
     if resolve("selective_scan", u.device) == "reference":
@@ -220,7 +223,6 @@ def _forward_fake(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, mer
     return _empty_outputs(u, A, order, merge, save)
 
 
-@torch.library.impl("linzoo::selective_scan_backward", "default")
 def _backward(dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, states):
     tensors = (u, dt, A, B, C, D, dt_weight, dt_bias)
     present = [x for x in tensors if x is not None]
@@ -231,6 +233,8 @@ def _backward(dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, sta
             grads = torch.autograd.grad(y, [x for x in leaves if x is not None], dy)
         return [g.to(x.dtype).contiguous() for g, x in zip(grads, present, strict=True)]
 
+    if states.dim() == 1:
+        states = _forward(*tensors, dt_softplus, order, False, True)[1]
     batch, length, groups, channels = u.shape
     new = torch.empty if order is None or order.shape[-1] == length else torch.zeros  # 0 where no step visits a token
     split = _split_channels(u, batch * groups)
@@ -281,6 +285,8 @@ def _autograd(ctx, dy, _):
     return *(next(grads) if present else None for present in ctx.present), None, None, None, None
 
 
+torch.library.impl("linzoo::selective_scan", "default", _forward)
+torch.library.impl("linzoo::selective_scan_backward", "default", _backward)
 torch.library.register_autograd("linzoo::selective_scan", _autograd, setup_context=_setup_context)
 
 
