@@ -324,6 +324,7 @@ def test_prune_intermediate_layers(model):
         pruned = copy.deepcopy(model)
         taken = pruned.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
         assert list(taken) == [index]
+        assert pruned(x).shape[0] == len(x), "what is left runs as a model too"
         features = pruned.forward_intermediates(x, indices=taken, intermediates_only=True)
         assert_near(features, [maps[index]])
         total(features).backward()
@@ -506,6 +507,7 @@ def test_autocast(model):
     assert_gradients(model)
 
 
+@pytest.mark.slow
 def test_compile(model):
     x = images()
     y, plain = model(x), gradients(model, x)
@@ -525,6 +527,7 @@ def test_compile_inductor(model):
         assert_near(torch.compile(model, fullgraph=True)(x), model(x), 1e-3)
 
 
+@pytest.mark.slow
 def test_export(model, family):
     """One exported program serves every batch size and, where the architecture allows, every image size."""
     fixed = get_pretrained_cfg_value(family, "fixed_input_size")

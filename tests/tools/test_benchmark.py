@@ -80,7 +80,7 @@ def test_operator_share():
     assert 0 < benchmark.operator_share(mixed, "cpu") < 1
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "train"])
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["inference", "train"])
 def test_models_part(train, tmp_path, capsys):
     name, file = list_models()[0], tmp_path / "models.json"
     command = ["models", "--models", name, "test_mambaout", "--sizes", "32", "64", "--batch", "2", "--budget", "0"]

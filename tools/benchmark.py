@@ -1,0 +1,335 @@
+#!/usr/bin/env python
+"""Times the zoo: `ops` its operators, backend against backend, `models` whole networks beside the usual baselines.
+
+Whatever is compared is timed in turns within one run, so that a busy moment of the machine hits all alike, and the
+median counts. The first line says what was timed on what.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from linzoo.backbones import list_models
+from linzoo.ops import scan_order, selective_scan, use_backend
+from linzoo.tools.models import create, family_of, measure
+
+BASELINES = ("swin_tiny_patch4_window7_224", "deit_small_patch16_224")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# --- timing ---------------------------------------------------------------------------------------------------------
+
+
+def environment(device, dtype="float32"):
+    """What a timing depends on, as a dictionary of strings and numbers."""
+    facts = {"device": device, "dtype": dtype, "torch": torch.__version__, "timm": timm.__version__}
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+        facts["tf32"] = torch.backends.cuda.matmul.allow_tf32
+    else:
+        facts["cpu"] = cpu_name()
+        facts["threads"] = torch.get_num_threads()
+        facts["load"] = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    return facts
+
+
+def cpu_name():
+    """The processor's name as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def seconds(call, device):
+    """How long one call takes; on a GPU by events, after the cache that the call before left was overwritten."""
+    if device != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    torch.empty(2**28, dtype=torch.int8, device=device).zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def medians(calls, device, budget=2.0, least=3):
+    """Median seconds of each of `calls`, `{name: function}`, timed in turns after a warm-up of two calls each.
+
+    A call drops out once it has taken `budget` seconds, warm-up included, and was timed `least` times.
+    """
+    spent = {name: sum(seconds(call, device) for _ in range(2)) for name, call in calls.items()}
+    times = {name: [] for name in calls}
+    while pending := [n for n in calls if len(times[n]) < least or spent[n] < budget]:
+        for name in pending:
+            times[name].append(seconds(calls[name], device))
+            spent[name] += times[name][-1]
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def print_rows(title, facts, rows, columns, file):
+    """The environment, then `rows` as a table of `columns`, `{heading: row -> text}`; all of it to the JSON `file`."""
+    console = Console(width=None if Console().is_terminal else 170)
+    console.print("  ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
+    table = Table(title=title)
+    for i, heading in enumerate(columns):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()))
+    console.print(table)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"title": title, "environment": facts, "rows": rows}, indent=1) + "\n")
+
+
+# --- operators ------------------------------------------------------------------------------------------------------
+
+# A case of an operator: `shape -> (call, leaves, floor)`. `call()` runs it as a model does, `leaves` are the tensors
+# that receive gradients, and `floor()` does what no implementation can do without.
+
+
+def selective_scan_case(device, B, L, G, D, N):
+    """Cross-scan of a square map: G routes over the same channels, low-rank steps, outputs merged.
+
+    The floor is the exponential of B L G D N elements: each state decays by one at each step.
+    """
+    side, rank = math.isqrt(L), math.ceil(D / 16)
+    order = scan_order.cross(side, side).to(device)[:G]
+    u = torch.randn(B, L, D, device=device)
+    projected = torch.randn(B, L, G, rank + 2 * N, device=device)  # a model computes these by one projection
+    A = -torch.rand(G, D, N, device=device) - 0.5
+    skip, bias = torch.ones(G, D, device=device), torch.full((G, D), -4.0, device=device)
+    weight = torch.randn(G, D, rank, device=device) * rank**-0.5
+    leaves = [t.requires_grad_() for t in (u, projected, A, skip, weight, bias)]
+    decays = torch.randn(B * L * G * D * N, device=device)
+    out = torch.empty_like(decays)
+
+    def call():
+        dt, b, c = projected.split([rank, N, N], -1)
+        wide = u.unsqueeze(2).expand(B, L, G, D)
+        return selective_scan(wide, dt, A, b, c, skip, dt_weight=weight, dt_bias=bias, order=order, merge=True)
+
+    return call, leaves, lambda: torch.exp(decays, out=out)
+
+
+OPS = {
+    "selective_scan": (
+        selective_scan_case,
+        [
+            {"B": 1, "L": 3136, "G": 4, "D": 96, "N": 1},
+            {"B": 8, "L": 3136, "G": 4, "D": 96, "N": 1},
+            {"B": 1, "L": 3136, "G": 4, "D": 192, "N": 16},
+            {"B": 1, "L": 784, "G": 4, "D": 192, "N": 1},
+        ],
+    ),
+}
+
+OP_COLUMNS = {
+    "shape": lambda r: " ".join(f"{k}{v}" for k, v in r["shape"].items()),
+    "floor ms": lambda r: f"{r['floor_ms']:.2f}",
+    "forward ms": lambda r: f"{r['forward_ms']:.2f}",
+    "/ floor": lambda r: f"{r['forward_ms'] / r['floor_ms']:.2f}",
+    "reference forward ms": lambda r: f"{r['reference_forward_ms']:.0f}",
+    "/ ours": lambda r: f"{r['reference_forward_ms'] / r['forward_ms']:.0f}x",
+    "forward + backward ms": lambda r: f"{r['both_ms']:.2f}",
+    "backward / forward": lambda r: f"{(r['both_ms'] - r['forward_ms']) / r['forward_ms']:.2f}",
+    "reference both ms": lambda r: f"{r['reference_both_ms']:.0f}",
+    "/ ours ": lambda r: f"{r['reference_both_ms'] / r['both_ms']:.0f}x",
+    "largest error / std": lambda r: f"{r['error']:.1e}",
+}
+
+
+def op_row(case, shape, device, budget):
+    """Times one shape on the device's own backend and on the reference, forward and forward + backward."""
+    call, leaves, floor = case(device, **shape)
+    with torch.no_grad():
+        gradient = torch.randn_like(call())
+
+    def on(backend, backward):
+        def run():
+            with use_backend(backend), torch.set_grad_enabled(backward):
+                y = call()
+                return torch.autograd.grad(y, leaves, gradient) if backward else y
+
+        return run
+
+    calls = {"floor": floor}
+    for backend, name in ((device, ""), ("reference", "reference_")):
+        calls |= {f"{name}forward": on(backend, False), f"{name}both": on(backend, True)}
+    expected = calls["reference_forward"]()
+    error = ((calls["forward"]() - expected).abs().max() / expected.std()).item()
+    times = medians(calls, device, budget)
+    return {"shape": shape, "error": error, **{f"{name}_ms": t * 1e3 for name, t in times.items()}}
+
+
+def run_ops(args):
+    """The `ops` part."""
+    for name in args.op:
+        case, shapes = OPS[name]
+        facts = environment(args.device)
+        rows = [op_row(case, shape, args.device, args.budget) for shape in shapes]
+        file = args.json if len(args.op) == 1 or not args.json else args.json.with_stem(f"{args.json.stem}_{name}")
+        print_rows(f"{name}: {args.device} backend against the reference", facts, rows, OP_COLUMNS, file)
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def network(name, size, args):
+    """A pass of model `name` over a batch of random images: `(model, call)`."""
+    model = create(name, size).to(args.device).train(args.train)
+    x = torch.randn(args.batch, model.in_chans, size, size, device=args.device)
+    half = args.dtype != "float32"
+
+    def call():
+        with torch.set_grad_enabled(args.train), torch.autocast(args.device, DTYPES[args.dtype], enabled=half):
+            y = model(x)
+        if args.train:
+            sum(out.float().mean() for out in (y if isinstance(y, tuple) else (y,))).backward()
+
+    return model, call
+
+
+def operator_share(call, device):
+    """The share of the time of `call()` that passes inside operators of `linzoo`, all that they call included."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        call()
+    field = "device_time_total" if device == "cuda" else "cpu_time_total"
+    events = profile.events()
+    whole = sum(getattr(e, f"self_{field}") for e in events)
+    return sum(getattr(e, field) for e in events if is_ours(e) and not is_ours(e.cpu_parent)) / whole
+
+
+def is_ours(event):
+    """Whether a profiler event is an operator of `linzoo` or lies inside one."""
+    return event is not None and (event.name.startswith("linzoo") or is_ours(event.cpu_parent))
+
+
+def peak_memory(call):
+    """Peak bytes that PyTorch allocated on the GPU during a call."""
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def model_rows(names, size, args):
+    """Times `names` in turns on images of one size."""
+    networks = {name: network(name, size, args) for name in names}
+    times = medians({name: call for name, (_, call) in networks.items()}, args.device, args.budget)
+    rows = []
+    for name, (model, call) in networks.items():
+        params, macs = measure(name, size)
+        stride = model.feature_info[0]["reduction"]
+        row = {"model": name, "size": size, "tokens": math.ceil(size / stride) ** 2, "params": params, "macs": macs}
+        row |= {"seconds": times[name], "images_per_s": args.batch / times[name]}
+        row["operator_share"] = operator_share(call, args.device)
+        row["peak_bytes"] = peak_memory(call) if args.device == "cuda" else None
+        rows.append(row)
+    return rows
+
+
+def exponent(tokens, times):
+    """Slope of log(time) against log(tokens), by least squares."""
+    return statistics.linear_regression([math.log(t) for t in tokens], [math.log(t) for t in times]).slope
+
+
+def model_columns(rows):
+    """The columns that the run has something to say in."""
+    columns = {
+        "model": lambda r: r["model"],
+        "size": lambda r: f"{r['size']}",
+        "images/s": lambda r: f"{r['images_per_s']:.1f}",
+        "ms / batch": lambda r: f"{r['seconds'] * 1e3:.1f}",
+        "in our operators": lambda r: f"{r['operator_share']:.1%}",
+        "params M": lambda r: f"{r['params'] / 1e6:.2f}",
+        "GMACs": lambda r: f"{r['macs'] / 1e9:.2f}",
+    }
+    if any(r["peak_bytes"] for r in rows):
+        columns["peak GiB"] = lambda r: f"{r['peak_bytes'] / 2**30:.2f}"
+    if any("exponent" in r for r in rows):
+        columns["tokens"] = lambda r: f"{r['tokens']}"
+        columns["time ~ tokens^"] = lambda r: f"{r['exponent']:.2f}"
+    return columns
+
+
+def run_models(args):
+    """The `models` part."""
+    names = list(args.models)
+    if args.family:
+        names += [n for n in list_models() if family_of(n) in args.family]
+        names += [n for n in BASELINES if n not in names]
+    facts = environment(args.device, args.dtype) | {"batch": args.batch, "pass": "train" if args.train else "inference"}
+    rows = [row for size in args.sizes for row in model_rows(names, size, args)]
+    for name in names if len(args.sizes) > 1 else ():
+        own = [r for r in rows if r["model"] == name]
+        slope = exponent([r["tokens"] for r in own], [r["seconds"] for r in own])
+        for row in own:
+            row["exponent"] = slope
+    rows.sort(key=lambda r: names.index(r["model"]))
+    print_rows("models", facts, rows, model_columns(rows), args.json)
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    ops = parts.add_parser("ops", help="operators, against the reference and against a floor")
+    ops.add_argument("--op", nargs="+", choices=list(OPS), default=list(OPS))
+    models = parts.add_parser("models", help="networks: images/s, share of our operators, parameters, MACs")
+    models.add_argument("--models", nargs="+", default=[], metavar="NAME", help="names registered with timm")
+    models.add_argument(
+        "--family", nargs="+", default=[], help="all models of these families, and " + ", ".join(BASELINES)
+    )
+    models.add_argument("--sizes", "--size", nargs="+", type=int, default=[224], help="sides of the square images")
+    models.add_argument("--batch", type=int, default=4)
+    models.add_argument("--dtype", choices=list(DTYPES), help="autocast to it (default: float32; on CUDA float16)")
+    models.add_argument("--train", action="store_true", help="forward and backward in training mode")
+    for part in (ops, models):
+        part.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+        part.add_argument("--budget", type=float, default=2.0, metavar="S", help="seconds that each timing may take")
+        part.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    if args.part == "models":
+        families = sorted({family_of(n) for n in list_models()})
+        wrong = [n for n in args.models if not timm.is_model(n)], [f for f in args.family if f not in families]
+        if wrong[0]:
+            parser.error(f"--models: timm knows no {', '.join(wrong[0])}")
+        if wrong[1]:
+            parser.error(f"--family: no {', '.join(wrong[1])}; the zoo has {', '.join(families)}")
+        if not (args.models or args.family):
+            parser.error("name models by --models or --family")
+        if args.batch < 1 or min(args.sizes) < 1:
+            parser.error("--batch and --sizes must be positive")
+        args.dtype = args.dtype or ("float16" if args.device == "cuda" else "float32")
+    return args
+
+
+def main(argv=None):
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler calls a machine without a GPU an error
+    args = parse(argv)
+    {"ops": run_ops, "models": run_models}[args.part](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+"""Lists the zoo: what each model costs, measured, beside what its authors publish.
+
+MACs are measured by running the model on the meta device under `torch.utils.flop_counter`: convolutions and matrix
+products count one MAC per multiply-add, our operators count by their registered formula as the papers count them (a
+selective scan of L tokens, D channels and N states: 9 L D N, and L D for the skip), elementwise operations and
+normalisations count nothing.
+"""
+
+import argparse
+import csv
+import sys
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from timm.models import get_pretrained_cfg, get_pretrained_cfg_value, model_entrypoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from linzoo.backbones import list_models
+from linzoo.backbones.published import PUBLISHED, Published
+
+COLUMNS = (
+    "name", "family", "params_m", "gmacs", "published_params_m", "published_gmacs", "top1", "paper", "weights",
+    "license", "source", "note",
+)  # fmt: skip
+
+
+def family_of(name):
+    """The family of a registered model: its file in `linzoo.backbones`, or timm's."""
+    return model_entrypoint(name).__module__.rpartition(".")[2]
+
+
+def create(name, size, **kwargs):
+    """`timm.create_model` for square images of `size`, also where the architecture fixes its input size."""
+    if get_pretrained_cfg_value(name, "fixed_input_size"):
+        kwargs["img_size"] = size
+    return timm.create_model(name, **kwargs)
+
+
+def measure(name, size=224):
+    """Parameter count and multiply-accumulates of one image of `size` x `size`: `(parameters, macs)`."""
+    model = create(name, size, device="meta").eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(torch.empty(1, model.in_chans, size, size, device="meta"))
+    counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    macs = sum(count if op.startswith("linzoo") else count / 2 for op, count in counts.items())
+    return sum(p.numel() for p in model.parameters()), macs
+
+
+def describe(name):
+    """One row of the list, with `COLUMNS` as keys; None where there is no figure."""
+    published = PUBLISHED.get(name, Published(None, None, None, ""))
+    cfg = get_pretrained_cfg(name)
+    params, macs = measure(name, published.size)
+    papers = cfg.paper_ids or ()
+    return {
+        "name": name,
+        "family": family_of(name),
+        "params_m": round(params / 1e6, 2),
+        "gmacs": round(macs / 1e9, 2),
+        "published_params_m": published.params_m,
+        "published_gmacs": published.gmacs,
+        "top1": published.top1,
+        "paper": papers if isinstance(papers, str) else " ".join(papers),
+        "weights": "yes" if cfg.url or cfg.hf_hub_id else "no",
+        "license": cfg.license,
+        "source": published.source,
+        "note": published.note,
+    }
+
+
+def print_table(rows):
+    """The rows as a table on the terminal, the published figures in brackets beside ours."""
+    table = Table(caption="in brackets: as published; parameters in millions, MACs in 10^9 at 224 x 224 unless noted")
+    for title in ("model", "family", "params", "MACs", "top-1", "paper", "weights", "licence", "note"):
+        table.add_column(
+            title, justify="right" if title in ("params", "MACs", "top-1") else "left", no_wrap=title == "model"
+        )
+
+    def beside(ours, theirs):
+        return f"{ours}" if theirs is None else f"{ours} ({theirs})"
+
+    for r in rows:
+        costs = [beside(r[c], r[f"published_{c}"]) for c in ("params_m", "gmacs")]
+        rest = (r[c] for c in ("top1", "paper", "weights", "license", "note"))
+        table.add_row(r["name"], r["family"], *costs, *("" if value is None else str(value) for value in rest))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("filter", nargs="?", default="", help="wildcard of model names, such as 'groupmamba*'")
+    parser.add_argument("--csv", action="store_true", help="comma-separated values instead of a table")
+    args = parser.parse_args(argv)
+    names = list_models(args.filter)
+    if not names:
+        parser.error(f"no model of the zoo matches {args.filter!r}")
+    rows = [describe(name) for name in names]
+    if not args.csv:
+        return print_table(rows)
+    writer = csv.DictWriter(sys.stdout, COLUMNS)
+    writer.writeheader()
+    return writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
