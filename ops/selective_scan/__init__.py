@@ -7,6 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import forced_backend, resolve
 from .reference import selective_scan as reference
+from .reference import selective_scan_backward as reference_backward
 from .reference import state_dtype
 
 __all__ = ["selective_scan", "selective_states"]
@@ -205,10 +206,9 @@ def _kernel_inputs(u, dt, A, B, C, D, dt_weight, dt_bias, order):
 def _forward(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, save):
     _check_order(order, u.shape[1])
     if resolve("selective_scan", u.device) == "reference":
-        with torch.no_grad():
-            y, states = reference(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge)
-            states = torch.stack(states[::CHUNK], 2).transpose(3, 4) if save else u.new_empty(0, dtype=A.dtype)
-            return y.contiguous(), states.contiguous()
+        y, states = reference(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge)
+        states = torch.stack(states[::CHUNK], 2).transpose(3, 4) if save else u.new_empty(0, dtype=A.dtype)
+        return y.contiguous(), states.contiguous()
     y, states = _empty_outputs(u, A, order, merge, save)
     *inputs, order = _kernel_inputs(u, dt, A, B, C, D, dt_weight, dt_bias, order)
     if order is not None and order.shape[-1] < u.shape[1] and not merge:
@@ -225,14 +225,9 @@ def _forward_fake(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, mer
 
 def _backward(dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, states):
     tensors = (u, dt, A, B, C, D, dt_weight, dt_bias)
-    present = [x for x in tensors if x is not None]
     if resolve("selective_scan", u.device) == "reference":
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() if x is not None else None for x in tensors]
-            y, _ = reference(*leaves, dt_softplus, order)
-            grads = torch.autograd.grad(y, [x for x in leaves if x is not None], dy)
-        return [g.to(x.dtype).contiguous() for g, x in zip(grads, present, strict=True)]
-
+        grads = reference_backward(dy, *tensors, dt_softplus, order)
+        return [g.contiguous() for g in grads if g is not None]
     if states.dim() == 1:
         states = _forward(*tensors, dt_softplus, order, False, True)[1]
     batch, length, groups, channels = u.shape
