@@ -1,17 +1,17 @@
 """Label images: `python tools/predict.py CONFIG CHECKPOINT IMAGE|FOLDER --out DIR`."""
 
-import argparse
 import json
 from pathlib import Path
 
 import matplotlib
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 from PIL import Image
 
+from linzoo.tools.engine.cli import command, config_parser
 from linzoo.tools.engine.config import load_config
 from linzoo.tools.engine.data import EXTENSIONS
-from linzoo.tools.engine.errors import InputError, command, existing_file
+from linzoo.tools.engine.errors import InputError, existing_file
 from linzoo.tools.engine.runner import write_atomically
 from linzoo.tools.engine.weights import load_weights
 
@@ -60,8 +60,11 @@ def predict(cfg: Config, checkpoint: str, images: list[Path], batch_size: int = 
                 image.load()
         except (OSError, SyntaxError, ValueError) as e:
             raise InputError(f"cannot read image {str(path)!r}; expected a whole image file ({e})") from e
+    predictions = []
+    for batch in inferencer.preprocess([str(path) for path in images], batch_size):
+        predictions += inferencer.forward(batch)
     results = []
-    for path, result in zip(images, inferencer([str(p) for p in images], batch_size=batch_size), strict=True):
+    for path, result in zip(images, inferencer.postprocess(predictions, None), strict=True):
         scores = result["pred_scores"]
         top5 = [{"label": classes[i], "confidence": float(scores[i])} for i in scores.argsort()[::-1][:5]]
         results.append(dict(path=str(path), **top5[0], top5=top5))
@@ -70,7 +73,7 @@ def predict(cfg: Config, checkpoint: str, images: list[Path], batch_size: int = 
 
 def draw_sheet(results: list[dict], file: Path) -> None:
     """A picture of up to 64 images with labels and confidences; red where the image's folder names another class."""
-    shown = results[:SHEET]
+    shown = results[:: -(-len(results) // SHEET)]
     names = {top["label"] for result in results for top in result["top5"]}
     columns = min(8, len(shown))
     rows = -(-len(shown) // columns)
@@ -92,12 +95,10 @@ def draw_sheet(results: list[dict], file: Path) -> None:
 @command
 def main(argv: list[str] | None = None) -> None:
     """Command line of `predict`: writes DIR/predictions.json and the contact sheet DIR/predictions.png."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="config file the model was trained with")
+    parser = config_parser(__doc__)
     parser.add_argument("checkpoint", help=".pth of train.py, or .safetensors")
     parser.add_argument("image", help="image, or folder of images")
     parser.add_argument("--out", required=True, help="folder for predictions.json and predictions.png")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
     args = parser.parse_args(argv)
 
     cfg = load_config(args.config, args.cfg_options)

@@ -1,14 +1,12 @@
 """Evaluate a checkpoint (.pth of train.py, or .safetensors): `python tools/test.py CONFIG CHECKPOINT`."""
 
-import argparse
 import json
 import tempfile
 
-from mmengine.config import DictAction
-
+from linzoo.tools.engine.cli import command, config_parser
 from linzoo.tools.engine.config import load_config
 from linzoo.tools.engine.data import prepare_data
-from linzoo.tools.engine.errors import command, existing_file
+from linzoo.tools.engine.errors import existing_file
 from linzoo.tools.engine.runner import Runner
 from linzoo.tools.engine.weights import load_weights
 
@@ -16,10 +14,8 @@ from linzoo.tools.engine.weights import load_weights
 @command
 def main(argv: list[str] | None = None) -> None:
     """Command line of `test`: prints the metrics as one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="config file")
+    parser = config_parser(__doc__)
     parser.add_argument("checkpoint", help=".pth of train.py, or .safetensors")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
     args = parser.parse_args(argv)
 
     cfg = load_config(args.config, args.cfg_options)

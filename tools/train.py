@@ -1,15 +1,14 @@
 """Train a model: `python tools/train.py configs/cls/groupmamba_t_digits.py`."""
 
-import argparse
 import os
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
 
+from linzoo.tools.engine.cli import command, config_parser
 from linzoo.tools.engine.config import load_config
 from linzoo.tools.engine.data import prepare_data
-from linzoo.tools.engine.errors import InputError, command
+from linzoo.tools.engine.errors import InputError
 from linzoo.tools.engine.runner import Runner
 
 
@@ -23,14 +22,12 @@ def _check_launcher(launcher: str) -> None:
 @command
 def main(argv: list[str] | None = None) -> None:
     """Command line of `train`. Wrong input ends it with one line on stderr and status 2, before anything is written."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="config file")
+    parser = config_parser(__doc__)
     parser.add_argument("--work-dir", help="where logs and checkpoints go; default: work_dirs/CONFIG")
     parser.add_argument("--resume", action="store_true", help="continue the run of the work dir, if it has begun")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm"], default="none")
     parser.add_argument("--seed", type=int, help="in place of the config's randomness.seed")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
     args = parser.parse_args(argv)
 
     _check_launcher(args.launcher)

@@ -1,8 +1,6 @@
 """Errors that a user can act on: one line, no traceback."""
 
-import functools
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -23,19 +21,3 @@ def existing_file(argument: str, path: str) -> Path:
         what = "a folder" if Path(path).is_dir() else "no such file"
         raise InputError(f"{argument} {path!r}: {what}; expected an existing file")
     return Path(path)
-
-
-def command(main: Callable) -> Callable:
-    """Decorates a tool's `main(argv=None)`: an InputError becomes one line on stderr and exit status 2."""
-
-    @functools.wraps(main)
-    def run(argv: list[str] | None = None) -> None:
-        try:
-            main(argv)
-        except InputError as e:
-            # An error raised in a data-loader worker carries the worker's traceback before its own message.
-            line = str(e).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
-            print(f"error: {line}", file=sys.stderr)
-            sys.exit(2)
-
-    return run

@@ -19,10 +19,10 @@ class ExportHook(Hook):
     """After training, writes `work_dir/export/{model.safetensors,config.json}`.
 
     The folder is timm's own exchange format: `timm.create_model("local-dir:work_dir/export", pretrained=True)`, or the
-    weights alone by `pretrained_cfg_overlay=dict(file=".../model.safetensors", num_classes=K)` (without the number, timm
-    takes the head for ImageNet's and drops it). `config.json` names the model, its class names, input size, mean and
-    std, the training config and the accuracy. The weights are those of the best validation (the averaged ones where the
-    run averages), else the last.
+    weights alone by `pretrained_cfg_overlay=dict(file=".../model.safetensors", num_classes=K)` (without the number,
+    timm takes the head for ImageNet's and drops it). `config.json` names the model, its class names, input size, mean
+    and std, the training config and the accuracy. The weights are those of the best validation (the averaged ones where
+    the run averages), else the last.
     """
 
     priority = "LOWEST"
