@@ -1,0 +1,44 @@
+"""Compares the backend that is in use with the reference on a tiny input: what `linzoo doctor` runs."""
+
+import torch
+
+from .backend import use_backend
+from .scan_order import cross
+from .selective_scan import selective_scan
+
+
+def _selective_scan(normal):
+    B, H, W, G, D, N, R = 2, 5, 7, 4, 19, 3, 2
+    inputs = dict(u=normal(B, H * W, G, D), dt=normal(B, H * W, G, R), A=-normal(G, D, N).abs() - 0.1)
+    inputs |= dict(B=normal(B, H * W, G, N), C=normal(B, H * W, G, N), D=normal(G, D))
+    inputs |= dict(dt_weight=normal(G, D, R), dt_bias=normal(G, D) - 3)
+    return lambda **x: selective_scan(**x, order=cross(H, W, x["u"].device)), inputs
+
+
+EXAMPLES = {"selective_scan": _selective_scan}
+
+
+def self_check(op, device="cpu"):
+    """Largest error of operator `op`'s output and gradients on `device`, relative to the reference's largest values.
+
+    Returns:
+        A float: about 1e-6 where all is well in float32; infinite where something is not finite.
+
+    Raises:
+        ValueError: there is no such operator.
+    """
+    if op not in EXAMPLES:
+        raise ValueError(f"op: expected one of {', '.join(EXAMPLES)}, got {op!r}")
+    generator = torch.Generator().manual_seed(0)
+    run, inputs = EXAMPLES[op](lambda *shape: torch.randn(shape, generator=generator))
+    inputs = {name: x.to(device).requires_grad_() for name, x in inputs.items()}
+
+    def results():
+        y = run(**inputs)
+        return [y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))]
+
+    ours = results()
+    with use_backend("reference"):
+        expected = results()
+    errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, expected, strict=True)]
+    return max(error if error == error else float("inf") for error in errors)

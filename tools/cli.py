@@ -1,0 +1,17 @@
+"""The `linzoo` command: `linzoo doctor`, `linzoo train CONFIG`, ... each the `main` of the tool of that name."""
+
+import importlib
+import sys
+
+COMMANDS = ("doctor", "models", "benchmark", "train", "test", "predict")
+
+
+def main(argv=None):
+    """Runs the tool that the first argument names with the others."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in COMMANDS:
+        asked = bool(argv) and argv[0] not in ("-h", "--help")
+        line = f"linzoo: unknown command {argv[0]!r}; " if asked else ""
+        print(f"{line}usage: linzoo {{{','.join(COMMANDS)}}} ...", file=sys.stderr if asked else sys.stdout)
+        return 2 if asked else 0
+    return importlib.import_module(f"linzoo.tools.{argv[0]}").main(argv[1:])

@@ -1,0 +1,80 @@
+"""Says what LinZoo finds on this machine: versions, the backend of each operator, and whether it computes rightly."""
+
+import argparse
+import importlib.metadata
+import platform
+import warnings
+
+import rich.box
+import rich.console
+import rich.table
+import torch
+
+import linzoo.backbones
+from linzoo.ops import backend_info, build
+from linzoo.ops.backend import resolve
+from linzoo.ops.self_check import self_check
+
+PACKAGES = (
+    *("linzoo", "torch", "torchvision", "timm", "triton", "cuda-core"),
+    *("onedl-mmengine", "onedl-mmcv", "onedl-mmpretrain", "onedl-mmsegmentation", "onedl-mmdetection"),
+    *("onnx", "onnxscript", "onnxruntime"),
+)
+TOLERANCE = 1e-4  # of the largest value, in float32
+
+
+def version(package):
+    """Installed version of a distribution, or a dash."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"
+
+
+def check(op, device):
+    """The backend that serves `op` on `device`, its self-check, and whether that is good enough."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the table says why the reference serves
+        try:
+            backend, error = resolve(op, torch.device(device)), self_check(op, device)
+        except RuntimeError as failure:
+            return "none", f"failed: {failure}", False
+    return backend, f"{'ok' if error <= TOLERANCE else 'WRONG'}, error {error:.0e}", error <= TOLERANCE
+
+
+def main(argv=None):
+    """Command line of `linzoo doctor`; exit status 1 if a self-check fails."""
+    argparse.ArgumentParser(prog="linzoo doctor", description=__doc__).parse_args(argv)
+    console = rich.console.Console(soft_wrap=True, highlight=False)
+    try:
+        compiler = build.find_compiler()
+    except build.BuildError as error:
+        compiler = str(error)
+    facts = {
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "compiler": compiler,
+        "kernel cache": str(build.cache_dir()),
+        "models": str(len(linzoo.backbones.list_models())),
+    }
+    for name, value in facts.items():
+        console.print(f"[bold]{name:13}[/bold] {value}")
+
+    table = rich.table.Table("operator", "device", "backend", "self-check", "why not faster", box=rich.box.SIMPLE)
+    healthy = True
+    for op, reasons in backend_info().items():
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            backend, result, good = check(op, device)
+            healthy &= good
+            why = "" if backend == device else reasons[device] or f"{backend} is forced"
+            table.add_row(op, device, backend, result, why)
+        if not torch.cuda.is_available():
+            table.add_row(op, "cuda", "-", "-", f"no CUDA device; {reasons['cuda'] or 'kernel ready'}")
+    console.print(table)
+    return 0 if healthy else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
