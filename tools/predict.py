@@ -48,7 +48,7 @@ def predict(cfg: Config, checkpoint: str, images: list[Path], batch_size: int = 
     from mmpretrain.apis import ImageClassificationInferencer
     from mmpretrain.registry import MODELS
 
-    settings = dict(cfg.model, pretrained=False, distillation="none", data_preprocessor=cfg.data_preprocessor)
+    settings = dict(cfg.model, pretrained=False, distillation="none", data_preprocessor=cfg.get("data_preprocessor"))
     model = MODELS.build(settings)
     classes = load_weights(model.model, checkpoint)
     classes = classes or [str(i) for i in range(model.model.num_classes)]

@@ -40,6 +40,9 @@ def assert_same_end(one: Path, two: Path, epoch: int = 3):
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(b["optimizer"]["state"][i][key])), (i, key)
     scalars = [x["message_hub"]["log_scalars"] for x in (a, b)]
     assert scalars[0]["train/loss"].data[0].tolist() == scalars[1]["train/loss"].data[0].tolist()
+    # mmengine writes a validation to its epoch's checkpoint only where it was the best one of its process.
+    validations = (x["val/accuracy/top1"].data[0].tolist() for x in scalars if "val/accuracy/top1" in x)
+    assert all(first == second for first, second in zip(*validations, strict=False))
 
 
 def killed(argv: list[str], when) -> None:
@@ -146,6 +149,7 @@ def test_finished_run_is_left_alone(tmp_path, config):
     before = read_checkpoint(work_dir / "epoch_1.pth")[0]
     time.sleep(1)  # mmengine names a run by its second
     train.main([path, "--work-dir", str(work_dir), "--resume"])
+    assert "Epoch(val)" not in max(work_dir.glob("*/*.log")).read_text()
     after = read_checkpoint(work_dir / "epoch_1.pth")[0]
     assert all(torch.equal(before[key], after[key]) for key in before)
 

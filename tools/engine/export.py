@@ -43,7 +43,7 @@ class ExportHook(Hook):
             model,
             Path(runner.work_dir, FOLDER),
             label_names=list(classes or ()),
-            data_config=_data_config(runner.val_dataloader.dataset, classifier.data_preprocessor),
+            data_config=_data_config(runner, classifier.data_preprocessor),
             config=Path(runner.cfg.filename or "").name,
             top1=info.get("best_score"),
         )
@@ -73,7 +73,9 @@ def export(model, folder: Path, label_names: list[str], data_config: dict, **fac
     partial.rmdir()
 
 
-def _data_config(dataset, preprocessor) -> dict:
-    size = tuple(dataset[0]["inputs"].shape)
+def _data_config(runner, preprocessor) -> dict:
+    size = tuple(runner.val_dataloader.dataset[0]["inputs"].shape)
+    pipeline = runner.cfg.val_dataloader.dataset.pipeline
+    edge = next((step.scale for step in pipeline if step.type == "ResizeEdge"), size[-1])
     mean, std = ((x.flatten() / 255).tolist() for x in (preprocessor.mean, preprocessor.std))
-    return {"input_size": size, "mean": mean, "std": std, "crop_pct": 1.0}
+    return {"input_size": size, "mean": mean, "std": std, "crop_pct": size[-1] / edge}

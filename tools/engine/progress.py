@@ -1,5 +1,6 @@
 """Progress of a run: a live bar on a terminal, plain lines elsewhere."""
 
+import atexit
 import logging
 import sys
 import time
@@ -61,6 +62,7 @@ class ProgressHook(Hook):
             top1="-",
         )
         self.bar.start()
+        atexit.register(self.bar.stop)  # an error must not leave the terminal without its cursor
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         """Start the clock at the first batch of an epoch; loading it counts from then on."""

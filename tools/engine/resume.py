@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop
 
 
 @HOOKS.register_module()
@@ -22,10 +23,15 @@ class ResumeHook(Hook):
     def before_train(self, runner):
         """Validate the resumed epoch where its checkpoint was written before its validation had been done."""
         loop, epoch = runner.train_loop, runner.epoch
-        done = runner.message_hub.runtime_info.get("validated_epoch", 0)
+        done = runner.message_hub.runtime_info.get("last_validation", 0)
         due = epoch >= loop.val_begin and (epoch % loop.val_interval == 0 or epoch == loop.max_epochs)
         if runner.val_loop is not None and epoch > done and due:
             runner.val_loop.run()
+
+    def before_val_epoch(self, runner):
+        """Note for the checkpoint that the validation's own hooks may write: this epoch is validated in it."""
+        if isinstance(runner._train_loop, BaseLoop):
+            runner.message_hub.update_info("last_validation", runner.epoch)
 
     def before_train_epoch(self, runner):
         """Seed this epoch."""

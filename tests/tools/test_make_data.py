@@ -1,0 +1,41 @@
+"""The digits: whole, the same every time, safe against a kill and a second process."""
+
+import multiprocessing
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from linzoo.tools import make_data
+
+
+def test_digits(tmp_path, capsys):
+    make_data.main(["digits", "--out", str(tmp_path / "digits")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "digits")
+    images, labels = load_digits(return_X_y=True)
+    seen = []
+    for part, count in (("train", 1437), ("val", 360)):
+        files = sorted((tmp_path / "digits" / part).glob("*/*.png"))
+        assert len(files) == count
+        seen += [int(file.stem) for file in files]
+        assert all(labels[int(file.stem)] == int(file.parent.name) for file in files)
+    assert sorted(seen) == list(range(1797)), "every scan once, in one part only"
+    per_class = [len(list((tmp_path / "digits/val" / str(digit)).iterdir())) for digit in range(10)]
+    assert min(per_class) >= 35 and max(per_class) <= 37
+    file = next((tmp_path / "digits/val/3").iterdir())
+    pixels = np.asarray(Image.open(file), dtype=float)
+    assert np.abs(pixels * 16 / 255 - images[int(file.stem)].reshape(8, 8)).max() < 0.05
+
+
+def test_leftovers_and_second_process(tmp_path):
+    """A part-written folder of a killed process goes; processes that start together make one folder."""
+    (tmp_path / ".digits-killed/train").mkdir(parents=True)
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=make_data.digits, args=(tmp_path / "digits",)) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")) == ["digits"]
+    assert len(list((tmp_path / "digits").rglob("*.png"))) == 1797
