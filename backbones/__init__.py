@@ -3,10 +3,11 @@
 from timm import list_models as _timm_list_models
 
 from .groupmamba import GroupMamba
+from .vmamba import VMamba
 
-__all__ = ["GroupMamba", "list_models"]
+__all__ = ["GroupMamba", "VMamba", "list_models"]
 
-_FAMILIES = ("groupmamba",)
+_FAMILIES = ("groupmamba", "vmamba")
 
 
 def list_models(filter=""):

@@ -11,49 +11,22 @@ Tokens are channel-last maps (B, H, W, C) throughout.
 
 import math
 import re
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
 from torch import nn
 
 from linzoo.ops import scan_order
 
-from .layers import S6, GroupedLinear
+from .layers import S6, Conv2dNHWC, ConvDownsample, GroupedLayerNorm, GroupedLinear, Pyramid, Stage, unwrap_state_dict
 
 __all__ = ["GroupMamba"]
 
 GROUPS = 4
-
-
-class Conv2dNHWC(nn.Conv2d):
-    """Convolution of a channel-last map: the same memory, seen as NCHW."""
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class GroupedLayerNorm(nn.Module):
-    """LayerNorm of each group's channels, with weights for each: ``(..., G, d)``."""
-
-    def __init__(self, groups, dim, eps=1e-5, device=None, dtype=None):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(groups, dim, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(groups, dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x):
-        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=self.eps), self.weight)
 
 
 @register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
@@ -181,41 +154,11 @@ class Stem(nn.Module):
         return self.norm(self.convs(x).permute(0, 2, 3, 1))
 
 
-class Downsample(nn.Module):
-    """Strided convolution and LayerNorm: half the size, rounded up."""
-
-    def __init__(self, dim, dim_out, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.conv = Conv2dNHWC(dim, dim_out, 3, 2, padding=1, **dd)
-        self.norm = nn.LayerNorm(dim_out, eps=1e-5, **dd)
-
-    def forward(self, x):
-        return self.norm(self.conv(x))
-
-
-class Stage(nn.Module):
-    """Downsampling, blocks, and the LayerNorm that the next stage reads through (none in the last stage)."""
-
-    def __init__(self, dim_in, dim, depth, mlp_ratio, drop_path, last, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = nn.Identity() if dim_in is None else Downsample(dim_in, dim, **dd)
-        self.blocks = nn.Sequential(*[Block(dim, mlp_ratio, drop_path[j], **dd) for j in range(depth)])
-        self.norm = nn.Identity() if last else nn.LayerNorm(dim, eps=1e-6, **dd)
-
-    def forward(self, x):
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return self.norm(x)
-
-
-class GroupMamba(nn.Module):
+class GroupMamba(Pyramid):
     """GroupMamba (arXiv 2407.13772).
+
+    Every stage but the last ends in a LayerNorm that the next one reads through. The final norm belongs to the class
+    token: `forward_features` gives the last map without it; dense predictors apply it to that map (``norm=True``).
 
     Args:
         in_chans: Input channels.
@@ -247,29 +190,23 @@ class GroupMamba(nn.Module):
         dtype=None,
     ):
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
         if any(dim % GROUPS for dim in dims):
             raise ValueError(f"dims: every stage's width must be a multiple of {GROUPS}, got {tuple(dims)}")
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.output_fmt = "NHWC"
-        self.num_features = self.head_hidden_size = dims[-1]
+        super().__init__(dims, 4, in_chans, num_classes, drop_rate)
         self.distillation = distillation
         self.distilled_training = False
 
         self.stem = Stem(in_chans, stem_width, dims[0], **dd)
         drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        last = len(dims) - 1
-        self.stages = nn.Sequential(
-            *[
-                Stage(dims[i - 1] if i else None, dims[i], depths[i], mlp_ratios[i], drop_path[i], i == last, **dd)
-                for i in range(len(dims))
-            ]
-        )
-        self.feature_info = [dict(num_chs=dims[i], reduction=4 * 2**i, module=f"stages.{i}") for i in range(len(dims))]
+        stages = []
+        for i, dim in enumerate(dims):
+            blocks = [Block(dim, mlp_ratios[i], rate, **dd) for rate in drop_path[i]]
+            downsample = ConvDownsample(dims[i - 1], dim, **dd) if i else None
+            norm = nn.LayerNorm(dim, eps=1e-6, **dd) if i < len(dims) - 1 else None
+            stages.append(Stage(blocks, downsample, norm))
+        self.stages = nn.Sequential(*stages)
 
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool), input_fmt="NHWC")
+        self.global_pool = self._pool(global_pool)
         self.class_block = ClassBlock(dims[-1], **dd)
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6, **dd)
         self.head_drop = nn.Dropout(drop_rate)
@@ -277,51 +214,29 @@ class GroupMamba(nn.Module):
         self.head_dist = self._classifier(num_classes, **dd) if distillation else None
         self.init_weights(needs_reset=False)
 
+    @staticmethod
+    def _pool(global_pool):
+        return SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool), input_fmt="NHWC")
+
     def _classifier(self, num_classes, **dd):
         return nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
-
-    def init_weights(self, needs_reset=True):
-        """Fills the parameters; with `needs_reset` (after `to_empty`) also those that constructors fill."""
-        self.apply(partial(self._init_weights, needs_reset=needs_reset))
 
     @staticmethod
     def _init_weights(module, needs_reset=False):
         if isinstance(module, GroupedLinear):
             trunc_normal_(module.weight, std=0.02)
-        elif isinstance(module, nn.Linear):
-            trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             height, width = module.kernel_size
             nn.init.normal_(module.weight, std=math.sqrt(2 * module.groups / (height * width * module.out_channels)))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif needs_reset and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        else:
+            Pyramid._init_weights(module, needs_reset)
 
     @torch.jit.ignore
     def no_weight_decay(self):
         """The skips D and the weights of the groups' norms: matrices here, but vectors in the published recipe."""
         return {name for name, _ in self.named_parameters() if name.endswith((".s6.D", ".out_norm.weight"))}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse=False):
-        return dict(
-            stem=r"^stem",
-            blocks=r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^stages\.(\d+)\.norm", (99998,)),
-                (r"^(?:class_block|norm)", (99999,)),
-            ],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable=True):
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def set_distilled_training(self, enable=True):
@@ -333,60 +248,23 @@ class GroupMamba(nn.Module):
         return self.head if self.head_dist is None else (self.head, self.head_dist)
 
     def reset_classifier(self, num_classes, global_pool=None):
+        """Replaces the classifiers; `global_pool` None keeps the pooling."""
         dd = get_device_dtype(self)
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool), input_fmt="NHWC")
+            self.global_pool = self._pool(global_pool)
         self.head = self._classifier(num_classes, **dd).train(self.training)
         if self.head_dist is not None:
             self.head_dist = self._classifier(num_classes, **dd).train(self.training)
 
-    def forward_intermediates(
-        self, x, indices=None, norm=False, stop_early=False, output_fmt="NCHW", intermediates_only=False
-    ):
-        """The stages' maps, each after the LayerNorm that ends it.
-
-        Args:
-            x: Images ``(B, 3, H, W)``.
-            indices: The last n stages if int, all if None, else those listed.
-            norm: Apply the final norm to the last stage's map, as dense predictors read it.
-            stop_early: Stop after the last stage that is asked for.
-            output_fmt: 'NCHW' or 'NHWC'.
-            intermediates_only: Return the maps alone.
-
-        Returns:
-            The final map (NHWC, as `forward_features`) and the list of maps; or that list.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt: expected 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        last = len(self.feature_info) - 1
-        x = self.stem(x)
-        intermediates = []
-        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
-            x = stage(x)
-            if i in take_indices:
-                intermediates.append(self.norm(x) if norm and i == last else x)
-        if output_fmt == "NCHW":
-            intermediates = [y.permute(0, 3, 1, 2).contiguous() for y in intermediates]
-        return intermediates if intermediates_only else (x, intermediates)
-
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
-        """Removes what the maps `indices` do not need; returns the indices, normalised."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        pruned = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        if pruned:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_norm or pruned:
-            self.norm = nn.Identity()
-        if prune_head or pruned:
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head or isinstance(self.norm, nn.Identity):
             self.class_block = nn.Identity()
-            self.reset_classifier(0, "")
         return take_indices
 
-    def forward_features(self, x):
-        return self.stages(self.stem(x))
+    def final_features(self, x):
+        return x
 
     def forward_head(self, x, pre_logits=False):
         x = self.global_pool(x)
@@ -401,9 +279,6 @@ class GroupMamba(nn.Module):
         if self.distilled_training and self.training and not torch.jit.is_scripting():
             return logits, distilled
         return (logits + distilled) / 2
-
-    def forward(self, x):
-        return self.forward_head(self.forward_features(x))
 
 
 # Keys of a mixer in the published state dict, beside its four `mamba_g{1..4}`.
@@ -439,11 +314,8 @@ def _convert_key(key):
 
 
 def checkpoint_filter_fn(state_dict, model):
-    """Converts the published state dict (its EMA weights, if the file is a training checkpoint) to ours."""
-    for name in ("model_ema", "model", "state_dict"):
-        if name in state_dict:
-            state_dict = state_dict[name]
-            break
+    """Converts the published state dict to ours."""
+    state_dict = unwrap_state_dict(state_dict)
     if "patch_embed1.proj.weight" not in state_dict:
         return state_dict
     out, groups = {}, {}

@@ -73,13 +73,15 @@ class S6(nn.Module):
         Returns:
             ``(B, L, G, D)``, or ``(B, L, D)`` with `merge`.
         """
+        if u.dtype == torch.float16 and torch.is_autocast_enabled(u.device.type):
+            u = u.float()  # scan outputs of 1e4 and more overflow in float16
         if u.dim() == 3:
             projected = F.linear(u, self.x_proj.flatten(0, 1)).unflatten(-1, (self.groups, -1))
             u = u.unsqueeze(2).expand(-1, -1, self.groups, -1)
         else:
             projected = grouped_linear(u, self.x_proj)
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        A = -torch.exp(self.A_log.float())
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         return selective_scan(
             u, dt, A, B, C, self.D, dt_weight=self.dt_weight, dt_bias=self.dt_bias, order=order, merge=merge
         )

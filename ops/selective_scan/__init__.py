@@ -287,11 +287,12 @@ torch.library.register_autograd("linzoo::selective_scan", _autograd, setup_conte
 
 @register_flop_formula(torch.ops.linzoo.selective_scan)
 def _flops(u, dt, A, B, C, D, *args, out_shape=None, **kwargs):
-    """9 B L D N per scan, and B L D for the skip: the count that the field's papers use."""
-    order = args[3]
+    """Per token and channel: 9 N for the scan, 1 for the skip, R for the low-rank step, as the field's papers count."""
+    dt_weight, order = args[0], args[3]
     batch, length, groups, channels = u
     steps = length if order is None else order[-1]
-    return batch * steps * groups * channels * (9 * A[2] + (D is not None))
+    rank = 0 if dt_weight is None else dt_weight[2]
+    return batch * steps * groups * channels * (9 * A[2] + (D is not None) + rank)
 
 
 @register_flop_formula(torch.ops.linzoo.selective_scan_backward)

@@ -303,19 +303,20 @@ def test_fake_tensors_and_meta():
     assert selective_scan(**inputs, merge=True).shape == (2, 35, 8)
 
 
-@pytest.mark.parametrize("skip", (False, True))
-def test_flops_are_the_fields_count(skip):
-    inputs = make_inputs(B=2, L=35, G=4, D=8, N=2, skip=skip, dtype=torch.float32)
+@pytest.mark.parametrize(("skip", "rank"), ((False, None), (True, None), (True, 3)))
+def test_flops_are_the_fields_count(skip, rank):
+    inputs = make_inputs(B=2, L=35, G=4, D=8, N=2, R=rank, skip=skip, dtype=torch.float32)
+    per_channel = 9 * 2 + skip + (rank or 0)
     inputs = {k: v.detach().to("meta").requires_grad_() for k, v in inputs.items()}
     with FlopCounterMode(display=False) as forward:
         y = selective_scan(**inputs)
-    assert forward.get_total_flops() == 2 * 35 * 4 * 8 * (9 * 2 + skip)
+    assert forward.get_total_flops() == 2 * 35 * 4 * 8 * per_channel
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()
     assert backward.get_total_flops() == 2 * forward.get_total_flops()
     with FlopCounterMode(display=False) as partial:
         selective_scan(**inputs, order=torch.zeros(4, 7, dtype=torch.int32, device="meta"))
-    assert partial.get_total_flops() == 2 * 7 * 4 * 8 * (9 * 2 + skip)
+    assert partial.get_total_flops() == 2 * 7 * 4 * 8 * per_channel
 
 
 def test_selective_states():

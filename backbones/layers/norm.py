@@ -1,0 +1,23 @@
+"""Normalisations that timm does not have."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class GroupedLayerNorm(nn.Module):
+    """LayerNorm of each group's channels with weights of its own: ``(..., G, d)``, weight and bias ``(G, d)``."""
+
+    def __init__(self, groups, dim, eps=1e-5, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(groups, dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(groups, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=self.eps), self.weight)

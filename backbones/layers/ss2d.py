@@ -1,0 +1,47 @@
+"""SS2D, the 2-D selective scan of VMamba."""
+
+import math
+
+import torch.nn.functional as F
+from timm.models._features_fx import register_notrace_module
+from torch import nn
+
+from linzoo.ops import scan_order
+
+from .conv import Conv2dNHWC
+from .s6 import S6
+
+
+@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+class SS2D(nn.Module):
+    """2-D selective scan (VMamba, arXiv 2401.10166, section 4.2): four routes over the map, summed.
+
+    ``p = SiLU(DWConv(W_in x));  y = LN(sum_k S6_k(p));  W_out y``, with `gated` ``[p, z] = W_in x`` and
+    ``W_out (y * SiLU(z))``.
+
+    Args:
+        dim: Channels C of the map ``(B, H, W, C)``.
+        ratio: Inner width over C.
+        d_state: N, states per channel.
+        gated: Whether a gate branch multiplies the output (VMamba's first version; its convolution has a bias, too).
+    """
+
+    def __init__(self, dim, ratio=2.0, d_state=1, gated=False, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        inner = int(ratio * dim)
+        self.gated = gated
+        self.in_proj = nn.Linear(dim, 2 * inner if gated else inner, bias=False, **dd)
+        self.conv = Conv2dNHWC(inner, inner, 3, padding=1, groups=inner, bias=gated, **dd)
+        self.s6 = S6(inner, 4, d_state, dt_rank=math.ceil(dim / 16), **dd)
+        self.out_norm = nn.LayerNorm(inner, eps=1e-5, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+
+    def forward(self, x):
+        H, W = x.shape[1:3]
+        p, gate = self.in_proj(x), None
+        if self.gated:
+            p, gate = p.chunk(2, dim=-1)
+        p = F.silu(self.conv(p)).flatten(1, 2)
+        y = self.out_norm(self.s6(p, scan_order.cross(H, W, x.device), merge=True)).unflatten(1, (H, W))
+        return self.out_proj(y if gate is None else y * F.silu(gate))

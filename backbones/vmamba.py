@@ -1,0 +1,295 @@
+"""VMamba.
+
+Paper: VMamba: Visual State Space Model (NeurIPS 2024) - https://arxiv.org/abs/2401.10166
+
+A four-stage hierarchy like Swin's whose token mixer, SS2D, walks the map along four routes. The first version (v0,
+January 2024) has gated blocks with 16 states a channel and no MLP; the later ones have one state, no gate and an MLP.
+
+Maps are channel-last (B, H, W, C) throughout.
+"""
+
+import re
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.swin_transformer import PatchMerging
+from torch import nn
+
+from .layers import SS2D, Conv2dNHWC, ConvDownsample, Pyramid, Stage, unwrap_state_dict
+
+__all__ = ["VMamba"]
+
+
+class ConvStem(nn.Sequential):
+    """Two strided convolutions, each with a LayerNorm, GELU between: ``(B, 3, H, W)`` to ``(B, H/4, W/4, C)``."""
+
+    def __init__(self, in_chans, dim, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv1 = Conv2dNHWC(in_chans, dim // 2, 3, 2, padding=1, **dd)
+        self.norm1 = nn.LayerNorm(dim // 2, eps=1e-5, **dd)
+        self.act = nn.GELU()
+        self.conv2 = Conv2dNHWC(dim // 2, dim, 3, 2, padding=1, **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1))
+
+
+class PatchStem(nn.Sequential):
+    """Patches of 4x4 pixels and a LayerNorm: ``(B, 3, H, W)`` to ``(B, H/4, W/4, C)``."""
+
+    def __init__(self, in_chans, dim, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv1 = Conv2dNHWC(in_chans, dim, 4, 4, **dd)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd)
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1))
+
+
+class Block(nn.Module):
+    """``x += SS2D(LN(x))``, then ``x += MLP(LN(x))`` where `mlp_ratio` is not 0."""
+
+    def __init__(self, dim, ratio, d_state, gated, mlp_ratio, drop_path=0.0, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.mixer = SS2D(dim, ratio, d_state, gated, **dd)
+        self.drop_path = DropPath(drop_path)
+        self.mlp = None
+        if mlp_ratio:
+            self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
+            self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        if self.mlp is not None:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class VMamba(Pyramid):
+    """VMamba (arXiv 2401.10166).
+
+    Args:
+        in_chans: Input channels.
+        num_classes: Classes; 0 for none.
+        global_pool: Pooling before the classifier.
+        dims: Channels of each stage.
+        depths: Blocks of each stage.
+        ssm_ratio: Inner width of SS2D over the block's.
+        d_state: States per channel.
+        gated: Gated SS2D, the first version's.
+        mlp_ratio: Hidden over outer width of the MLPs; 0 for blocks without.
+        conv_embed: Overlapping convolutions as stem and between stages; False for 4x4 patches and patch merging.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
+    """
+
+    def __init__(
+        self,
+        in_chans=3,
+        num_classes=1000,
+        global_pool="avg",
+        dims=(96, 192, 384, 768),
+        depths=(2, 2, 8, 2),
+        ssm_ratio=1.0,
+        d_state=1,
+        gated=False,
+        mlp_ratio=4.0,
+        conv_embed=True,
+        drop_rate=0.0,
+        drop_path_rate=0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dims, 4, in_chans, num_classes, drop_rate)
+        self.stem = (ConvStem if conv_embed else PatchStem)(in_chans, dims[0], **dd)
+        down = ConvDownsample if conv_embed else PatchMerging
+        drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        stages = []
+        for i, dim in enumerate(dims):
+            blocks = [Block(dim, ssm_ratio, d_state, gated, mlp_ratio, rate, **dd) for rate in drop_path[i]]
+            stages.append(Stage(blocks, down(dims[i - 1], dim, **dd) if i else None))
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-5, **dd)
+        self.head = self.classifier_head(global_pool, **dd)
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def no_weight_decay(self):
+        """The skips D: matrices here, but vectors in the published recipe."""
+        return {name for name, _ in self.named_parameters() if name.endswith(".s6.D")}
+
+
+# Published names and ours, in the order in which they are replaced. The first block turns the keys of the original v0
+# files and of the single-file rewrite into those of the training code.
+_RENAMES = [
+    (r"^patch_embed\.proj\.", "patch_embed.0."),
+    (r"^patch_embed\.norm\.", "patch_embed.2."),
+    (r"\.ln_1\.", ".norm."),
+    (r"\.self_attention\.", ".op."),
+    (r"^norm\.", "classifier.norm."),
+    (r"^head\.", "classifier.head."),
+    (r"\.op\.x_proj\.weight$", ".op.x_proj_weight"),
+    (r"\.op\.dt_projs\.weight$", ".op.dt_projs_weight"),
+    (r"^patch_embed\.0\.", "stem.conv1."),
+    (r"^patch_embed\.2\.", "stem.norm1."),
+    (r"^patch_embed\.5\.", "stem.conv2."),
+    (r"^patch_embed\.7\.", "stem.norm2."),
+    (r"^layers\.(\d+)\.blocks\.(\d+)\.norm\.", r"stages.\1.blocks.\2.norm1."),
+    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    (r"\.op\.conv2d\.", ".mixer.conv."),
+    (r"\.op\.x_proj_weight$", ".mixer.s6.x_proj"),
+    (r"\.op\.dt_projs_weight$", ".mixer.s6.dt_weight"),
+    (r"\.op\.dt_projs_bias$", ".mixer.s6.dt_bias"),
+    (r"\.op\.A_logs$", ".mixer.s6.A_log"),
+    (r"\.op\.Ds$", ".mixer.s6.D"),
+    (r"\.op\.", ".mixer."),
+    (r"^classifier\.norm\.", "norm."),
+    (r"^classifier\.head\.", "head.fc."),
+]
+
+
+def checkpoint_filter_fn(state_dict, model):
+    """Converts any of the three published layouts to ours.
+
+    Those are the training code's, that of the first version's files, and that of the single-file rewrite. Parameters that
+    a layout flattens over the routes, or holds as 1x1 convolutions, are reshaped.
+    """
+    state_dict = unwrap_state_dict(state_dict)
+    if "stem.conv1.weight" in state_dict:
+        return state_dict
+    merging = isinstance(model.stem, PatchStem)
+    ours, out = model.state_dict(), {}
+    for key, value in state_dict.items():
+        match = re.fullmatch(r"layers\.(\d+)\.downsample\.(\w+)\.(weight|bias)", key)
+        if match:
+            part = {"1": "norm" if merging else "conv", "2": "reduction", "3": "norm"}.get(match[2], match[2])
+            key = f"stages.{int(match[1]) + 1}.downsample.{part}.{match[3]}"
+        for old, new in _RENAMES:
+            key = re.sub(old, new, key)
+        fits = key in ours and value.numel() == ours[key].numel()
+        out[key] = value.reshape(ours[key].shape) if fits else value
+    return out
+
+
+_WEIGHTS = "https://github.com/MzeroMiko/VMamba/releases/download/%23"
+
+
+def _cfg(url="", **kwargs):
+    return {
+        "url": url and _WEIGHTS + url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "min_input_size": (3, 32, 32),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head.fc",
+        "license": "mit",
+        "origin_url": "https://github.com/MzeroMiko/VMamba",
+        "paper_ids": "arXiv:2401.10166",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vmamba_t.in1k": _cfg("v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth"),
+        "vmamba_s.in1k": _cfg("v2cls/vssm_small_0229_ckpt_epoch_222.pth"),
+        "vmamba_b.in1k": _cfg("v2cls/vssm_base_0229_ckpt_epoch_237.pth"),
+        "vmamba_t_s2l5.in1k": _cfg("v2cls/vssm_tiny_0230_ckpt_epoch_262.pth"),
+        "vmamba_s_s1l20.in1k": _cfg("v2cls/vssm1_small_0229s_ckpt_epoch_240.pth"),
+        "vmamba_b_s1l20.in1k": _cfg("v2cls/vssm1_base_0229s_ckpt_epoch_225.pth"),
+        "vmamba_t_v0.in1k": _cfg("v0cls/vssmtiny_dp01_ckpt_epoch_292.pth"),
+        "vmamba_s_v0.in1k": _cfg("v0cls/vssmsmall_dp03_ckpt_epoch_238.pth"),
+        "vmamba_b_v0.in1k": _cfg("v0cls/vssmbase_dp06_ckpt_epoch_241.pth"),
+    }
+)
+
+
+def _create_vmamba(variant, pretrained=False, **kwargs):
+    return build_model_with_cfg(
+        VMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+BASE_DIMS = (128, 256, 512, 1024)
+V0 = dict(ssm_ratio=2.0, d_state=16, gated=True, mlp_ratio=0.0, conv_embed=False)
+
+
+@register_model
+def vmamba_t(pretrained=False, **kwargs):
+    """VMamba-T, published as s1l8."""
+    model_args = dict(depths=(2, 2, 8, 2), ssm_ratio=1.0)
+    return _create_vmamba("vmamba_t", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_s(pretrained=False, **kwargs):
+    """VMamba-S, published as s2l15."""
+    model_args = dict(depths=(2, 2, 15, 2), ssm_ratio=2.0)
+    return _create_vmamba("vmamba_s", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_b(pretrained=False, **kwargs):
+    """VMamba-B, published as s2l15."""
+    model_args = dict(dims=BASE_DIMS, depths=(2, 2, 15, 2), ssm_ratio=2.0)
+    return _create_vmamba("vmamba_b", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_t_s2l5(pretrained=False, **kwargs):
+    """VMamba-T with twice the inner width and three blocks fewer."""
+    model_args = dict(depths=(2, 2, 5, 2), ssm_ratio=2.0)
+    return _create_vmamba("vmamba_t_s2l5", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_s_s1l20(pretrained=False, **kwargs):
+    """VMamba-S with half the inner width and five blocks more."""
+    model_args = dict(depths=(2, 2, 20, 2), ssm_ratio=1.0)
+    return _create_vmamba("vmamba_s_s1l20", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_b_s1l20(pretrained=False, **kwargs):
+    """VMamba-B with half the inner width and five blocks more."""
+    model_args = dict(dims=BASE_DIMS, depths=(2, 2, 20, 2), ssm_ratio=1.0)
+    return _create_vmamba("vmamba_b_s1l20", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_t_v0(pretrained=False, **kwargs):
+    """The first VMamba-T."""
+    model_args = dict(V0, depths=(2, 2, 9, 2))
+    return _create_vmamba("vmamba_t_v0", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_s_v0(pretrained=False, **kwargs):
+    """The first VMamba-S."""
+    model_args = dict(V0, depths=(2, 2, 27, 2))
+    return _create_vmamba("vmamba_s_v0", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vmamba_b_v0(pretrained=False, **kwargs):
+    """The first VMamba-B."""
+    model_args = dict(V0, dims=BASE_DIMS, depths=(2, 2, 27, 2))
+    return _create_vmamba("vmamba_b_v0", pretrained, **dict(model_args, **kwargs))
