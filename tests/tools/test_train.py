@@ -231,6 +231,25 @@ def test_two_processes(config, tmp_path):
     assert len(list(work_dir.glob("best_*.pth"))) == 1 and (work_dir / "export/config.json").exists()
 
 
+@pytest.mark.slow
+def test_imagenet_recipe(data, tmp_path):
+    """The published recipe runs end to end on three classes: augmentations, mixing, teacher, averaging, export."""
+    options = [
+        *(f"{part}_dataloader.{key}" for part in ("train", "val", "test") for key in ("num_workers=0", "batch_size=2")),
+        *(f"{part}_dataloader.dataset.data_root={data}" for part in ("train", "val", "test")),
+        *("model.num_classes=3", "data_preprocessor.num_classes=3", "train_cfg.max_epochs=1", "val_evaluator.topk=1"),
+        *("model.teacher.model_name=test_byobnet", "model.teacher.pretrained=False", "model.teacher.num_classes=3"),
+    ]
+    config = ROOT / "configs/cls/groupmamba_t_in1k.py"
+    train.main([str(config), "--work-dir", str(tmp_path / "w"), "--cfg-options", *options])
+    checkpoint = torch.load(tmp_path / "w/epoch_1.pth", weights_only=False)
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    assert checkpoint["ema_state_dict"]["steps"] == 7
+    facts = json.loads((tmp_path / "w/export/config.json").read_text())
+    assert facts["pretrained_cfg"]["input_size"] == [3, 224, 224]
+    assert facts["pretrained_cfg"]["crop_pct"] == pytest.approx(0.875)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/cls").glob("*.py")), ids=lambda p: p.stem)
 def test_shipped_config(path):
     """Every shipped config reads, its keys are known, its model exists (built without memory) and so do its parts."""

@@ -45,6 +45,7 @@ SECTIONS = {
     "test_cfg": _parameters(TestLoop),
     "log_processor": _parameters(LogProcessor),
     "randomness": _parameters(Runner.set_randomness),
+    "model.teacher": _parameters(timm.create_model) | {ANY},
     "env_cfg": {"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"},
 }
 
@@ -55,7 +56,8 @@ def load_config(path: str, options: dict | None = None) -> Config:
     Raises InputError for a file that is missing or no config, a misspelt key at any depth, an unknown `type` or timm
     model; the message says what was probably meant.
     """
-    existing_file("config", path)
+    if existing_file("config", path).suffix != ".py":
+        raise InputError(f"config {path!r}: expected a Python file (.py)")
     try:
         cfg = Config.fromfile(path)
     except Exception as e:  # the config is Python: anything may be wrong with it
@@ -100,10 +102,7 @@ def _check_top_level(cfg: Config, path: str) -> None:
         tree = ast.parse(file.read_text())
         used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
         used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        for node in tree.body:
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_base_":
-                bases = ast.literal_eval(node.value)
-                files += [file.parent / base for base in ([bases] if isinstance(bases, str) else bases)]
+        files += [Path(Config._get_cfg_path(base, str(file))[0]) for base in Config._get_base_files(str(file))]
     for key in cfg:
         if key not in TOP_LEVEL and key not in used:
             raise InputError(f"config {path!r}: unknown key {key!r}{did_you_mean(key, TOP_LEVEL)}")

@@ -9,12 +9,12 @@ from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 COLUMNS = (
-    "[bold]epoch {task.fields[epoch]}",
+    "epoch {task.fields[epoch]}",
     "loss {task.fields[loss]:.4f}",
-    "lr {task.fields[lr]:.2e}",
+    "lr {task.fields[lr]:.1e}",
     "{task.fields[images]:.0f} images/s",
     "top-1 {task.fields[top1]}",
 )
@@ -44,9 +44,8 @@ class ProgressHook(Hook):
             if type(handler) is logging.StreamHandler:
                 handler.setLevel(logging.WARNING)
         self.bar = Progress(
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=8),
             *(TextColumn(column) for column in COLUMNS),
-            TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
             console=Console(),
