@@ -3,11 +3,12 @@
 from timm import list_models as _timm_list_models
 
 from .groupmamba import GroupMamba
+from .vim import Vim
 from .vmamba import VMamba
 
-__all__ = ["GroupMamba", "VMamba", "list_models"]
+__all__ = ["GroupMamba", "VMamba", "Vim", "list_models"]
 
-_FAMILIES = ("groupmamba", "vmamba")
+_FAMILIES = ("groupmamba", "vim", "vmamba")
 
 
 def list_models(filter=""):

@@ -159,8 +159,8 @@ _RENAMES = [
 def checkpoint_filter_fn(state_dict, model):
     """Converts any of the three published layouts to ours.
 
-    Those are the training code's, that of the first version's files, and that of the single-file rewrite. Parameters that
-    a layout flattens over the routes, or holds as 1x1 convolutions, are reshaped.
+    Those are the training code's, that of the first version's files, and that of the single-file rewrite. Parameters
+    that a layout flattens over the routes, or holds as 1x1 convolutions, are reshaped.
     """
     state_dict = unwrap_state_dict(state_dict)
     if "stem.conv1.weight" in state_dict:

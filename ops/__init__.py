@@ -2,6 +2,7 @@
 
 from . import scan_order
 from .backend import backend_info, use_backend
+from .causal_conv1d import causal_conv1d
 from .selective_scan import selective_scan, selective_states
 
-__all__ = ["backend_info", "scan_order", "selective_scan", "selective_states", "use_backend"]
+__all__ = ["backend_info", "causal_conv1d", "scan_order", "selective_scan", "selective_states", "use_backend"]

@@ -3,20 +3,26 @@
 from .checkpoint import unwrap_state_dict
 from .conv import Conv2dNHWC, ConvDownsample
 from .grouped_linear import GroupedLinear, grouped_linear
+from .isotropic import Isotropic, resize_pos_embed
 from .norm import GroupedLayerNorm
 from .pyramid import Pyramid, Stage
 from .s6 import S6
 from .ss2d import SS2D
+from .vim_mixer import CausalConv, VimMixer
 
 __all__ = [
     "S6",
     "SS2D",
+    "CausalConv",
     "Conv2dNHWC",
     "ConvDownsample",
     "GroupedLayerNorm",
     "GroupedLinear",
+    "Isotropic",
     "Pyramid",
     "Stage",
+    "VimMixer",
     "grouped_linear",
+    "resize_pos_embed",
     "unwrap_state_dict",
 ]

@@ -10,7 +10,7 @@ def state_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _tokens_in_order(x, order):
+def tokens_in_order(x, order):
     """``(B, L, G, K)`` to ``(B, T, G, K)``: step t of group g is token ``order[g, t]``."""
     if order is None:
         return x
@@ -18,8 +18,8 @@ def _tokens_in_order(x, order):
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
 
 
-def _tokens_in_place(y, order, length):
-    """Inverse of `_tokens_in_order`; tokens that no step visits are 0."""
+def tokens_in_place(y, order, length):
+    """Inverse of `tokens_in_order`; tokens that no step visits are 0."""
     if order is None:
         return y
     index = order.long().expand(y.shape[0], *order.shape[-2:]).transpose(1, 2)
@@ -60,7 +60,7 @@ def selective_scan(
         The output, and a list of the states ``(B, G, D, N)`` before each step (empty with `use_scan`).
     """
     dtype, length = state_dtype(u.dtype), u.shape[1]
-    u_, dt, B, C = (_tokens_in_order(x, order).to(dtype) for x in (u, dt, B, C))
+    u_, dt, B, C = (tokens_in_order(x, order).to(dtype) for x in (u, dt, B, C))
     delta, _ = _steps(dt, dt_weight, dt_bias, dt_softplus)
     h, states = u_.new_zeros(u_.shape[0], *A.shape), []
     if use_scan:
@@ -76,7 +76,7 @@ def selective_scan(
         y = torch.stack(steps, 1)
     if D is not None:
         y = y + D * u_
-    y = _tokens_in_place(y, order, length)
+    y = tokens_in_place(y, order, length)
     return (y.sum(2) if merge else y).to(u.dtype), states
 
 
@@ -89,7 +89,7 @@ def selective_scan_backward(dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softpl
     inputs = (u, dt, A, B, C, D, dt_weight, dt_bias)
     dtype, length = state_dtype(u.dtype), u.shape[1]
     states = selective_scan(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order)[1]
-    dy, u, dt, B, C = (_tokens_in_order(x, order).to(dtype) for x in (dy, u, dt, B, C))
+    dy, u, dt, B, C = (tokens_in_order(x, order).to(dtype) for x in (dy, u, dt, B, C))
     delta, x = _steps(dt, dt_weight, dt_bias, dt_softplus)
     dA, dh = torch.zeros_like(A), torch.zeros_like(states[0])
     du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, B, C))
@@ -110,7 +110,7 @@ def selective_scan_backward(dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softpl
         du += D * dy
     dx = ddelta * torch.sigmoid(x) if dt_softplus else ddelta
     ddt = dx if dt_weight is None else torch.einsum("blgd,gdr->blgr", dx, dt_weight)
-    du, ddt, dB, dC = (_tokens_in_place(g, order, length) for g in (du, ddt, dB, dC))
+    du, ddt, dB, dC = (tokens_in_place(g, order, length) for g in (du, ddt, dB, dC))
     dD = (dy * u).sum((0, 1))
     dweight = None if dt_weight is None else torch.einsum("blgd,blgr->gdr", dx, dt)
     grads = (du, ddt, dA, dB, dC, dD, dweight, dx.sum((0, 1)))

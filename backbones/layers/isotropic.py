@@ -1,0 +1,231 @@
+"""What every isotropic family (patch tokens of one width, like a ViT) owes timm."""
+
+from functools import partial
+
+import torch
+from timm.layers import get_device_dtype, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from torch import nn
+
+POOLS = ("", "avg", "token")
+
+
+def middle(tokens):
+    """Index of a class token that stands in the middle of a sequence of `tokens`, itself included."""
+    return (tokens - 1) // 2
+
+
+def without_middle(x):
+    """Tokens ``(B, M + 1, C)`` without the class token in their middle."""
+    index = middle(x.shape[1])
+    return torch.cat([x[:, :index], x[:, index + 1 :]], dim=1)
+
+
+def with_middle(x, token):
+    """Inserts `token` ``(B, 1, C)`` in the middle of ``(B, M, C)``, in front of token floor(M / 2)."""
+    index = x.shape[1] // 2
+    return torch.cat([x[:, :index], token, x[:, index:]], dim=1)
+
+
+def resize_pos_embed(pos_embed, old_grid, new_grid, class_token):
+    """Position table ``(1, M, C)`` of one grid for another, bicubically; a class token's row in its middle stays as it is."""
+    if tuple(old_grid) == tuple(new_grid):
+        return pos_embed
+    if not class_token:
+        return resample_abs_pos_embed(pos_embed, list(new_grid), list(old_grid), num_prefix_tokens=0)
+    index = middle(pos_embed.shape[1])
+    grid = resample_abs_pos_embed(without_middle(pos_embed), list(new_grid), list(old_grid), num_prefix_tokens=0)
+    return with_middle(grid, pos_embed[:, index : index + 1])
+
+
+class Isotropic(nn.Module):
+    """Base of the isotropic families: patches, learned positions, blocks of one width, norm, linear classifier.
+
+    A family's constructor calls `super().__init__` and sets `blocks` (an `nn.ModuleList`) and `norm`. Positions are
+    interpolated for images of another size than `img_size`.
+
+    Args:
+        img_size: Height and width (or one side) of the images that the position table is made for.
+        patch_size: Side of a patch.
+        stride: Step between patches.
+        in_chans: Input channels.
+        num_classes: Classes; 0 for none.
+        global_pool: 'token' (the class token), 'avg' (mean of the patch tokens) or ''.
+        dim: Width.
+        depth: Blocks.
+        class_token: Whether a class token stands in the middle of the sequence.
+        drop_rate: Dropout before the classifier.
+
+    Raises:
+        ValueError: unknown pooling, or 'token' without a class token.
+    """
+
+    def __init__(
+        self,
+        img_size=224,
+        patch_size=16,
+        stride=16,
+        in_chans=3,
+        num_classes=1000,
+        global_pool="token",
+        dim=192,
+        depth=24,
+        class_token=True,
+        drop_rate=0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.drop_rate = drop_rate
+        self.num_features = self.head_hidden_size = dim
+        self.patch_size, self.stride = patch_size, stride
+        self.grid_size = self.grid(*to_2tuple(img_size))
+        self.feature_info = [dict(num_chs=dim, reduction=stride, module=f"blocks.{i}") for i in range(depth)]
+        self.grad_checkpointing = False
+
+        self.patch_embed = nn.Conv2d(in_chans, dim, patch_size, stride, **dd)
+        tokens = self.grid_size[0] * self.grid_size[1] + int(class_token)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **dd)) if class_token else None
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim, **dd))
+        self.global_pool = self._pool(global_pool)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+    def _pool(self, global_pool):
+        if global_pool not in POOLS or (global_pool == "token" and self.cls_token is None):
+            allowed = [pool for pool in POOLS if pool != "token" or self.cls_token is not None]
+            raise ValueError(f"global_pool: expected one of {allowed}, got {global_pool!r}")
+        return global_pool
+
+    def grid(self, height, width):
+        """Patches along each side of an image.
+
+        Raises:
+            ValueError: the image is smaller than a patch.
+        """
+        if height < self.patch_size or width < self.patch_size:
+            raise ValueError(
+                f"input size: expected at least {self.patch_size} x {self.patch_size}, got {height} x {width}"
+            )
+        return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
+
+    def init_weights(self, needs_reset=True):
+        """Fills the parameters; with `needs_reset` (after `to_empty`) also those that constructors fill."""
+        trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
+        self.apply(partial(self._init_weights, needs_reset=needs_reset))
+
+    @staticmethod
+    def _init_weights(module, needs_reset=False):
+        if needs_reset and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    @torch.jit.ignore
+    def no_weight_decay(self):
+        return {"pos_embed", "cls_token"} if self.cls_token is not None else {"pos_embed"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse=False):
+        return dict(
+            stem=r"^cls_token|pos_embed|patch_embed",
+            blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable=True):
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self):
+        return self.head
+
+    def reset_classifier(self, num_classes, global_pool=None):
+        """Replaces the classifier; `global_pool` None keeps the pooling."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = self._pool(global_pool)
+        dd = get_device_dtype(self)
+        head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head = head.train(self.training)
+
+    def embed(self, x):
+        """Images ``(B, 3, H, W)`` to tokens with positions ``(B, tokens, C)``, and their grid (height, width)."""
+        grid = self.grid(*x.shape[-2:])
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        if self.cls_token is not None:
+            x = with_middle(x, self.cls_token.expand(x.shape[0], -1, -1))
+        return x + resize_pos_embed(self.pos_embed, self.grid_size, grid, self.cls_token is not None), grid
+
+    def run_block(self, block, x, grid):
+        """One block on tokens ``(B, tokens, C)``, under gradient checkpointing where that is on."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint(block, x, grid)
+        return block(x, grid)
+
+    def forward_intermediates(
+        self, x, indices=None, norm=False, stop_early=False, output_fmt="NCHW", intermediates_only=False
+    ):
+        """The blocks' patch tokens as maps.
+
+        Args:
+            x: Images ``(B, 3, H, W)``.
+            indices: The last n blocks if int, all if None, else those listed.
+            norm: Apply the final norm to each map.
+            stop_early: Stop after the last block that is asked for.
+            output_fmt: 'NCHW', 'NHWC' or 'NLC'.
+            intermediates_only: Return the maps alone.
+
+        Returns:
+            What `forward_features` gives and the list of maps; or that list.
+
+        Raises:
+            ValueError: `output_fmt` is none of these.
+        """
+        if output_fmt not in ("NCHW", "NHWC", "NLC"):
+            raise ValueError(f"output_fmt: expected 'NCHW', 'NHWC' or 'NLC', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        x, grid = self.embed(x)
+        maps = []
+        for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
+            x = self.run_block(block, x, grid)
+            if i in take_indices:
+                y = self.norm(x) if norm else x
+                maps.append(y if self.cls_token is None else without_middle(y))
+        if output_fmt != "NLC":
+            maps = [y.unflatten(1, grid) for y in maps]
+        if output_fmt == "NCHW":
+            maps = [y.permute(0, 3, 1, 2).contiguous() for y in maps]
+        return maps if intermediates_only else (self.norm(x), maps)
+
+    def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
+        """Removes what the maps `indices` do not need; returns the indices, normalised."""
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: max_index + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x):
+        """Images ``(B, 3, H, W)`` to normalised tokens ``(B, tokens, C)``, the class token among them."""
+        x, grid = self.embed(x)
+        for block in self.blocks:
+            x = self.run_block(block, x, grid)
+        return self.norm(x)
+
+    def forward_head(self, x, pre_logits=False):
+        if self.global_pool == "token":
+            x = x[:, middle(x.shape[1])]
+        elif self.global_pool == "avg":
+            x = (x if self.cls_token is None else without_middle(x)).mean(1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))

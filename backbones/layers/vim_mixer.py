@@ -1,0 +1,55 @@
+"""The bidirectional Mamba mixer of Vim."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.models._features_fx import register_notrace_module
+from torch import nn
+
+from linzoo.ops import causal_conv1d
+
+from .s6 import S6
+
+
+class CausalConv(nn.Module):
+    """`linzoo.ops.causal_conv1d` and SiLU with weights ``(groups, dim, taps)`` and bias ``(groups, dim)``."""
+
+    def __init__(self, dim, groups, taps=4, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, dim, taps, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(groups, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        bound = self.weight.shape[2] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x, order=None):
+        return causal_conv1d(x, self.weight, self.bias, order=order, activation="silu")
+
+
+@register_notrace_module  # FX cannot follow scan orders, which depend on the number of tokens
+class VimMixer(nn.Module):
+    """Bidirectional Mamba mixer of tokens ``(B, L, C)`` (Vim, arXiv 2401.09417, algorithm 1).
+
+    ``[x, z] = W_in u;  y = sum over both directions of S6(SiLU(conv(x)));  W_out (y * SiLU(z) / 2)``: the directions share
+    the projections and the gate, and have a causal convolution and scan parameters each.
+    """
+
+    def __init__(self, dim, expand=2, d_state=16, taps=4, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        inner = expand * dim
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.conv = CausalConv(inner, 2, taps, **dd)
+        self.s6 = S6(inner, 2, d_state, dt_rank=math.ceil(dim / 16), **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+
+    def forward(self, u):
+        x, z = self.in_proj(u).chunk(2, dim=-1)
+        forth = torch.arange(u.shape[1], dtype=torch.int32, device=u.device)
+        order = torch.stack([forth, forth.flip(0)])
+        y = self.s6(self.conv(x.unsqueeze(2).expand(-1, -1, 2, -1), order), order, merge=True)
+        return self.out_proj(y * F.silu(z) / 2)

@@ -1,0 +1,222 @@
+"""Vim (Vision Mamba).
+
+Paper: Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model (ICML 2024)
+- https://arxiv.org/abs/2401.09417
+
+Patch tokens, a class token in their middle, and blocks of one mixer each, which scans the tokens forwards and backwards.
+"""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers.weight_init import lecun_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from .layers import Isotropic, VimMixer, resize_pos_embed, unwrap_state_dict
+
+__all__ = ["Vim"]
+
+
+class RMSNorm(nn.Module):
+    """``w x / sqrt(mean(x^2) + 1e-5)`` in float32 at least, returned in the dtype of the weight."""
+
+    def __init__(self, dim, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-5).to(self.weight.dtype)
+
+
+class Block(nn.Module):
+    """``r + Mixer(RMS(r))`` with the residual stream r in float32 whatever the weights' dtype."""
+
+    def __init__(self, dim, drop_path=0.0, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm = RMSNorm(dim, **dd)
+        self.mixer = VimMixer(dim, **dd)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x, grid):
+        return x + self.drop_path(self.mixer(self.norm(x))).to(x.dtype)
+
+
+class Vim(Isotropic):
+    """Vim (arXiv 2401.09417).
+
+    Args:
+        img_size: Height and width (or one side) that the position table is made for; other sizes interpolate it.
+        patch_size: Side of a patch.
+        stride: Step between patches; 8 for the fine-tuned variants.
+        in_chans: Input channels.
+        num_classes: Classes; 0 for none.
+        global_pool: 'token' (the class token), 'avg' (mean of the patch tokens) or ''.
+        dim: Width.
+        depth: Blocks.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
+    """
+
+    def __init__(
+        self,
+        img_size=224,
+        patch_size=16,
+        stride=16,
+        in_chans=3,
+        num_classes=1000,
+        global_pool="token",
+        dim=192,
+        depth=24,
+        drop_rate=0.0,
+        drop_path_rate=0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(
+            img_size, patch_size, stride, in_chans, num_classes, global_pool, dim, depth, True, drop_rate, **dd
+        )
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        self.blocks = nn.ModuleList([Block(dim, rate, **dd) for rate in rates])
+        self.norm = RMSNorm(dim, **dd)
+        self.init_weights(needs_reset=False)
+
+    def init_weights(self, needs_reset=True):
+        super().init_weights(needs_reset)
+        lecun_normal_(self.patch_embed.weight)
+        nn.init.zeros_(self.patch_embed.bias)
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+        for block in self.blocks:
+            nn.init.kaiming_uniform_(block.mixer.out_proj.weight, a=math.sqrt(5))
+            with torch.no_grad():
+                block.mixer.out_proj.weight /= math.sqrt(len(self.blocks))
+                block.mixer.s6.dt_bias[1] = 0  # as the published models began: their backward step bias was overwritten
+
+    def embed(self, x):
+        x, grid = super().embed(x)
+        return x.to(torch.promote_types(x.dtype, torch.float32)), grid
+
+
+# The published names of one direction's parameters (the backward one's have `_b`) and ours for the two stacked.
+_DIRECTION_KEYS = {
+    "conv1d.weight": "conv.weight",
+    "conv1d.bias": "conv.bias",
+    "x_proj.weight": "s6.x_proj",
+    "dt_proj.weight": "s6.dt_weight",
+    "dt_proj.bias": "s6.dt_bias",
+    "A_log": "s6.A_log",
+    "D": "s6.D",
+}
+
+
+def checkpoint_filter_fn(state_dict, model):
+    """Converts the published state dict to ours, and the position table to the model's grid."""
+    state_dict = unwrap_state_dict(state_dict)
+    out = {}
+    if "norm_f.weight" in state_dict:
+        directions = {}
+        for key, value in state_dict.items():
+            match = re.fullmatch(r"layers\.(\d+)\.(.*)", key)
+            if match is None:
+                key = key.replace("patch_embed.proj.", "patch_embed.").replace("norm_f.", "norm.")
+                out[key] = value
+                continue
+            block, name = f"blocks.{match[1]}.", match[2].removeprefix("mixer.").replace("A_b_log", "A_log_b")
+            forward = re.sub(r"_b(?=\.|$)", "", name)
+            if forward in _DIRECTION_KEYS:
+                key = f"{block}mixer.{_DIRECTION_KEYS[forward]}"
+                value = value.squeeze(1) if forward == "conv1d.weight" else value
+                directions.setdefault(key, {})[name != forward] = value
+            else:
+                out[block + match[2]] = value
+        out.update({key: torch.stack([both[False], both[True]]) for key, both in directions.items()})
+    else:
+        out.update(state_dict)
+    pos_embed = out["pos_embed"]
+    if pos_embed.shape != model.pos_embed.shape:
+        side = math.isqrt(pos_embed.shape[1] - 1)
+        out["pos_embed"] = resize_pos_embed(pos_embed, (side, side), model.grid_size, class_token=True)
+    return out
+
+
+def _cfg(**kwargs):
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "min_input_size": (3, 16, 16),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/hustvl/Vim",
+        "paper_ids": "arXiv:2401.09417",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vim_t.in1k": _cfg(),
+        "vim_t_stride8.in1k": _cfg(),
+        "vim_s.in1k": _cfg(),
+        "vim_s_stride8.in1k": _cfg(),
+        "vim_b.in1k": _cfg(),
+    }
+)
+
+
+def _create_vim(variant, pretrained=False, **kwargs):
+    return build_model_with_cfg(
+        Vim,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(5, 11, 17, 23), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def vim_t(pretrained=False, **kwargs):
+    """Vim-Tiny."""
+    return _create_vim("vim_t", pretrained, **dict(dict(dim=192), **kwargs))
+
+
+@register_model
+def vim_t_stride8(pretrained=False, **kwargs):
+    """Vim-Tiny fine-tuned on overlapping patches."""
+    return _create_vim("vim_t_stride8", pretrained, **dict(dict(dim=192, stride=8), **kwargs))
+
+
+@register_model
+def vim_s(pretrained=False, **kwargs):
+    """Vim-Small."""
+    return _create_vim("vim_s", pretrained, **dict(dict(dim=384), **kwargs))
+
+
+@register_model
+def vim_s_stride8(pretrained=False, **kwargs):
+    """Vim-Small fine-tuned on overlapping patches."""
+    return _create_vim("vim_s_stride8", pretrained, **dict(dict(dim=384, stride=8), **kwargs))
+
+
+@register_model
+def vim_b(pretrained=False, **kwargs):
+    """Vim-Base."""
+    return _create_vim("vim_b", pretrained, **dict(dict(dim=768), **kwargs))
