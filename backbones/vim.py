@@ -3,7 +3,7 @@
 Paper: Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model (ICML 2024)
 - https://arxiv.org/abs/2401.09417
 
-Patch tokens, a class token in their middle, and blocks of one mixer each, which scans the tokens forwards and backwards.
+Patch tokens, a class token in their middle, and blocks of one mixer each, which scans the tokens in both directions.
 """
 
 import math

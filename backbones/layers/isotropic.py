@@ -29,7 +29,7 @@ def with_middle(x, token):
 
 
 def resize_pos_embed(pos_embed, old_grid, new_grid, class_token):
-    """Position table ``(1, M, C)`` of one grid for another, bicubically; a class token's row in its middle stays as it is."""
+    """Position table ``(1, M, C)`` of one grid for another, bicubically; the row of a class token in its middle stays."""
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
     if not class_token:

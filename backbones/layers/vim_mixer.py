@@ -34,8 +34,8 @@ class CausalConv(nn.Module):
 class VimMixer(nn.Module):
     """Bidirectional Mamba mixer of tokens ``(B, L, C)`` (Vim, arXiv 2401.09417, algorithm 1).
 
-    ``[x, z] = W_in u;  y = sum over both directions of S6(SiLU(conv(x)));  W_out (y * SiLU(z) / 2)``: the directions share
-    the projections and the gate, and have a causal convolution and scan parameters each.
+    ``[x, z] = W_in u;  y = sum over both directions of S6(SiLU(conv(x)));  W_out (y * SiLU(z) / 2)``: the directions
+    share the projections and the gate, and have a causal convolution and scan parameters each.
     """
 
     def __init__(self, dim, expand=2, d_state=16, taps=4, device=None, dtype=None):
