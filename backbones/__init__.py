@@ -2,13 +2,14 @@
 
 from timm import list_models as _timm_list_models
 
+from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
 from .vim import Vim
 from .vmamba import VMamba
 
-__all__ = ["GroupMamba", "VMamba", "Vim", "list_models"]
+__all__ = ["EfficientVMamba", "GroupMamba", "VMamba", "Vim", "list_models"]
 
-_FAMILIES = ("groupmamba", "vim", "vmamba")
+_FAMILIES = ("efficientvmamba", "groupmamba", "vim", "vmamba")
 
 
 def list_models(filter=""):

@@ -1,5 +1,6 @@
 """Layers that more than one family uses and timm does not have."""
 
+from .channel_gate import ChannelGate
 from .checkpoint import unwrap_state_dict
 from .conv import Conv2dNHWC, ConvDownsample
 from .grouped_linear import GroupedLinear, grouped_linear
@@ -14,6 +15,7 @@ __all__ = [
     "S6",
     "SS2D",
     "CausalConv",
+    "ChannelGate",
     "Conv2dNHWC",
     "ConvDownsample",
     "GroupedLayerNorm",

@@ -73,13 +73,17 @@ class S6(nn.Module):
         Returns:
             ``(B, L, G, D)``, or ``(B, L, D)`` with `merge`.
         """
-        if u.dtype == torch.float16 and torch.is_autocast_enabled(u.device.type):
-            u = u.float()  # scan outputs of 1e4 and more overflow in float16
         if u.dim() == 3:
             projected = F.linear(u, self.x_proj.flatten(0, 1)).unflatten(-1, (self.groups, -1))
             u = u.unsqueeze(2).expand(-1, -1, self.groups, -1)
         else:
             projected = grouped_linear(u, self.x_proj)
+        return self.scan(u, projected, order, merge)
+
+    def scan(self, u, projected, order=None, merge=False):
+        """As `forward` of ``(B, L, G, D)``, for callers who compute ``[r, B, C]`` ``(B, L, G, R + 2 N)`` themselves."""
+        if u.dtype == torch.float16 and torch.is_autocast_enabled(u.device.type):
+            u = u.float()  # scan outputs of 1e4 and more overflow in float16
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         return selective_scan(

@@ -1,0 +1,290 @@
+"""EfficientVMamba.
+
+Paper: EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba (AAAI 2025) - https://arxiv.org/abs/2403.09977
+
+A light pyramid. Its first two stages mix tokens with ES2D, a selective scan of every second token of every second row:
+four scans over a quarter of the map each, instead of four over all of it; a depthwise convolution beside it couples what
+the scans keep apart. The last two stages are the inverted residuals of EfficientNet.
+
+Maps are channel-last (B, H, W, C) throughout.
+"""
+
+import math
+import re
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
+from timm.models._features_fx import register_notrace_module
+from timm.models.swin_transformer import PatchMerging
+from torch import nn
+
+from linzoo.ops import scan_order
+
+from .layers import S6, ChannelGate, Conv2dNHWC, Pyramid, Stage, unwrap_state_dict
+
+__all__ = ["EfficientVMamba"]
+
+
+def atrous_routes(H, W, device=None):
+    """One route over each of the four phases of a map with even sides, ``(4, H * W / 4)``.
+
+    Phase ``k = 2 j + i`` holds the tokens of rows ``i, i + 2, ...`` and columns ``j, j + 2, ...``. The phases of even
+    rows are walked row by row, those of odd rows column by column.
+    """
+    even, odd = scan_order.atrous(H, W, 2, device).view(2, 2, H // 2, W // 2)
+    return torch.stack([even.flatten(1), odd.mT.flatten(1)], dim=1).flatten(0, 1)
+
+
+@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+class ES2D(nn.Module):
+    """Efficient 2-D scanning (section 3.2): every token is visited once, by the scan of its phase.
+
+    ``[p, z] = W_in x;  p = SiLU(DWConv(p));  y = LN(S6_k(p)) with k the token's phase;  W_out (y * SiLU(z))``
+    """
+
+    def __init__(self, dim, ratio=2.0, d_state=16, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        inner = int(ratio * dim)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.conv = Conv2dNHWC(inner, inner, 3, padding=1, groups=inner, **dd)
+        self.s6 = S6(inner, 4, d_state, dt_rank=math.ceil(dim / 16), **dd)
+        self.out_norm = nn.LayerNorm(inner, eps=1e-5, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+
+    def scan(self, p):
+        """The phases' scans of a map with even sides.
+
+        All four read and write the map where it lies. A token has one [r, B, C], that of its phase, so the projection is
+        a linear map per phase and its result is expanded over the scans as the map is.
+        """
+        B, H, W, D = p.shape
+        x_proj = self.s6.x_proj.unflatten(0, (2, 2))  # k = 2 j + i
+        grid = p.view(B, H // 2, 2, W // 2, 2, D)
+        projected = torch.einsum("bhiwjd,jiod->bhiwjo", grid, x_proj).reshape(B, H * W, 1, -1)
+        u, projected = (t.expand(-1, -1, 4, -1) for t in (p.view(B, H * W, 1, D), projected))
+        return self.s6.scan(u, projected, atrous_routes(H, W, p.device), merge=True).view(B, H, W, D)
+
+    def forward(self, x):
+        H, W = x.shape[1:3]
+        p, z = self.in_proj(x).chunk(2, dim=-1)
+        p = F.silu(self.conv(p)).contiguous()
+        # Zeros make the sides even. The scans pass over them, where the state decays and takes nothing in.
+        y = self.scan(F.pad(p, (0, 0, 0, W % 2, 0, H % 2)))[:, :H, :W]
+        return self.out_proj(self.out_norm(y) * F.silu(z))
+
+
+class ConvBranch(nn.Sequential):
+    """``Conv1x1(GELU(BN(DWConv3x3(x))))``."""
+
+    def __init__(self, dim, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim, dim, 1, **dd)
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class EVSSBlock(nn.Module):
+    """Efficient visual state space block (section 3.3): ``x += se(ES2D(u)) + se(conv(u))`` with ``u = LN(x)``.
+
+    The gate `se` is one module; each branch is weighed by what it holds itself.
+    """
+
+    def __init__(self, dim, drop_path=0.0, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.mixer = ES2D(dim, **dd)
+        self.conv_branch = ConvBranch(dim, **dd)
+        self.se = ChannelGate(dim, **dd)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        u = self.norm(x)
+        y = self.se(self.mixer(u).flatten(1, 2)) + self.se(self.conv_branch(u).flatten(1, 2))
+        return x + self.drop_path(y).view(x.shape)
+
+
+class ConvBlock(InvertedResidual):
+    """Inverted residual of four times the width, with squeeze and excite, on a channel-last map."""
+
+    def __init__(self, dim, drop_path=0.0, device=None, dtype=None):
+        se_layer = partial(SqueezeExcite, rd_ratio=1 / 8)
+        super().__init__(dim, dim, exp_ratio=4, se_layer=se_layer, drop_path_rate=drop_path, device=device, dtype=dtype)
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class EfficientVMamba(Pyramid):
+    """EfficientVMamba (arXiv 2403.09977).
+
+    Args:
+        in_chans: Input channels.
+        num_classes: Classes; 0 for none.
+        global_pool: Pooling before the classifier.
+        dims: Channels of each stage.
+        depths: Blocks of each stage: two stages of EVSS blocks, two of inverted residuals.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
+    """
+
+    def __init__(
+        self,
+        in_chans=3,
+        num_classes=1000,
+        global_pool="avg",
+        dims=(48, 96, 192, 384),
+        depths=(2, 2, 4, 2),
+        drop_rate=0.0,
+        drop_path_rate=0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dims, 4, in_chans, num_classes, drop_rate)
+        self.stem = PatchEmbed(None, 4, in_chans, dims[0], nn.LayerNorm, output_fmt="NHWC", **dd)
+        drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        stages = []
+        for i, (block, dim) in enumerate(zip((EVSSBlock, EVSSBlock, ConvBlock, ConvBlock), dims, strict=True)):
+            blocks = [block(dim, rate, **dd) for rate in drop_path[i]]
+            stages.append(Stage(blocks, PatchMerging(dims[i - 1], dim, **dd) if i else None))
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-5, **dd)
+        self.head = self.classifier_head(global_pool, **dd)
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def no_weight_decay(self):
+        """The skips D: matrices here, but vectors in the published recipe."""
+        return {name for name, _ in self.named_parameters() if name.endswith(".s6.D")}
+
+
+# Published names and ours, in the order in which they are replaced. The first block turns the keys of VMamba's first
+# files, which the dense predictors' loader also accepts, into those of the training code.
+_RENAMES = [
+    (r"^module\.module\.", ""),
+    (r"^patch_embed\.proj\.", "patch_embed.0."),
+    (r"^patch_embed\.norm\.", "patch_embed.2."),
+    (r"\.ln_1\.", ".norm."),
+    (r"\.self_attention\.", ".op."),
+    (r"^norm\.", "classifier.norm."),
+    (r"^head\.", "classifier.head."),
+    (r"^patch_embed\.0\.", "stem.proj."),
+    (r"^patch_embed\.2\.", "stem.norm."),
+    (r"^layers\.(\d+)\.", r"stages.\1."),
+    (r"\.op\.conv2d\.", ".mixer.conv."),
+    (r"\.op\.x_proj_weight$", ".mixer.s6.x_proj"),
+    (r"\.op\.dt_projs_weight$", ".mixer.s6.dt_weight"),
+    (r"\.op\.dt_projs_bias$", ".mixer.s6.dt_bias"),
+    (r"\.op\.A_logs$", ".mixer.s6.A_log"),
+    (r"\.op\.Ds$", ".mixer.s6.D"),
+    (r"\.op\.", ".mixer."),
+    (r"\.conv_branch\.0\.", ".conv_branch.conv1."),
+    (r"\.conv_branch\.1\.", ".conv_branch.norm."),
+    (r"\.conv_branch\.3\.", ".conv_branch.conv2."),
+    (r"\.se\.global_reduce\.", ".se.fc1."),
+    (r"\.se\.channel_select\.", ".se.fc2."),
+    (r"\.conv_pw\.0\.", ".conv_pw."),
+    (r"\.conv_pw\.1\.", ".bn1."),
+    (r"\.conv_dw\.0\.", ".conv_dw."),
+    (r"\.conv_dw\.1\.", ".bn2."),
+    (r"\.conv_pw2\.0\.", ".conv_pwl."),
+    (r"\.conv_pw2\.1\.", ".bn3."),
+    (r"^classifier\.norm\.", "norm."),
+    (r"^classifier\.head\.", "head.fc."),
+]
+
+
+def _convert_key(key):
+    for old, new in _RENAMES:
+        key = re.sub(old, new, key)
+    # The convolutional stages are numbered sequences: a permutation, the blocks from 1 on, another, patch merging.
+    key = re.sub(r"^stages\.(\d+)\.(\d+)\.(?!norm|reduction)", lambda m: f"stages.{m[1]}.blocks.{int(m[2]) - 1}.", key)
+    # Patch merging belongs to the stage that follows it.
+    merging = r"^stages\.(\d+)\.(?:downsample|\d+)\.(norm|reduction)\."
+    return re.sub(merging, lambda m: f"stages.{int(m[1]) + 1}.downsample.{m[2]}.", key)
+
+
+def checkpoint_filter_fn(state_dict, model):
+    """Converts the published state dict to ours."""
+    state_dict = unwrap_state_dict(state_dict)
+    if "stem.proj.weight" in state_dict:
+        return state_dict
+    ours, out = model.state_dict(), {}
+    for key, value in state_dict.items():
+        key = _convert_key(key)
+        if key.endswith((".s6.A_log", ".s6.D")):  # flattened over the scans there
+            value = value.reshape(ours[key].shape)
+        out[key] = value
+    return out
+
+
+def _cfg(**kwargs):
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "min_input_size": (3, 32, 32),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.proj",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/TerryPei/EfficientVMamba",
+        "paper_ids": "arXiv:2403.09977",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "efficientvmamba_t.in1k": _cfg(),
+        "efficientvmamba_s.in1k": _cfg(),
+        "efficientvmamba_b.in1k": _cfg(),
+    }
+)
+
+
+def _create_efficientvmamba(variant, pretrained=False, **kwargs):
+    return build_model_with_cfg(
+        EfficientVMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def efficientvmamba_t(pretrained=False, **kwargs):
+    """EfficientVMamba-T: 6.5M parameters, 0.8 GMACs."""
+    model_args = dict(dims=(48, 96, 192, 384), depths=(2, 2, 4, 2))
+    return _create_efficientvmamba("efficientvmamba_t", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def efficientvmamba_s(pretrained=False, **kwargs):
+    """EfficientVMamba-S: 11.3M parameters, 1.3 GMACs."""
+    model_args = dict(dims=(64, 128, 256, 512), depths=(2, 2, 4, 2))
+    return _create_efficientvmamba("efficientvmamba_s", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def efficientvmamba_b(pretrained=False, **kwargs):
+    """EfficientVMamba-B: 33.7M parameters, 4.0 GMACs."""
+    model_args = dict(dims=(96, 192, 384, 768), depths=(2, 2, 9, 2))
+    return _create_efficientvmamba("efficientvmamba_b", pretrained, **dict(model_args, **kwargs))
