@@ -6,6 +6,7 @@ import torch
 from timm.layers import get_device_dtype, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_function
 from torch import nn
 
 POOLS = ("", "avg", "token")
@@ -28,8 +29,9 @@ def with_middle(x, token):
     return torch.cat([x[:, :index], token, x[:, index:]], dim=1)
 
 
+@register_notrace_function  # FX cannot follow what depends on the image's size
 def resize_pos_embed(pos_embed, old_grid, new_grid, class_token):
-    """Position table ``(1, M, C)`` of one grid for another, bicubically; the row of a class token in its middle stays."""
+    """Position table ``(1, M, C)`` of one grid for another, bicubically; a class token's row stays as it is."""
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
     if not class_token:
@@ -37,6 +39,18 @@ def resize_pos_embed(pos_embed, old_grid, new_grid, class_token):
     index = middle(pos_embed.shape[1])
     grid = resample_abs_pos_embed(without_middle(pos_embed), list(new_grid), list(old_grid), num_prefix_tokens=0)
     return with_middle(grid, pos_embed[:, index : index + 1])
+
+
+@register_notrace_function
+def patch_grid(height, width, patch_size, stride):
+    """Patches along each side of an image.
+
+    Raises:
+        ValueError: the image is smaller than a patch.
+    """
+    if height < patch_size or width < patch_size:
+        raise ValueError(f"input size: expected at least {patch_size} x {patch_size}, got {height} x {width}")
+    return (height - patch_size) // stride + 1, (width - patch_size) // stride + 1
 
 
 class Isotropic(nn.Module):
@@ -83,7 +97,7 @@ class Isotropic(nn.Module):
         self.drop_rate = drop_rate
         self.num_features = self.head_hidden_size = dim
         self.patch_size, self.stride = patch_size, stride
-        self.grid_size = self.grid(*to_2tuple(img_size))
+        self.grid_size = patch_grid(*to_2tuple(img_size), patch_size, stride)
         self.feature_info = [dict(num_chs=dim, reduction=stride, module=f"blocks.{i}") for i in range(depth)]
         self.grad_checkpointing = False
 
@@ -100,18 +114,6 @@ class Isotropic(nn.Module):
             allowed = [pool for pool in POOLS if pool != "token" or self.cls_token is not None]
             raise ValueError(f"global_pool: expected one of {allowed}, got {global_pool!r}")
         return global_pool
-
-    def grid(self, height, width):
-        """Patches along each side of an image.
-
-        Raises:
-            ValueError: the image is smaller than a patch.
-        """
-        if height < self.patch_size or width < self.patch_size:
-            raise ValueError(
-                f"input size: expected at least {self.patch_size} x {self.patch_size}, got {height} x {width}"
-            )
-        return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
 
     def init_weights(self, needs_reset=True):
         """Fills the parameters; with `needs_reset` (after `to_empty`) also those that constructors fill."""
@@ -155,7 +157,7 @@ class Isotropic(nn.Module):
 
     def embed(self, x):
         """Images ``(B, 3, H, W)`` to tokens with positions ``(B, tokens, C)``, and their grid (height, width)."""
-        grid = self.grid(*x.shape[-2:])
+        grid = patch_grid(x.shape[2], x.shape[3], self.patch_size, self.stride)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         if self.cls_token is not None:
             x = with_middle(x, self.cls_token.expand(x.shape[0], -1, -1))

@@ -18,6 +18,10 @@ import synth  # noqa: E402
 CASES = sorted((PARITY / "cases").glob("*.json"))
 MAP_TOLERANCE = 1e-3  # of a map's standard deviation
 
+# Cases whose float32 outputs are no closer to the exact ones than this, whoever computes them: rounding errors grow a
+# thousandfold from the first stage to the last. The first stage's map and the float64 run below still hold them.
+ILL_CONDITIONED = {"vmamba_t_rootkeys": 0.03}
+
 # {case's model: outputs of the authors' code that no place of ours holds, and why}
 NOT_OURS = {}
 
@@ -32,16 +36,19 @@ def error(ours, out):
 
 
 def record_maps(model):
-    """NCHW copies of what the stages, and the last block of each, put out during a forward pass."""
+    """What stages and their last blocks put out, or the blocks of an isotropic model take in and put out, in a pass."""
     maps = []
 
     def keep(module, args, y):
         y = y[0] if isinstance(y, tuple) else y
-        maps.extend([y, y.permute(0, 3, 1, 2)] if y.ndim == 4 else [])
+        maps.extend([y, y.permute(0, 3, 1, 2)] if y.ndim == 4 else [args[0], y])
 
     for stage in model.stages if hasattr(model, "stages") else []:
         stage.register_forward_hook(keep)
         stage.blocks[-1].register_forward_hook(keep)
+    for block in model.blocks if hasattr(model, "blocks") else []:
+        block.register_forward_hook(keep)
+        block.mixer.register_forward_hook(keep)
     return maps
 
 
@@ -63,7 +70,8 @@ def test_parity(path, tmp_path):
         for norm in (False, True):
             maps += model.forward_intermediates(*inputs, norm=norm, intermediates_only=True)
 
-    tolerance = case.get("tolerance", 2e-4)
+    limit = ILL_CONDITIONED.get(path.stem, 0)
+    tolerance = max(case.get("tolerance", 2e-4), limit)
     for out in case["outputs"]:
         if out["name"] == "logits":
             assert error(logits, out) <= tolerance, "logits"
@@ -71,7 +79,13 @@ def test_parity(path, tmp_path):
             assert error(hidden, out) <= tolerance, "pre_logits"
         elif out["name"] not in NOT_OURS.get(case["model"], {}):
             worst = min((error(m, out) for m in maps), default=float("inf"))
-            assert worst <= MAP_TOLERANCE, f"{out['name']}: the nearest of our maps is off by {worst:.1e}"
+            allowed = MAP_TOLERANCE if out["name"] == "stage0" else max(MAP_TOLERANCE, limit)
+            assert worst <= allowed, f"{out['name']}: the nearest of our maps is off by {worst:.1e}"
+    if limit:  # their distance from the exact logits is that of our own float32 run
+        with torch.inference_mode():
+            exact = model.double()(*(x.double() for x in inputs))
+        assert error(exact, next(out for out in case["outputs"] if out["name"] == "logits")) <= limit
+        assert (exact - logits).abs().max() / exact.std() <= limit
 
 
 def test_synthetic_state_dict_fills_by_kind():

@@ -1,0 +1,5 @@
+"""VMamba-B, first version, on ImageNet-1k by its published recipe: `torchrun --nproc_per_node=8`."""
+
+_base_ = ["../_base_/imagenet.py", "../_base_/deit_300e.py"]
+
+model = dict(model_name="vmamba_b_v0", drop_path_rate=0.6)
