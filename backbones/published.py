@@ -23,12 +23,35 @@ class Published(NamedTuple):
     note: str = ""
 
 
+_EFFICIENTVMAMBA = "README of github.com/TerryPei/EfficientVMamba"
 _GROUPMAMBA = "README and project page of github.com/Amshaker/GroupMamba"
+_VIM = "README of github.com/hustvl/Vim; FLOPs as quoted in the README of github.com/hunto/LocalMamba"
+_VIM_NOTE = "beside the matrix products, the quoted FLOPs leave less than half of 9 L D N for the scans"
+_VMAMBA = "README and assets/performance.md of github.com/MzeroMiko/VMamba"
 
 PUBLISHED = {
+    "efficientvmamba_t": Published(
+        6, 0.8, 76.5, _EFFICIENTVMAMBA, note="the authors round down: their training log prints 6,493,660 parameters"
+    ),
+    "efficientvmamba_s": Published(11, 1.3, 78.7, _EFFICIENTVMAMBA),
+    "efficientvmamba_b": Published(33, 4.0, 81.8, _EFFICIENTVMAMBA),
     "groupmamba_t": Published(23, 4.6, 83.3, _GROUPMAMBA),
     "groupmamba_s": Published(
         34, 7.0, 83.9, _GROUPMAMBA, note="the authors' own code, counted by our rules, has 7.23 GMACs"
     ),
     "groupmamba_b": Published(57, 14, 84.5, _GROUPMAMBA),
+    "vim_t": Published(7, 1.5, 76.1, _VIM, note=_VIM_NOTE),
+    "vim_t_stride8": Published(7, None, 78.3, _VIM),
+    "vim_s": Published(26, 5.1, 80.5, _VIM, note=_VIM_NOTE),
+    "vim_s_stride8": Published(26, None, 81.6, _VIM),
+    "vim_b": Published(98, None, 81.9, _VIM),
+    "vmamba_t": Published(30, 4.9, 82.6, _VMAMBA),
+    "vmamba_s": Published(50, 8.7, 83.6, _VMAMBA),
+    "vmamba_b": Published(89, 15.4, 83.9, _VMAMBA),
+    "vmamba_t_s2l5": Published(31, 4.9, 82.5, _VMAMBA),
+    "vmamba_s_s1l20": Published(49, 8.6, 83.3, _VMAMBA),
+    "vmamba_b_s1l20": Published(87, 15.2, 83.8, _VMAMBA),
+    "vmamba_t_v0": Published(23, 5.6, 82.2, _VMAMBA),
+    "vmamba_s_v0": Published(44, 11.2, 83.5, _VMAMBA),
+    "vmamba_b_v0": Published(76, 18.0, 83.7, _VMAMBA),
 }
