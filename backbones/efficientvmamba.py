@@ -3,8 +3,8 @@
 Paper: EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba (AAAI 2025) - https://arxiv.org/abs/2403.09977
 
 A light pyramid. Its first two stages mix tokens with ES2D, a selective scan of every second token of every second row:
-four scans over a quarter of the map each, instead of four over all of it; a depthwise convolution beside it couples what
-the scans keep apart. The last two stages are the inverted residuals of EfficientNet.
+four scans over a quarter of the map each, instead of four over all of it; a depthwise convolution beside it couples
+what the scans keep apart. The last two stages are the inverted residuals of EfficientNet.
 
 Maps are channel-last (B, H, W, C) throughout.
 """
@@ -60,8 +60,8 @@ class ES2D(nn.Module):
     def scan(self, p):
         """The phases' scans of a map with even sides.
 
-        All four read and write the map where it lies. A token has one [r, B, C], that of its phase, so the projection is
-        a linear map per phase and its result is expanded over the scans as the map is.
+        All four read and write the map where it lies. A token has one [r, B, C], that of its phase: the projection is a
+        linear map per phase, and what it gives is expanded over the scans as the map is.
         """
         B, H, W, D = p.shape
         x_proj = self.s6.x_proj.unflatten(0, (2, 2))  # k = 2 j + i
@@ -74,7 +74,7 @@ class ES2D(nn.Module):
         H, W = x.shape[1:3]
         p, z = self.in_proj(x).chunk(2, dim=-1)
         p = F.silu(self.conv(p)).contiguous()
-        # Zeros make the sides even. The scans pass over them, where the state decays and takes nothing in.
+        # Zeros make the sides even. Where a scan passes over them, its state decays and takes nothing in.
         y = self.scan(F.pad(p, (0, 0, 0, W % 2, 0, H % 2)))[:, :H, :W]
         return self.out_proj(self.out_norm(y) * F.silu(z))
 

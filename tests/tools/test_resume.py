@@ -138,6 +138,7 @@ def test_new_run_in_a_used_work_dir(tmp_path, config):
     path, work_dir = config("train_cfg.update(max_epochs=1)\n"), tmp_path / "w"
     train.main([path, "--work-dir", str(work_dir)])
     (work_dir / ".epoch_7.pth.partial").write_bytes(b"torn")
+    (work_dir / ".export.partial").mkdir()
     killed([path, "--work-dir", str(work_dir)], lambda: not (work_dir / "last_checkpoint").exists())
     assert latest_checkpoint(work_dir) is None
     assert not list(work_dir.glob(".*.partial"))

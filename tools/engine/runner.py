@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -93,7 +94,7 @@ class Runner(MMRunner):
         barrier()
         if is_main_process() and self._train_loop is not None:
             for partial in Path(self.work_dir).glob(".*.partial"):
-                partial.unlink()
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
             if not self._resume:
                 Path(self.work_dir, "last_checkpoint").unlink(missing_ok=True)
         super().load_or_resume()
