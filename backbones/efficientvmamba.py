@@ -74,8 +74,11 @@ class ES2D(nn.Module):
         H, W = x.shape[1:3]
         p, z = self.in_proj(x).chunk(2, dim=-1)
         p = F.silu(self.conv(p)).contiguous()
-        # Zeros make the sides even. Where a scan passes over them, its state decays and takes nothing in.
-        y = self.scan(F.pad(p, (0, 0, 0, W % 2, 0, H % 2)))[:, :H, :W]
+        if torch.compiler.is_exporting() or H % 2 or W % 2:  # an exported program pads by 0 or 1, as the image has it
+            # Zeros make the sides even. Where a scan passes over them, its state decays and takes nothing in.
+            y = F.pad(self.scan(F.pad(p, (0, 0, 0, W % 2, 0, H % 2))), (0, 0, 0, -(W % 2), 0, -(H % 2)))
+        else:
+            y = self.scan(p)
         return self.out_proj(self.out_norm(y) * F.silu(z))
 
 
