@@ -5,13 +5,21 @@ from timm import list_models as _timm_list_models
 from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
 from .vim import Vim
+from .vm_unet import VMUNet
 from .vmamba import VMamba
 
-__all__ = ["EfficientVMamba", "GroupMamba", "VMamba", "Vim", "list_models"]
+__all__ = ["EfficientVMamba", "GroupMamba", "VMUNet", "VMamba", "Vim", "list_models"]
 
 _FAMILIES = ("efficientvmamba", "groupmamba", "vim", "vmamba")
+_DENSE_FAMILIES = ("vm_unet",)
 
 
-def list_models(filter=""):
-    """Names of the zoo's models, sorted; `filter` is a wildcard pattern or a list of them, as in `timm.list_models`."""
-    return sorted({name for family in _FAMILIES for name in _timm_list_models(filter, module=family)})
+def list_models(filter="", dense=False):
+    """Names of the zoo's models, sorted.
+
+    Args:
+        filter: Wildcard pattern or a list of them, as in `timm.list_models`.
+        dense: The models whose output is a map (mask logits) instead of the backbones.
+    """
+    families = _DENSE_FAMILIES if dense else _FAMILIES
+    return sorted({name for family in families for name in _timm_list_models(filter, module=family)})

@@ -12,12 +12,13 @@ import re
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
-from .layers import SS2D, Conv2dNHWC, ConvDownsample, Pyramid, Stage, unwrap_state_dict
+from .layers import SS2D, Conv2dNHWC, ConvDownsample, Pyramid, Stage
+from .layers.checkpoint import SS2D_NAMES, VMAMBA_EARLY_NAMES, rename, reshape_as, unwrap_state_dict
 
 __all__ = ["VMamba"]
 
@@ -33,19 +34,6 @@ class ConvStem(nn.Sequential):
         self.act = nn.GELU()
         self.conv2 = Conv2dNHWC(dim // 2, dim, 3, 2, padding=1, **dd)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1))
-
-
-class PatchStem(nn.Sequential):
-    """Patches of 4x4 pixels and a LayerNorm: ``(B, 3, H, W)`` to ``(B, H/4, W/4, C)``."""
-
-    def __init__(self, in_chans, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.conv1 = Conv2dNHWC(in_chans, dim, 4, 4, **dd)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd)
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1))
@@ -109,7 +97,10 @@ class VMamba(Pyramid):
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__(dims, 4, in_chans, num_classes, drop_rate)
-        self.stem = (ConvStem if conv_embed else PatchStem)(in_chans, dims[0], **dd)
+        if conv_embed:
+            self.stem = ConvStem(in_chans, dims[0], **dd)
+        else:
+            self.stem = PatchEmbed(None, 4, in_chans, dims[0], nn.LayerNorm, output_fmt="NHWC", **dd)
         down = ConvDownsample if conv_embed else PatchMerging
         drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
@@ -127,33 +118,18 @@ class VMamba(Pyramid):
         return {name for name, _ in self.named_parameters() if name.endswith(".s6.D")}
 
 
-# Published names and ours, in the order in which they are replaced. The first block turns the keys of the original v0
-# files and of the single-file rewrite into those of the training code.
+# Published names and ours, in the order in which they are replaced.
 _RENAMES = [
-    (r"^patch_embed\.proj\.", "patch_embed.0."),
-    (r"^patch_embed\.norm\.", "patch_embed.2."),
-    (r"\.ln_1\.", ".norm."),
-    (r"\.self_attention\.", ".op."),
-    (r"^norm\.", "classifier.norm."),
-    (r"^head\.", "classifier.head."),
-    (r"\.op\.x_proj\.weight$", ".op.x_proj_weight"),
-    (r"\.op\.dt_projs\.weight$", ".op.dt_projs_weight"),
-    (r"^patch_embed\.0\.", "stem.conv1."),
-    (r"^patch_embed\.2\.", "stem.norm1."),
-    (r"^patch_embed\.5\.", "stem.conv2."),
-    (r"^patch_embed\.7\.", "stem.norm2."),
+    *VMAMBA_EARLY_NAMES,
+    (r"\.op\.(x_proj|dt_projs)\.weight$", r".op.\1_weight"),  # the single-file rewrite's
+    *SS2D_NAMES,
     (r"^layers\.(\d+)\.blocks\.(\d+)\.norm\.", r"stages.\1.blocks.\2.norm1."),
     (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
-    (r"\.op\.conv2d\.", ".mixer.conv."),
-    (r"\.op\.x_proj_weight$", ".mixer.s6.x_proj"),
-    (r"\.op\.dt_projs_weight$", ".mixer.s6.dt_weight"),
-    (r"\.op\.dt_projs_bias$", ".mixer.s6.dt_bias"),
-    (r"\.op\.A_logs$", ".mixer.s6.A_log"),
-    (r"\.op\.Ds$", ".mixer.s6.D"),
-    (r"\.op\.", ".mixer."),
     (r"^classifier\.norm\.", "norm."),
     (r"^classifier\.head\.", "head.fc."),
 ]
+_CONV_STEM = {"0": "conv1", "2": "norm1", "5": "conv2", "7": "norm2"}
+_PATCH_STEM = {"0": "proj", "2": "norm"}
 
 
 def checkpoint_filter_fn(state_dict, model):
@@ -163,20 +139,19 @@ def checkpoint_filter_fn(state_dict, model):
     that a layout flattens over the routes, or holds as 1x1 convolutions, are reshaped.
     """
     state_dict = unwrap_state_dict(state_dict)
-    if "stem.conv1.weight" in state_dict:
+    if any(key.startswith("stem.") for key in state_dict):
         return state_dict
-    merging = isinstance(model.stem, PatchStem)
-    ours, out = model.state_dict(), {}
+    patches = isinstance(model.stem, PatchEmbed)
+    out = {}
     for key, value in state_dict.items():
-        match = re.fullmatch(r"layers\.(\d+)\.downsample\.(\w+)\.(weight|bias)", key)
-        if match:
-            part = {"1": "norm" if merging else "conv", "2": "reduction", "3": "norm"}.get(match[2], match[2])
+        key = rename(key, _RENAMES)
+        if match := re.fullmatch(r"patch_embed\.(\d)\.(\w+)", key):
+            key = f"stem.{(_PATCH_STEM if patches else _CONV_STEM)[match[1]]}.{match[2]}"
+        elif match := re.fullmatch(r"layers\.(\d+)\.downsample\.(\w+)\.(\w+)", key):
+            part = {"1": "norm" if patches else "conv", "2": "reduction", "3": "norm"}.get(match[2], match[2])
             key = f"stages.{int(match[1]) + 1}.downsample.{part}.{match[3]}"
-        for old, new in _RENAMES:
-            key = re.sub(old, new, key)
-        fits = key in ours and value.numel() == ours[key].numel()
-        out[key] = value.reshape(ours[key].shape) if fits else value
-    return out
+        out[key] = value
+    return reshape_as(out, model)
 
 
 _WEIGHTS = "https://github.com/MzeroMiko/VMamba/releases/download/%23"
@@ -210,9 +185,9 @@ default_cfgs = generate_default_cfgs(
         "vmamba_t_s2l5.in1k": _cfg("v2cls/vssm_tiny_0230_ckpt_epoch_262.pth"),
         "vmamba_s_s1l20.in1k": _cfg("v2cls/vssm1_small_0229s_ckpt_epoch_240.pth"),
         "vmamba_b_s1l20.in1k": _cfg("v2cls/vssm1_base_0229s_ckpt_epoch_225.pth"),
-        "vmamba_t_v0.in1k": _cfg("v0cls/vssmtiny_dp01_ckpt_epoch_292.pth"),
-        "vmamba_s_v0.in1k": _cfg("v0cls/vssmsmall_dp03_ckpt_epoch_238.pth"),
-        "vmamba_b_v0.in1k": _cfg("v0cls/vssmbase_dp06_ckpt_epoch_241.pth"),
+        "vmamba_t_v0.in1k": _cfg("v0cls/vssmtiny_dp01_ckpt_epoch_292.pth", first_conv="stem.proj"),
+        "vmamba_s_v0.in1k": _cfg("v0cls/vssmsmall_dp03_ckpt_epoch_238.pth", first_conv="stem.proj"),
+        "vmamba_b_v0.in1k": _cfg("v0cls/vssmbase_dp06_ckpt_epoch_241.pth", first_conv="stem.proj"),
     }
 )
 

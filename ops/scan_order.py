@@ -69,6 +69,31 @@ def diagonal(H, W, device=None):
     return _by_keys(row + col, row)
 
 
+def zigzag(H, W, device=None):
+    """Anti-diagonal by anti-diagonal, the even ones upwards and the odd ones downwards, as JPEG orders coefficients."""
+    row, col = _grid(H, W, device)
+    k = row + col
+    return _by_keys(k, torch.where(k % 2 == 0, -row, row))
+
+
+def spiral(H, W, device=None):
+    """Clockwise inwards from the upper left corner, ring by ring."""
+    row, col = _grid(H, W, device)
+    ring = torch.minimum(torch.minimum(row, col), torch.minimum(H - 1 - row, W - 1 - col))
+    top, left, bottom, right = ring, ring, H - 1 - ring, W - 1 - ring
+    width, height = right - left, bottom - top
+    step = torch.where(
+        row == top,
+        col - left,
+        torch.where(
+            col == right,
+            width + row - top,
+            torch.where(row == bottom, width + height + right - col, 2 * width + height + bottom - row),
+        ),
+    )
+    return _by_keys(ring, step)
+
+
 def hilbert(H, W, device=None):
     """Along Hilbert's curve of the smallest enclosing square of a power of two; tokens outside the map are left out.
 

@@ -1,5 +1,27 @@
 """Published checkpoint files."""
 
+import re
+
+# What VMamba's first files call things, and what its training code calls them; many families forked either.
+VMAMBA_EARLY_NAMES = [
+    (r"^patch_embed\.proj\.", "patch_embed.0."),
+    (r"^patch_embed\.norm\.", "patch_embed.2."),
+    (r"\.ln_1\.", ".norm."),
+    (r"\.self_attention\.", ".op."),
+    (r"^norm\.", "classifier.norm."),
+    (r"^head\.", "classifier.head."),
+]
+# The training code's names of SS2D's parts, and ours.
+SS2D_NAMES = [
+    (r"\.op\.conv2d\.", ".mixer.conv."),
+    (r"\.op\.x_proj_weight$", ".mixer.s6.x_proj"),
+    (r"\.op\.dt_projs_weight$", ".mixer.s6.dt_weight"),
+    (r"\.op\.dt_projs_bias$", ".mixer.s6.dt_bias"),
+    (r"\.op\.A_logs$", ".mixer.s6.A_log"),
+    (r"\.op\.Ds$", ".mixer.s6.D"),
+    (r"\.op\.", ".mixer."),
+]
+
 
 def unwrap_state_dict(checkpoint):
     """The state dict in a published training checkpoint: its averaged (EMA) weights where it has them."""
@@ -7,3 +29,21 @@ def unwrap_state_dict(checkpoint):
         if isinstance(checkpoint.get(name), dict):
             return checkpoint[name]
     return checkpoint
+
+
+def rename(key, renames):
+    """`key` after every (pattern, replacement) of `renames` in turn."""
+    for pattern, replacement in renames:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def reshape_as(state_dict, model):
+    """Gives tensors the shape of `model`'s of that name if only that differs: flattened groups, 1x1 convolutions."""
+    ours = model.state_dict()
+
+    def fit(key, value):
+        fits = key in ours and value.numel() == ours[key].numel()
+        return value.reshape(ours[key].shape) if fits else value
+
+    return {key: fit(key, value) for key, value in state_dict.items()}

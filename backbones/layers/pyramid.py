@@ -26,12 +26,13 @@ class Stage(nn.Module):
         self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, x):
-        x = self.downsample(x)
+        return self.norm(self.run_blocks(self.downsample(x)))
+
+    def run_blocks(self, x):
+        """The blocks alone."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return self.norm(x)
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
 
 
 class Pyramid(nn.Module):

@@ -12,6 +12,8 @@ SINGLE = {
     "snake": so.snake,
     "diagonal": so.diagonal,
     "hilbert": so.hilbert,
+    "zigzag": so.zigzag,
+    "spiral": so.spiral,
     "windowed": lambda H, W: so.windowed(H, W, 2),
     "windowed_oblong": lambda H, W: so.windowed(H, W, (2, 3)),
     "reverse": lambda H, W: so.reverse(so.snake(H, W)),
@@ -31,6 +33,8 @@ def test_small_examples():
     assert so.column(2, 3).tolist() == [0, 3, 1, 4, 2, 5]
     assert so.snake(2, 3).tolist() == [0, 1, 2, 5, 4, 3]
     assert so.diagonal(2, 3).tolist() == [0, 1, 3, 2, 4, 5]
+    assert so.zigzag(3, 4).tolist() == [0, 1, 4, 8, 5, 2, 3, 6, 9, 10, 7, 11]
+    assert so.spiral(3, 4).tolist() == [0, 1, 2, 3, 7, 11, 10, 9, 8, 4, 5, 6]
     assert so.windowed(2, 5, 2).tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9]
     assert so.cross(2, 3).tolist() == [
         [0, 1, 2, 3, 4, 5],
@@ -50,6 +54,7 @@ def _steps(order, W):
 def test_hilbert_and_snake_walk_to_neighbours(side):
     assert set(_steps(so.hilbert(side, side), side)) == {1}
     assert set(_steps(so.snake(side, side + 1), side + 1)) == {1}
+    assert set(_steps(so.spiral(side, side + 1), side + 1)) == {1}
 
 
 def test_hilbert_stays_local():
