@@ -125,11 +125,11 @@ def test_torn_checkpoint(capsys, config, tmp_path, name):
 def test_checkpoint_of_another_variant(capsys, config, tmp_path):
     import timm
 
-    save_file(timm.create_model("test_efficientnet", num_classes=3).state_dict(), tmp_path / "other.safetensors")
-    path = config("model.update(model_name='test_efficientnet_gn', drop_path_rate=0.0)\n")
+    save_file(timm.create_model("test_mambaout", num_classes=3).state_dict(), tmp_path / "other.safetensors")
+    path = config("model.update(model_name='mambaout_femto', drop_path_rate=0.0)\n")
     line = refused(capsys, test.main, path, tmp_path / "other.safetensors")
-    assert "does not fit model 'test_efficientnet_gn'" in line
-    assert "it fits 'test_efficientnet' with num_classes=3" in line
+    assert "does not fit model 'mambaout_femto'" in line
+    assert "it fits 'test_mambaout' with num_classes=3" in line
 
 
 def test_checkpoint_with_other_classes(capsys, config, tmp_path):
@@ -162,12 +162,12 @@ def test_predict_input(capsys, config, data, tmp_path):
 
 
 def test_resume_with_another_model(capsys, config, tmp_path):
-    one = config("model.update(model_name='test_efficientnet')\ntrain_cfg.update(max_epochs=1)\n", "one.py")
+    one = config("model.update(model_name='test_mambaout')\ntrain_cfg.update(max_epochs=1)\n", "one.py")
     train.main([one, "--work-dir", str(tmp_path / "w")])
     capsys.readouterr()
-    two = config("model.update(model_name='test_efficientnet_gn')\n", "two.py")
+    two = config("model.update(model_name='mambaout_femto')\n", "two.py")
     line = refused(capsys, train.main, two, "--work-dir", tmp_path / "w", "--resume")
-    assert "does not fit model 'test_efficientnet_gn'" in line and "it fits 'test_efficientnet'" in line
+    assert "does not fit model 'mambaout_femto'" in line and "it fits 'test_mambaout'" in line
 
 
 def test_launcher_without_its_environment(capsys, config, work_dir, monkeypatch):

@@ -79,12 +79,14 @@ def _variant_of(shapes: dict, name: str, num_classes: int | None) -> str | None:
     # The lengths of the head's vectors are the candidates for the number of classes.
     counts = [num_classes, *sorted({shape[0] for key, shape in shapes.items() if len(shape) == 1 and "head" in key})]
     for variant in sorted(variants, key=lambda v: (v != name, modules[v] != family)):
+        if not shapes.items() >= _shapes_of(variant, 0).items():
+            continue
         for count in counts:
-            try:
-                with torch.device("meta"):
-                    model = timm.create_model(variant, num_classes=count)
-            except (TypeError, ValueError, RuntimeError):
-                continue
-            if _shapes(model.state_dict()) == shapes:
+            if _shapes_of(variant, count) == shapes:
                 return f"{variant!r} with num_classes={count}"
     return None
+
+
+def _shapes_of(variant: str, num_classes: int) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return _shapes(timm.create_model(variant, num_classes=num_classes).state_dict())
