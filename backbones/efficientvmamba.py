@@ -9,12 +9,10 @@ what the scans keep apart. The last two stages are the inverted residuals of Eff
 Maps are channel-last (B, H, W, C) throughout.
 """
 
-import math
 import re
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -25,7 +23,7 @@ from torch import nn
 
 from linzoo.ops import scan_order
 
-from .layers import S6, ChannelGate, Conv2dNHWC, Pyramid, Stage, unwrap_state_dict
+from .layers import SS2D, ChannelGate, Pyramid, Stage, unwrap_state_dict, zero_pad
 
 __all__ = ["EfficientVMamba"]
 
@@ -41,45 +39,28 @@ def atrous_routes(H, W, device=None):
 
 
 @register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
-class ES2D(nn.Module):
-    """Efficient 2-D scanning (section 3.2): every token is visited once, by the scan of its phase.
+class ES2D(SS2D):
+    """Efficient 2-D scanning (section 3.2): every token is visited once, by the scan of its phase."""
 
-    ``[p, z] = W_in x;  p = SiLU(DWConv(p));  y = LN(S6_k(p)) with k the token's phase;  W_out (y * SiLU(z))``
-    """
-
-    def __init__(self, dim, ratio=2.0, d_state=16, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        inner = int(ratio * dim)
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
-        self.conv = Conv2dNHWC(inner, inner, 3, padding=1, groups=inner, **dd)
-        self.s6 = S6(inner, 4, d_state, dt_rank=math.ceil(dim / 16), **dd)
-        self.out_norm = nn.LayerNorm(inner, eps=1e-5, **dd)
-        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+    def __init__(self, dim, device=None, dtype=None):
+        super().__init__(dim, ratio=2.0, d_state=16, gated=True, device=device, dtype=dtype)
 
     def scan(self, p):
-        """The phases' scans of a map with even sides.
+        """The phases' scans of the map `p` ``(B, H, W, D)``.
 
-        All four read and write the map where it lies. A token has one [r, B, C], that of its phase: the projection is a
-        linear map per phase, and what it gives is expanded over the scans as the map is.
+        Zeros make the sides even; where a scan passes over them, its state decays. All scans read and write the map
+        where it lies. A token has one [r, B, C], that of its phase: the projection is a linear map per phase, and what
+        it gives is expanded over the scans as the map is.
         """
+        bottom, right = p.shape[1] % 2, p.shape[2] % 2
+        p = zero_pad(p, (0, 0, 0, right, 0, bottom)).contiguous()
         B, H, W, D = p.shape
         x_proj = self.s6.x_proj.unflatten(0, (2, 2))  # k = 2 j + i
         grid = p.view(B, H // 2, 2, W // 2, 2, D)
         projected = torch.einsum("bhiwjd,jiod->bhiwjo", grid, x_proj).reshape(B, H * W, 1, -1)
         u, projected = (t.expand(-1, -1, 4, -1) for t in (p.view(B, H * W, 1, D), projected))
-        return self.s6.scan(u, projected, atrous_routes(H, W, p.device), merge=True).view(B, H, W, D)
-
-    def forward(self, x):
-        H, W = x.shape[1:3]
-        p, z = self.in_proj(x).chunk(2, dim=-1)
-        p = F.silu(self.conv(p)).contiguous()
-        if torch.compiler.is_exporting() or H % 2 or W % 2:  # an exported program pads by 0 or 1, as the image has it
-            # Zeros make the sides even. Where a scan passes over them, its state decays and takes nothing in.
-            y = F.pad(self.scan(F.pad(p, (0, 0, 0, W % 2, 0, H % 2))), (0, 0, 0, -(W % 2), 0, -(H % 2)))
-        else:
-            y = self.scan(p)
-        return self.out_proj(self.out_norm(y) * F.silu(z))
+        y = self.s6.scan(u, projected, atrous_routes(H, W, p.device), merge=True)
+        return zero_pad(y.view(B, H, W, D), (0, 0, 0, -right, 0, -bottom))
 
 
 class ConvBranch(nn.Sequential):

@@ -10,31 +10,15 @@ import math
 import re
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.layers.weight_init import lecun_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from .layers import Isotropic, VimMixer, resize_pos_embed, unwrap_state_dict
+from .layers import Isotropic, RMSNorm, VimMixer, resize_pos_embed, unwrap_state_dict
 
 __all__ = ["Vim"]
-
-
-class RMSNorm(nn.Module):
-    """``w x / sqrt(mean(x^2) + 1e-5)`` in float32 at least, returned in the dtype of the weight."""
-
-    def __init__(self, dim, device=None, dtype=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        nn.init.ones_(self.weight)
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-5).to(self.weight.dtype)
 
 
 class Block(nn.Module):

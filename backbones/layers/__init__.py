@@ -5,7 +5,8 @@ from .checkpoint import unwrap_state_dict
 from .conv import Conv2dNHWC, ConvDownsample
 from .grouped_linear import GroupedLinear, grouped_linear
 from .isotropic import Isotropic, resize_pos_embed
-from .norm import GroupedLayerNorm
+from .norm import GroupedLayerNorm, RMSNorm
+from .padding import zero_pad
 from .pyramid import Pyramid, Stage
 from .s6 import S6
 from .ss2d import SS2D
@@ -22,9 +23,11 @@ __all__ = [
     "GroupedLinear",
     "Isotropic",
     "Pyramid",
+    "RMSNorm",
     "Stage",
     "VimMixer",
     "grouped_linear",
     "resize_pos_embed",
     "unwrap_state_dict",
+    "zero_pad",
 ]

@@ -21,3 +21,18 @@ class GroupedLayerNorm(nn.Module):
 
     def forward(self, x):
         return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=self.eps), self.weight)
+
+
+class RMSNorm(nn.Module):
+    """``w x / sqrt(mean(x^2) + 1e-5)`` in float32 at least, returned in the dtype of the weight."""
+
+    def __init__(self, dim, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-5).to(self.weight.dtype)

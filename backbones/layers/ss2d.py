@@ -38,10 +38,13 @@ class SS2D(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def forward(self, x):
-        H, W = x.shape[1:3]
         p, gate = self.in_proj(x), None
         if self.gated:
             p, gate = p.chunk(2, dim=-1)
-        p = F.silu(self.conv(p)).flatten(1, 2)
-        y = self.out_norm(self.s6(p, scan_order.cross(H, W, x.device), merge=True)).unflatten(1, (H, W))
+        y = self.out_norm(self.scan(F.silu(self.conv(p))))
         return self.out_proj(y if gate is None else y * F.silu(gate))
+
+    def scan(self, p):
+        """The scans of the map `p` ``(B, H, W, D)`` and their sum."""
+        H, W = p.shape[1:3]
+        return self.s6(p.flatten(1, 2), scan_order.cross(H, W, p.device), merge=True).unflatten(1, (H, W))

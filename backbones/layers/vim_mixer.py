@@ -36,15 +36,22 @@ class VimMixer(nn.Module):
 
     ``[x, z] = W_in u;  y = sum over both directions of S6(SiLU(conv(x)));  W_out (y * SiLU(z) / 2)``: the directions
     share the projections and the gate, and have a causal convolution and scan parameters each.
+
+    Args:
+        dim: Channels C.
+        directions: Scans; other numbers than 2 are for mixers that derive from this one.
+        expand: Inner width over C.
+        d_state: N, states per channel.
+        taps: Width of the causal convolution.
     """
 
-    def __init__(self, dim, expand=2, d_state=16, taps=4, device=None, dtype=None):
+    def __init__(self, dim, directions=2, expand=2, d_state=16, taps=4, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         inner = expand * dim
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
-        self.conv = CausalConv(inner, 2, taps, **dd)
-        self.s6 = S6(inner, 2, d_state, dt_rank=math.ceil(dim / 16), **dd)
+        self.conv = CausalConv(inner, directions, taps, **dd)
+        self.s6 = S6(inner, directions, d_state, dt_rank=math.ceil(dim / 16), **dd)
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def forward(self, u):
