@@ -4,13 +4,15 @@ from timm import list_models as _timm_list_models
 
 from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
+from .localmamba import LocalVim, LocalVMamba
 from .vim import Vim
+from .vim2 import ViM2
 from .vm_unet import VMUNet
 from .vmamba import VMamba
 
-__all__ = ["EfficientVMamba", "GroupMamba", "VMUNet", "VMamba", "Vim", "list_models"]
+__all__ = ["EfficientVMamba", "GroupMamba", "LocalVMamba", "LocalVim", "VMUNet", "VMamba", "ViM2", "Vim", "list_models"]
 
-_FAMILIES = ("efficientvmamba", "groupmamba", "vim", "vmamba")
+_FAMILIES = ("efficientvmamba", "groupmamba", "localmamba", "vim", "vim2", "vmamba")
 _DENSE_FAMILIES = ("vm_unet",)
 
 

@@ -31,7 +31,7 @@ GROUPS = 4
 
 @register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
 class GatedGroupScan(nn.Module):
-    """M_g for all four groups: gated selective scans, each in its own direction (section 3.2).
+    """M_g for all four groups: gated selective scans, each in its own direction.
 
     ``[p, q] = W_in v;  y = LN(S6(SiLU(DWConv(p))));  W_out (y * SiLU(q))``
     """
@@ -55,7 +55,7 @@ class GatedGroupScan(nn.Module):
 
 
 class ChannelAffinity(nn.Module):
-    """Channel affinity modulation: squeeze and excite of the mixer's normalised input (eq. 6-7), ``(B, 1, 1, C)``."""
+    """Channel affinity modulation: squeeze and excite of the mixer's normalised input, ``(B, 1, 1, C)``."""
 
     def __init__(self, dim, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}

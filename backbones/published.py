@@ -27,6 +27,8 @@ _EFFICIENTVMAMBA = "README of github.com/TerryPei/EfficientVMamba"
 _GROUPMAMBA = "README and project page of github.com/Amshaker/GroupMamba"
 _VIM = "README of github.com/hustvl/Vim; FLOPs as quoted in the README of github.com/hunto/LocalMamba"
 _VIM_NOTE = "beside the matrix products, the quoted FLOPs leave less than half of 9 L D N for the scans"
+_VIM2 = "arXiv 2403.19888v1, quoted second-hand and unverified"
+_VIM2_NOTE = "no configuration was published: the layout, and so the size, is ours"
 _VMAMBA = "README and assets/performance.md of github.com/MzeroMiko/VMamba"
 
 PUBLISHED = {
@@ -40,6 +42,9 @@ PUBLISHED = {
         34, 7.0, 83.9, _GROUPMAMBA, note="the authors' own code, counted by our rules, has 7.23 GMACs"
     ),
     "groupmamba_b": Published(57, 14, 84.5, _GROUPMAMBA),
+    "vim2_t": Published(20, None, 82.7, _VIM2),
+    "vim2_s": Published(43, None, 83.7, _VIM2, note=_VIM2_NOTE),
+    "vim2_b": Published(74, None, 83.9, _VIM2, note=_VIM2_NOTE),
     "vim_t": Published(7, 1.5, 76.1, _VIM, note=_VIM_NOTE),
     "vim_t_stride8": Published(None, None, 78.3, _VIM),
     "vim_s": Published(26, 5.1, 80.5, _VIM, note=_VIM_NOTE),

@@ -24,7 +24,7 @@ def reverse(order):
 
 
 def cross(H, W, device=None):
-    """Cross-scan (VMamba, arXiv 2401.10166, fig. 3): raster, column, and both reversed; ``(4, H * W)``."""
+    """Cross-scan (VMamba, arXiv 2401.10166): raster, column, and both reversed; ``(4, H * W)``."""
     forth = torch.stack([raster(H, W, device), column(H, W, device)])
     return torch.cat([forth, reverse(forth)])
 

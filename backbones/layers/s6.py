@@ -11,6 +11,13 @@ from linzoo.ops import selective_scan
 from .grouped_linear import grouped_linear
 
 
+@torch.no_grad()
+def init_step_bias(bias):
+    """Mamba's initial step sizes: fills `bias` so that softplus(bias) is log-uniform in [0.001, 0.1]."""
+    step = torch.empty_like(bias, dtype=torch.float32).uniform_(math.log(0.001), math.log(0.1)).exp()
+    bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+
 class S6(nn.Module):
     """Input-dependent step, B and C, and the selective scan with them (Mamba, arXiv 2312.00752, algorithm 2).
 
@@ -23,8 +30,6 @@ class S6(nn.Module):
         groups: Scans that run side by side.
         d_state: N, states per channel.
         dt_rank: R, rank of the step size; None for ``ceil(dim / 16)``.
-        dt_min, dt_max: The initial step sizes are log-uniform between them.
-        dt_floor: Smallest initial step size.
     """
 
     def __init__(
@@ -33,9 +38,6 @@ class S6(nn.Module):
         groups,
         d_state=1,
         dt_rank=None,
-        dt_min=0.001,
-        dt_max=0.1,
-        dt_floor=1e-4,
         device=None,
         dtype=None,
     ):
@@ -43,7 +45,6 @@ class S6(nn.Module):
         super().__init__()
         self.dim, self.groups, self.d_state = dim, groups, d_state
         self.dt_rank = dt_rank or math.ceil(dim / 16)
-        self.dt_range = dt_min, dt_max, dt_floor
         self.x_proj = nn.Parameter(torch.empty(groups, self.dt_rank + 2 * d_state, dim, **dd))
         self.dt_weight = nn.Parameter(torch.empty(groups, dim, self.dt_rank, **dd))
         self.dt_bias = nn.Parameter(torch.empty(groups, dim, **dd))
@@ -55,10 +56,7 @@ class S6(nn.Module):
     def reset_parameters(self):
         nn.init.uniform_(self.x_proj, -(self.dim**-0.5), self.dim**-0.5)
         nn.init.uniform_(self.dt_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        dt_min, dt_max, dt_floor = self.dt_range
-        step = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(dt_min), math.log(dt_max))
-        step = step.exp().clamp(min=dt_floor)
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        init_step_bias(self.dt_bias)
         self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log))
         nn.init.ones_(self.D)
 

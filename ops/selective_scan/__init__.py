@@ -88,7 +88,7 @@ def selective_scan(
 def selective_states(u, dt, A, B, *, dt_weight=None, dt_bias=None, dt_softplus=True, order=None):
     """The states of a selective scan with one state per channel, ``h`` of `selective_scan` for N = 1.
 
-    Spatial-Mamba (arXiv 2410.15091, eq. 6) fuses these states over space before it projects them to the output.
+    Spatial-Mamba (arXiv 2410.15091) fuses these states over space before it projects them to the output.
 
     Args: as `selective_scan`, with `A` ``(G, D, 1)`` and `B` ``(B, L, G, 1)``.
 

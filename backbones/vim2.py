@@ -1,0 +1,280 @@
+"""ViM2, the vision model of MambaMixer.
+
+Paper: MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection (version 1)
+- https://arxiv.org/abs/2403.19888
+
+Blocks mix tokens with the gated SS2D of VMamba, and channels with a selective scan that runs along the channel axis in
+both directions. Each mixer reads a learned weighted average of the outputs of all mixers before it in its stage.
+
+No code, configuration or weights were published. What is left open is decided here and listed in the model card.
+Maps are channel-last (B, H, W, C) throughout.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features_fx import register_notrace_module
+from timm.models.swin_transformer import PatchMerging
+from torch import nn
+
+from linzoo.ops import selective_scan
+
+from .layers import SS2D, Conv2dNHWC, Pyramid
+from .layers.s6 import init_step_bias
+
+__all__ = ["ViM2"]
+
+
+@register_notrace_module  # FX cannot follow scan orders, which depend on the number of channels
+class ChannelScan(nn.Module):
+    """Bidirectional selective scan along the channels of a map: the selective scan, with tokens and channels exchanged.
+
+    Channel c of the map, averaged over `grid` x `grid` cells, is the vector p_c that selects. For each token l::
+
+        [r_c, B_c, C_c] = W p_c;   delta_c = softplus(r_c + b)
+        h_{c,l} = exp(delta_c A) h_{c-1,l} + delta_c B_c v_{c,l};   y_{c,l} = C_c h_{c,l} + D v_{c,l}
+
+    with W, b, A and D of each direction's own, shared by all tokens: any number of tokens will do. It is
+    `linzoo.ops.selective_scan` whose sequence are the channels and whose channels are the tokens.
+
+    Args:
+        d_state: N.
+        grid: Cells along each side for the selection.
+    """
+
+    def __init__(self, d_state=16, grid=7, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.d_state, self.grid = d_state, grid
+        self.x_proj = nn.Parameter(torch.empty(2, 1 + 2 * d_state, grid * grid, **dd))
+        self.dt_bias = nn.Parameter(torch.empty(2, **dd))
+        self.A_log = nn.Parameter(torch.empty(2, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(2, **dd))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        nn.init.uniform_(self.x_proj, -1 / self.grid, 1 / self.grid)
+        init_step_bias(self.dt_bias)
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log))
+        nn.init.ones_(self.D)
+
+    def forward(self, v):
+        """``(B, H, W, C)`` to the sum of both directions, ``(B, H, W, C)``."""
+        B, H, W, C = v.shape
+        v = v.permute(0, 3, 1, 2).contiguous()  # (B, C, H, W)
+        cells = F.adaptive_avg_pool2d(v, self.grid).flatten(2)
+        selection = F.linear(cells, self.x_proj.flatten(0, 1)).unflatten(-1, (2, -1))  # (B, C, direction, 1 + 2 N)
+        dt, B_c, C_c = selection.split([1, self.d_state, self.d_state], dim=-1)
+
+        def for_tokens(x):  # (direction, ...) to (direction, tokens, ...)
+            return x.unsqueeze(1).expand(-1, H * W, *x.shape[1:])
+
+        forth = torch.arange(C, dtype=torch.int32, device=v.device)
+        y = selective_scan(
+            v.view(B, C, 1, H * W).expand(-1, -1, 2, -1),
+            dt,
+            for_tokens(-torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))),
+            B_c,
+            C_c,
+            for_tokens(self.D),
+            dt_weight=v.new_ones(1, 1, 1).expand(2, H * W, 1),
+            dt_bias=for_tokens(self.dt_bias),
+            order=torch.stack([forth, forth.flip(0)]),
+            merge=True,
+        )
+        return y.view(B, C, H, W).permute(0, 2, 3, 1)
+
+
+class ChannelMixer(nn.Module):
+    """Selective channel mixer: ``W_out (LN(ChannelScan(SiLU(DWConv(v)))) * SiLU(g))`` with ``[v, g] = W_in x``."""
+
+    def __init__(self, dim, d_state=16, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.in_proj = nn.Linear(dim, 2 * dim, bias=False, **dd)
+        self.conv = Conv2dNHWC(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.scan = ChannelScan(d_state, **dd)
+        self.out_norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.out_proj = nn.Linear(dim, dim, bias=False, **dd)
+
+    def forward(self, x):
+        v, gate = self.in_proj(x).chunk(2, dim=-1)
+        return self.out_proj(self.out_norm(self.scan(F.silu(self.conv(v)))) * F.silu(gate))
+
+
+class WeightedAverage(nn.Module):
+    """``sum_i a_i T_i + sum_i b_i C_i`` of token mixers' outputs T and channel mixers' outputs C.
+
+    All weights begin at 1, but where `input_twice` says that T_0 and C_0 both are the stage's input, b_0 begins at 0:
+    every mixer then reads the stage's input plus all outputs so far, as in a residual network.
+    """
+
+    def __init__(self, tokens, channels, input_twice, learned, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.input_twice = input_twice
+        self.tokens = nn.Parameter(torch.empty(tokens, **dd), requires_grad=learned)
+        self.channels = nn.Parameter(torch.empty(channels, **dd), requires_grad=learned)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        nn.init.ones_(self.tokens)
+        nn.init.ones_(self.channels)
+        if self.input_twice:
+            self.channels[0] = 0
+
+    def forward(self, tokens, channels):
+        terms = [self.tokens[i] * y for i, y in enumerate(tokens)]
+        return sum(terms + [self.channels[i] * y for i, y in enumerate(channels)])
+
+
+class Block(nn.Module):
+    """Block l of a stage: a token mixer and a channel mixer, each behind a LayerNorm of its weighted average."""
+
+    def __init__(self, l, dim, ratio, d_state, averaging, drop_path=0.0, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.token_average = WeightedAverage(l, l, input_twice=True, learned=averaging, **dd)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.token_mixer = SS2D(dim, ratio, d_state, gated=True, **dd)
+        self.channel_average = WeightedAverage(l, l, input_twice=False, learned=averaging, **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.channel_mixer = ChannelMixer(dim, d_state, **dd)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, *outputs):
+        """T_0 .. T_{l-1}, C_0 .. C_{l-1}, each ``(B, H, W, C)``, to T_l and C_l."""
+        tokens, channels = outputs[: len(outputs) // 2], outputs[len(outputs) // 2 :]
+        y = self.drop_path(self.token_mixer(self.norm1(self.token_average(tokens, channels))))
+        x = self.channel_average([*tokens[1:], y], channels)
+        return y, self.drop_path(self.channel_mixer(self.norm2(x)))
+
+
+class ViM2Stage(nn.Module):
+    """Downsampling, blocks that all see each other's outputs, and one more weighted average that leaves the stage."""
+
+    def __init__(self, blocks, dim, averaging, downsample=None, device=None, dtype=None):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = nn.Identity() if downsample is None else downsample
+        self.blocks = nn.ModuleList(blocks)
+        count = len(blocks) + 1
+        self.average = WeightedAverage(count, count, True, averaging, device=device, dtype=dtype)
+
+    def forward(self, x):
+        x = self.downsample(x)
+        tokens, channels = [x], [x]
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                y, z = checkpoint(block, *tokens, *channels)
+            else:
+                y, z = block(*tokens, *channels)
+            tokens, channels = [*tokens, y], [*channels, z]
+        return self.average(tokens, channels)
+
+
+class ViM2(Pyramid):
+    """ViM2 (arXiv 2403.19888, version 1).
+
+    Args:
+        in_chans: Input channels.
+        num_classes: Classes; 0 for none.
+        global_pool: Pooling before the classifier.
+        dims: Channels of each stage.
+        depths: Blocks of each stage.
+        ssm_ratio: Inner width of the token mixer over the block's.
+        d_state: States per channel, of both mixers.
+        averaging: Learn the weighted averages; False for plain residuals.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
+    """
+
+    def __init__(
+        self,
+        in_chans=3,
+        num_classes=1000,
+        global_pool="avg",
+        dims=(96, 192, 384, 768),
+        depths=(2, 2, 9, 2),
+        ssm_ratio=1.0,
+        d_state=16,
+        averaging=True,
+        drop_rate=0.0,
+        drop_path_rate=0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dims, 4, in_chans, num_classes, drop_rate)
+        self.stem = PatchEmbed(None, 4, in_chans, dims[0], nn.LayerNorm, output_fmt="NHWC", **dd)
+        drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        stages = []
+        for i, dim in enumerate(dims):
+            blocks = [
+                Block(l, dim, ssm_ratio, d_state, averaging, rate, **dd) for l, rate in enumerate(drop_path[i], start=1)
+            ]
+            downsample = PatchMerging(dims[i - 1], dim, **dd) if i else None
+            stages.append(ViM2Stage(blocks, dim, averaging, downsample, **dd))
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-5, **dd)
+        self.head = self.classifier_head(global_pool, **dd)
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def no_weight_decay(self):
+        """The token mixers' skips D: matrices here, vectors in Mamba."""
+        return {name for name, _ in self.named_parameters() if name.endswith(".s6.D")}
+
+
+def _cfg(**kwargs):
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "min_input_size": (3, 32, 32),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.proj",
+        "classifier": "head.fc",
+        "origin_url": "https://github.com/MambaMixer/M2",
+        "paper_ids": "arXiv:2403.19888",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in ("vim2_t", "vim2_s", "vim2_b")})
+
+
+def _create_vim2(variant, pretrained=False, **kwargs):
+    return build_model_with_cfg(
+        ViM2,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def vim2_t(pretrained=False, **kwargs):
+    """ViM2-T."""
+    return _create_vim2("vim2_t", pretrained, **dict(dict(depths=(2, 2, 9, 2)), **kwargs))
+
+
+@register_model
+def vim2_s(pretrained=False, **kwargs):
+    """ViM2-S."""
+    return _create_vim2("vim2_s", pretrained, **dict(dict(depths=(2, 2, 27, 2)), **kwargs))
+
+
+@register_model
+def vim2_b(pretrained=False, **kwargs):
+    """ViM2-B."""
+    model_args = dict(dims=(128, 256, 512, 1024), depths=(2, 2, 27, 2))
+    return _create_vim2("vim2_b", pretrained, **dict(model_args, **kwargs))
