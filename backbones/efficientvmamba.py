@@ -23,7 +23,8 @@ from torch import nn
 
 from linzoo.ops import scan_order
 
-from .layers import SS2D, ChannelGate, Pyramid, Stage, unwrap_state_dict, zero_pad
+from .layers import SS2D, ChannelGate, Pyramid, Stage, zero_pad
+from .layers.checkpoint import SS2D_NAMES, VMAMBA_EARLY_NAMES, rename, reshape_as, unwrap_state_dict
 
 __all__ = ["EfficientVMamba"]
 
@@ -154,31 +155,19 @@ class EfficientVMamba(Pyramid):
         return {name for name, _ in self.named_parameters() if name.endswith(".s6.D")}
 
 
-# Published names and ours, in the order in which they are replaced. The first block turns the keys of VMamba's first
-# files, which the dense predictors' loader also accepts, into those of the training code.
+# Published names and ours, in the order in which they are replaced.
 _RENAMES = [
     (r"^module\.module\.", ""),
-    (r"^patch_embed\.proj\.", "patch_embed.0."),
-    (r"^patch_embed\.norm\.", "patch_embed.2."),
-    (r"\.ln_1\.", ".norm."),
-    (r"\.self_attention\.", ".op."),
-    (r"^norm\.", "classifier.norm."),
-    (r"^head\.", "classifier.head."),
+    *VMAMBA_EARLY_NAMES,
+    *SS2D_NAMES,
     (r"^patch_embed\.0\.", "stem.proj."),
     (r"^patch_embed\.2\.", "stem.norm."),
     (r"^layers\.(\d+)\.", r"stages.\1."),
-    (r"\.op\.conv2d\.", ".mixer.conv."),
-    (r"\.op\.x_proj_weight$", ".mixer.s6.x_proj"),
-    (r"\.op\.dt_projs_weight$", ".mixer.s6.dt_weight"),
-    (r"\.op\.dt_projs_bias$", ".mixer.s6.dt_bias"),
-    (r"\.op\.A_logs$", ".mixer.s6.A_log"),
-    (r"\.op\.Ds$", ".mixer.s6.D"),
-    (r"\.op\.", ".mixer."),
     (r"\.conv_branch\.0\.", ".conv_branch.conv1."),
     (r"\.conv_branch\.1\.", ".conv_branch.norm."),
     (r"\.conv_branch\.3\.", ".conv_branch.conv2."),
-    (r"\.se\.global_reduce\.", ".se.fc1."),
-    (r"\.se\.channel_select\.", ".se.fc2."),
+    (r"\.global_reduce\.", ".fc1."),
+    (r"\.channel_select\.", ".fc2."),
     (r"\.conv_pw\.0\.", ".conv_pw."),
     (r"\.conv_pw\.1\.", ".bn1."),
     (r"\.conv_dw\.0\.", ".conv_dw."),
@@ -191,27 +180,22 @@ _RENAMES = [
 
 
 def _convert_key(key):
-    for old, new in _RENAMES:
-        key = re.sub(old, new, key)
-    # The convolutional stages are numbered sequences: a permutation, the blocks from 1 on, another, patch merging.
-    key = re.sub(r"^stages\.(\d+)\.(\d+)\.(?!norm|reduction)", lambda m: f"stages.{m[1]}.blocks.{int(m[2]) - 1}.", key)
+    key = rename(key, _RENAMES)
     # Patch merging belongs to the stage that follows it.
-    merging = r"^stages\.(\d+)\.(?:downsample|\d+)\.(norm|reduction)\."
-    return re.sub(merging, lambda m: f"stages.{int(m[1]) + 1}.downsample.{m[2]}.", key)
+    if match := re.fullmatch(r"stages\.(\d+)\.(?:downsample|\d+)\.((?:norm|reduction)\.\w+)", key):
+        return f"stages.{int(match[1]) + 1}.downsample.{match[2]}"
+    # The convolutional stages are numbered sequences: a permutation, the blocks from 1 on, another, patch merging.
+    if match := re.fullmatch(r"stages\.(\d+)\.(\d+)\.(.*)", key):
+        return f"stages.{match[1]}.blocks.{int(match[2]) - 1}.{match[3]}"
+    return key
 
 
 def checkpoint_filter_fn(state_dict, model):
-    """Converts the published state dict to ours."""
+    """Converts the published state dict, that of the classifiers or of the dense predictors' files, to ours."""
     state_dict = unwrap_state_dict(state_dict)
     if "stem.proj.weight" in state_dict:
         return state_dict
-    ours, out = model.state_dict(), {}
-    for key, value in state_dict.items():
-        key = _convert_key(key)
-        if key.endswith((".s6.A_log", ".s6.D")):  # flattened over the scans there
-            value = value.reshape(ours[key].shape)
-        out[key] = value
-    return out
+    return reshape_as({_convert_key(key): value for key, value in state_dict.items()}, model)
 
 
 def _cfg(**kwargs):

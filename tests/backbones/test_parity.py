@@ -36,7 +36,7 @@ def error(ours, out):
 
 
 def record_maps(model):
-    """What stages and their last blocks put out, or the blocks of an isotropic model take in and put out, in a pass."""
+    """What stages and their blocks put out, or an isotropic model's blocks and their parts take in and put out."""
     maps = []
 
     def keep(module, args, y):
@@ -44,11 +44,11 @@ def record_maps(model):
         maps.extend([y, y.permute(0, 3, 1, 2)] if y.ndim == 4 else [args[0], y])
 
     for stage in model.stages if hasattr(model, "stages") else []:
-        stage.register_forward_hook(keep)
-        stage.blocks[-1].register_forward_hook(keep)
+        for module in (stage, *stage.blocks):
+            module.register_forward_hook(keep)
     for block in model.blocks if hasattr(model, "blocks") else []:
-        block.register_forward_hook(keep)
-        block.mixer.register_forward_hook(keep)
+        for module in (block, *block.children()):
+            module.register_forward_hook(keep)
     return maps
 
 
