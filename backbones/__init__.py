@@ -5,14 +5,28 @@ from timm import list_models as _timm_list_models
 from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
 from .localmamba import LocalVim, LocalVMamba
+from .spatialmamba import SpatialMamba
 from .vim import Vim
 from .vim2 import ViM2
 from .vm_unet import VMUNet
 from .vmamba import VMamba
+from .vssd import VSSD
 
-__all__ = ["EfficientVMamba", "GroupMamba", "LocalVMamba", "LocalVim", "VMUNet", "VMamba", "ViM2", "Vim", "list_models"]
+__all__ = [
+    "VSSD",
+    "EfficientVMamba",
+    "GroupMamba",
+    "LocalVMamba",
+    "LocalVim",
+    "SpatialMamba",
+    "VMUNet",
+    "VMamba",
+    "ViM2",
+    "Vim",
+    "list_models",
+]
 
-_FAMILIES = ("efficientvmamba", "groupmamba", "localmamba", "vim", "vim2", "vmamba")
+_FAMILIES = ("efficientvmamba", "groupmamba", "localmamba", "spatialmamba", "vim", "vim2", "vmamba", "vssd")
 _DENSE_FAMILIES = ("vm_unet",)
 
 

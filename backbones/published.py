@@ -25,6 +25,11 @@ class Published(NamedTuple):
 
 _EFFICIENTVMAMBA = "README of github.com/TerryPei/EfficientVMamba"
 _GROUPMAMBA = "README and project page of github.com/Amshaker/GroupMamba"
+_LOCALMAMBA = "README of github.com/hunto/LocalMamba"
+_LOCALVIM_NOTE = "beside the matrix products, the published FLOPs leave a third or less of 9 L D N for the four scans"
+_SPATIALMAMBA = "README of github.com/EdwardChasel/Spatial-Mamba"
+_VSSD = "README of github.com/YuHengsss/VSSD, without MESA"
+_VSSD_NOTE = "our count has every convolution and matrix product; what the README's leaves out is not said"
 _VIM = "README of github.com/hustvl/Vim; FLOPs as quoted in the README of github.com/hunto/LocalMamba"
 _VIM_NOTE = "beside the matrix products, the quoted FLOPs leave less than half of 9 L D N for the scans"
 _VIM2 = "arXiv 2403.19888v1, quoted second-hand and unverified"
@@ -42,9 +47,21 @@ PUBLISHED = {
         34, 7.0, 83.9, _GROUPMAMBA, note="the authors' own code, counted by our rules, has 7.23 GMACs"
     ),
     "groupmamba_b": Published(57, 14, 84.5, _GROUPMAMBA),
+    "spatialmamba_t": Published(27, 4.5, 83.5, _SPATIALMAMBA),
+    "spatialmamba_s": Published(43, 7.1, 84.6, _SPATIALMAMBA),
+    "spatialmamba_b": Published(96, 15.8, 85.3, _SPATIALMAMBA),
+    "vssd_m": Published(14, 2.3, 82.5, _VSSD, note=_VSSD_NOTE),
+    "vssd_t": Published(24, 4.5, 83.6, _VSSD, note=_VSSD_NOTE),
+    "vssd_s": Published(40, 7.4, 84.1, _VSSD, note=_VSSD_NOTE),
+    "vssd_b": Published(89, 16.1, 84.7, _VSSD, note=_VSSD_NOTE),
     "vim2_t": Published(20, None, 82.7, _VIM2),
     "vim2_s": Published(43, None, 83.7, _VIM2, note=_VIM2_NOTE),
     "vim2_b": Published(74, None, 83.9, _VIM2, note=_VIM2_NOTE),
+    "localvim_t": Published(8, 1.5, 76.2, _LOCALMAMBA, note=_LOCALVIM_NOTE),
+    "localvim_t_midcls": Published(8, 1.5, 77.8, _LOCALMAMBA, note=_LOCALVIM_NOTE),
+    "localvim_s": Published(28, 4.8, 81.1, _LOCALMAMBA, note=_LOCALVIM_NOTE),
+    "local_vssm_t": Published(26, 5.7, 82.7, _LOCALMAMBA),
+    "local_vssm_s": Published(50, 11.4, 83.7, _LOCALMAMBA),
     "vim_t": Published(7, 1.5, 76.1, _VIM, note=_VIM_NOTE),
     "vim_t_stride8": Published(None, None, 78.3, _VIM),
     "vim_s": Published(26, 5.1, 80.5, _VIM, note=_VIM_NOTE),

@@ -4,5 +4,15 @@ from . import scan_order
 from .backend import backend_info, use_backend
 from .causal_conv1d import causal_conv1d
 from .selective_scan import selective_scan, selective_states
+from .ssd import nc_ssd, ssd
 
-__all__ = ["backend_info", "causal_conv1d", "scan_order", "selective_scan", "selective_states", "use_backend"]
+__all__ = [
+    "backend_info",
+    "causal_conv1d",
+    "nc_ssd",
+    "scan_order",
+    "selective_scan",
+    "selective_states",
+    "ssd",
+    "use_backend",
+]

@@ -1,0 +1,6 @@
+"""LocalVim-T with a class token on ImageNet-1k by its published recipe: `torchrun --nproc_per_node=8`."""
+
+_base_ = ["../_base_/imagenet.py", "../_base_/localmamba_300e.py"]
+
+model = dict(model_name="localvim_t_midcls", drop_path_rate=0.1)
+optim_wrapper = dict(clip_grad=None)

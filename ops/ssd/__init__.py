@@ -1,0 +1,111 @@
+"""State-space duality (SSD): Mamba-2's scan with one decay per head, and its non-causal form, as matrix products."""
+
+import torch
+import torch.nn.functional as F
+
+from ..backend import forced_backend
+from ..selective_scan.reference import state_dtype
+from . import reference
+
+__all__ = ["nc_ssd", "ssd"]
+
+
+def _check(named, sizes):
+    for name, (tensor, letters) in named.items():
+        if tensor is None:
+            continue
+        expected = tuple(sizes[letter] for letter in letters)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name}: expected ({', '.join(letters)}) = {expected}, got {tuple(tensor.shape)}")
+
+
+def ssd(x, dt, A, B, C, D=None, *, chunk_size=64):
+    """Causal state-space duality (Mamba-2, arXiv 2405.21060, section 6): per head, a matrix state with a scalar decay.
+
+    For each head h of group g::
+
+        S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T,     S_0 = 0, in R^(N x P)
+        y_t = S_t^T C_t + D x_t
+
+    computed chunk by chunk: within a chunk as masked attention, between chunks by their final states.
+
+    Args:
+        x: ``(B, L, H, P)``: H heads of P channels. float64, float32, bfloat16 or float16.
+        dt: Positive steps ``(B, L, H)``.
+        A: Negative rates ``(H,)``.
+        B, C: ``(B, L, G, N)``, each group shared by H / G successive heads.
+        D: Skip weights ``(H,)``, None for no skip.
+        chunk_size: Steps in a chunk: any gives the same result.
+
+    Returns:
+        ``(B, L, H, P)`` in the dtype of `x`; states and sums are float32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape does not fit, or `chunk_size` is not positive.
+    """
+    if x.dim() != 4 or B.dim() != 4:
+        raise ValueError(f"x, B: expected (B, L, H, P) and (B, L, G, N), got {tuple(x.shape)} and {tuple(B.shape)}")
+    sizes = dict(zip("BLHP", x.shape, strict=True)) | {"G": B.shape[2], "N": B.shape[3]}
+    _check({"dt": (dt, "BLH"), "A": (A, "H"), "B": (B, "BLGN"), "C": (C, "BLGN"), "D": (D, "H")}, sizes)
+    if sizes["H"] % sizes["G"]:
+        raise ValueError(f"B: the number of heads, {sizes['H']}, must be a multiple of its groups, got {sizes['G']}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    if forced_backend() == "reference":
+        return reference.ssd(x, dt, A, B, C, D)
+
+    length, dtype = x.shape[1], state_dtype(x.dtype)
+    pad = -length % chunk_size  # steps of dt 0: the state stays as it is
+
+    def chunks(t):  # (B, chunks, steps, G, heads of a group, ...)
+        t = F.pad(t.to(dtype), (0, 0) * (t.dim() - 2) + (0, pad))
+        return t.unflatten(1, (-1, chunk_size))
+
+    group = (sizes["G"], -1)
+    u, B, C = chunks(x.to(dtype) * dt.to(dtype).unsqueeze(-1)).unflatten(3, group), chunks(B), chunks(C)
+    log_decay = (chunks(dt) * A.to(dtype)).unflatten(3, group)
+    total = log_decay.cumsum(2)  # (B, c, l, g, h)
+
+    since = total.unsqueeze(3) - total.unsqueeze(2)  # (B, c, l, s, g, h): the decay from step s to step l
+    mask = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril()[:, :, None, None]
+    scores = torch.einsum("bclgn,bcsgn->bclsg", C, B).unsqueeze(-1)
+    y = torch.einsum("bclsgh,bcsghp->bclghp", scores * since.masked_fill(~mask, -torch.inf).exp(), u)
+
+    final = torch.einsum("bcsgn,bcsgh,bcsghp->bcghnp", B, (total[:, :, -1:] - total).exp(), u)
+    state, before = torch.zeros_like(final[:, 0]), []
+    for c in range(final.shape[1]):
+        before.append(state)
+        state = total[:, c, -1].exp()[..., None, None] * state + final[:, c]
+    y = y + torch.einsum("bclgn,bclgh,bcghnp->bclghp", C, total.exp(), torch.stack(before, 1))
+    y = y.flatten(3, 4).flatten(1, 2)[:, :length]
+    return (y if D is None else y + D.to(dtype)[:, None] * x.to(dtype)).to(x.dtype)
+
+
+def nc_ssd(x, weight, B, C, D=None):
+    """Non-causal state-space duality (VSSD, arXiv 2407.18559): all tokens write to one state that all of them read.
+
+    ``S = sum_i weight_i B_i x_i^T`` per head, ``y_i = S^T C_i + D x_i``: no order, no decay but the tokens' weights.
+
+    Args:
+        x: ``(B, L, H, P)``. float64, float32, bfloat16 or float16.
+        weight: Weights of the tokens ``(B, L, H)``.
+        B, C: ``(B, L, N)``, shared by the heads.
+        D: Skip weights ``(H,)``, None for no skip.
+
+    Returns:
+        ``(B, L, H, P)`` in the dtype of `x`; the state, a sum over all tokens, is float32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    if x.dim() != 4 or B.dim() != 3:
+        raise ValueError(f"x, B: expected (B, L, H, P) and (B, L, N), got {tuple(x.shape)} and {tuple(B.shape)}")
+    sizes = dict(zip("BLHP", x.shape, strict=True)) | {"N": B.shape[2]}
+    _check({"weight": (weight, "BLH"), "B": (B, "BLN"), "C": (C, "BLN"), "D": (D, "H")}, sizes)
+    if forced_backend() == "reference":
+        return reference.nc_ssd(x, weight, B, C, D)
+    dtype = state_dtype(x.dtype)
+    x_ = x.to(dtype)
+    weighted = (x_ * weight.to(dtype).unsqueeze(-1)).flatten(2)  # (B, L, H P)
+    y = (C.to(dtype) @ (B.to(dtype).transpose(1, 2) @ weighted)).unflatten(2, x.shape[2:])
+    return (y if D is None else torch.addcmul(y, x_, D.to(dtype)[:, None])).to(x.dtype)
