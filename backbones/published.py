@@ -26,7 +26,7 @@ class Published(NamedTuple):
 _EFFICIENTVMAMBA = "README of github.com/TerryPei/EfficientVMamba"
 _GROUPMAMBA = "README and project page of github.com/Amshaker/GroupMamba"
 _LOCALMAMBA = "README of github.com/hunto/LocalMamba"
-_LOCALVIM_NOTE = "beside the matrix products, the published FLOPs leave a third or less of 9 L D N for the four scans"
+_LOCALVIM_NOTE = "beside the matrix products, the published FLOPs leave a third of 9 L D N or less for the scans"
 _SPATIALMAMBA = "README of github.com/EdwardChasel/Spatial-Mamba"
 _VSSD = "README of github.com/YuHengsss/VSSD, without MESA"
 _VSSD_NOTE = "our count has every convolution and matrix product; what the README's leaves out is not said"
