@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from linzoo.backbones import list_models
-from linzoo.ops import scan_order, selective_scan, use_backend
+from linzoo.ops import nc_ssd, scan_order, selective_scan, ssd, use_backend
 from linzoo.tools.models import create, family_of, measure
 
 BASELINES = ("swin_tiny_patch4_window7_224", "deit_small_patch16_224")
@@ -126,7 +126,31 @@ def selective_scan_case(device, B, L, G, D, N):
     return call, leaves, lambda: torch.exp(decays, out=out)
 
 
+def ssd_case(device, B, L, H, P, N, causal):
+    """State-space duality of H heads. The floor: the two matrix products that write to the state and read from it."""
+    x = torch.randn(B, L, H, P, device=device)
+    b, c = (torch.randn(B, L, N, device=device) for _ in range(2))
+    dt, A, skip = torch.rand(B, L, H, device=device), -torch.rand(H, device=device), torch.ones(H, device=device)
+    leaves = [t.requires_grad_() for t in (x, b, c, dt, skip)] + ([A.requires_grad_()] if causal else [])
+    write, values, read = b.detach().transpose(1, 2), x.detach().flatten(2), c.detach()
+
+    def call():
+        if causal:
+            return ssd(x, dt, A, b.unsqueeze(2), c.unsqueeze(2), skip)
+        return nc_ssd(x, dt, b, c, skip)
+
+    return call, leaves, lambda: read @ (write @ values)
+
+
 OPS = {
+    "ssd": (
+        ssd_case,
+        [
+            {"B": 1, "L": 3136, "H": 2, "P": 64, "N": 64, "causal": True},
+            {"B": 1, "L": 3136, "H": 2, "P": 64, "N": 64, "causal": False},
+            {"B": 8, "L": 784, "H": 4, "P": 64, "N": 64, "causal": False},
+        ],
+    ),
     "selective_scan": (
         selective_scan_case,
         [
@@ -178,11 +202,12 @@ def op_row(case, shape, device, budget):
 
 def run_ops(args):
     """The `ops` part."""
-    for name in args.op:
+    names = args.op or list(OPS)
+    for name in names:
         case, shapes = OPS[name]
         facts = environment(args.device)
         rows = [op_row(case, shape, args.device, args.budget) for shape in shapes]
-        file = args.json if len(args.op) == 1 or not args.json else args.json.with_stem(f"{args.json.stem}_{name}")
+        file = args.json if len(names) == 1 or not args.json else args.json.with_stem(f"{args.json.stem}_{name}")
         print_rows(f"{name}: {args.device} backend against the reference", facts, rows, OP_COLUMNS, file)
 
 
@@ -293,7 +318,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     ops = parts.add_parser("ops", help="operators, against the reference and against a floor")
-    ops.add_argument("--op", nargs="+", choices=list(OPS), default=list(OPS))
+    ops.add_argument("--op", nargs="+", action="extend", choices=list(OPS), help="default: all of them")
     models = parts.add_parser("models", help="networks: images/s, share of our operators, parameters, MACs")
     models.add_argument("--models", nargs="+", default=[], metavar="NAME", help="names registered with timm")
     models.add_argument(
