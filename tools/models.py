@@ -22,7 +22,7 @@ from linzoo.backbones import list_models
 from linzoo.backbones.published import PUBLISHED, Published
 
 COLUMNS = (
-    "name", "family", "params_m", "gmacs", "published_params_m", "published_gmacs", "top1", "paper", "weights",
+    "name", "family", "params_m", "gmacs", "size", "published_params_m", "published_gmacs", "top1", "paper", "weights",
     "license", "source", "note",
 )  # fmt: skip
 
@@ -52,8 +52,8 @@ def measure(name, size=224):
 
 def describe(name):
     """One row of the list, with `COLUMNS` as keys; None where there is no figure."""
-    published = PUBLISHED.get(name, Published(None, None, None, ""))
     cfg = get_pretrained_cfg(name)
+    published = PUBLISHED.get(name, Published(None, None, None, "", cfg.input_size[-1]))
     params, macs = measure(name, published.size)
     papers = cfg.paper_ids or ()
     return {
@@ -61,12 +61,13 @@ def describe(name):
         "family": family_of(name),
         "params_m": round(params / 1e6, 2),
         "gmacs": round(macs / 1e9, 2),
+        "size": published.size,
         "published_params_m": published.params_m,
         "published_gmacs": published.gmacs,
         "top1": published.top1,
         "paper": papers if isinstance(papers, str) else " ".join(papers),
         "weights": "yes" if cfg.url or cfg.hf_hub_id else "no",
-        "license": cfg.license,
+        "license": cfg.license or "-",
         "source": published.source,
         "note": published.note,
     }
@@ -74,10 +75,10 @@ def describe(name):
 
 def print_table(rows):
     """The rows as a table on the terminal, the published figures in brackets beside ours."""
-    table = Table(caption="in brackets: as published; parameters in millions, MACs in 10^9 at 224 x 224 unless noted")
-    for title in ("model", "family", "params", "MACs", "top-1", "paper", "weights", "licence", "note"):
+    table = Table(caption="in brackets: as published; parameters in millions, MACs in 10^9 of one image of px x px")
+    for title in ("model", "family", "params", "MACs", "px", "top-1", "paper", "weights", "licence", "note"):
         table.add_column(
-            title, justify="right" if title in ("params", "MACs", "top-1") else "left", no_wrap=title == "model"
+            title, justify="right" if title in ("params", "MACs", "px", "top-1") else "left", no_wrap=title == "model"
         )
 
     def beside(ours, theirs):
@@ -85,19 +86,22 @@ def print_table(rows):
 
     for r in rows:
         costs = [beside(r[c], r[f"published_{c}"]) for c in ("params_m", "gmacs")]
-        rest = (r[c] for c in ("top1", "paper", "weights", "license", "note"))
+        rest = (r[c] for c in ("size", "top1", "paper", "weights", "license", "note"))
         table.add_row(r["name"], r["family"], *costs, *("" if value is None else str(value) for value in rest))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("filter", nargs="?", default="", help="wildcard of model names, such as 'groupmamba*'")
+    parser.add_argument("filters", nargs="*", metavar="filter", help="wildcards of model names, such as 'groupmamba*'")
     parser.add_argument("--csv", action="store_true", help="comma-separated values instead of a table")
     args = parser.parse_args(argv)
-    names = list_models(args.filter)
-    if not names:
-        parser.error(f"no model of the zoo matches {args.filter!r}")
+    names = []
+    for pattern in args.filters or ["*"]:
+        found = list_models(pattern) + list_models(pattern, dense=True)
+        if not found:
+            parser.error(f"no model of the zoo matches {pattern!r}")
+        names += [name for name in found if name not in names]
     rows = [describe(name) for name in names]
     if not args.csv:
         return print_table(rows)

@@ -77,9 +77,20 @@ def test_table_names_every_model(capsys):
     assert all(name in out for name in list_models("*_t*"))
 
 
+def test_dense_models(capsys):
+    """Listed like the others, at the size that they are made for; their authors' figures are no top-1."""
+    models.main(["*vm_unet", "vm_*", "--csv"])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["name"] for row in rows] == ["mhs_vm_unet", "vm_unet"]
+    assert [(row["params_m"], row["size"], row["top1"], row["license"]) for row in rows] == [
+        ("17.26", "256", "", "-"),
+        ("27.43", "256", "", "-"),
+    ]
+
+
 def test_unknown_filter(capsys):
     with pytest.raises(SystemExit) as error:
-        models.main(["no_such_model*"])
+        models.main([list_models()[0], "no_such_model*"])
     assert error.value.code == 2
     assert "no_such_model*" in capsys.readouterr().err
 
