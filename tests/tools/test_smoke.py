@@ -1,0 +1,56 @@
+"""One model of each family learns: AdamW on a few batches of handwritten digits halves the loss."""
+
+import inspect
+
+import pytest
+import timm
+import torch
+from sklearn.datasets import load_digits
+from timm.models import model_entrypoint
+from torch.nn import functional as F
+
+from linzoo.backbones import list_models
+
+# Narrower and shallower than any variant; what a family does not take is left out.
+SMALL = dict(
+    dims=(32, 64, 128, 256),
+    depths=(1, 1, 2, 1),
+    img_size=32,
+    patch_size=8,
+    stride=8,
+    dim=32,
+    depth=4,
+    routes=("h v_flip w2 w7_flip", "h h_flip v v_flip", "v v_flip w2 w2_flip"),
+)
+
+
+def first_of_each_family():
+    families = {}
+    for name in sorted(list_models(), key=lambda n: model_entrypoint(n).__code__.co_firstlineno):
+        families.setdefault(model_entrypoint(name).__module__, name)
+    return sorted(families.values())
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """64 digits at 32 px, values in [-1, 1], and their labels."""
+    images, labels = load_digits(return_X_y=True)
+    images = torch.tensor(images[:64], dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    images = F.interpolate(images, 32, mode="bicubic").expand(-1, 3, -1, -1)
+    return images, torch.tensor(labels[:64])
+
+
+@pytest.mark.parametrize("name", first_of_each_family())
+def test_loss_halves(name, digits):
+    taken = inspect.signature(type(timm.create_model(name, device="meta"))).parameters
+    model = timm.create_model(name, num_classes=10, **{k: v for k, v in SMALL.items() if k in taken})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for step in range(20):
+        images, labels = (part.chunk(2)[step % 2] for part in digits)
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert max(losses[-2:]) < 0.5 * min(losses[:2]), losses
