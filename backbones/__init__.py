@@ -4,6 +4,7 @@ from timm import list_models as _timm_list_models
 
 from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
+from .kat import KAT
 from .localmamba import LocalVim, LocalVMamba
 from .spatialmamba import SpatialMamba
 from .vim import Vim
@@ -13,6 +14,7 @@ from .vmamba import VMamba
 from .vssd import VSSD
 
 __all__ = [
+    "KAT",
     "VSSD",
     "EfficientVMamba",
     "GroupMamba",
@@ -26,7 +28,7 @@ __all__ = [
     "list_models",
 ]
 
-_FAMILIES = ("efficientvmamba", "groupmamba", "localmamba", "spatialmamba", "vim", "vim2", "vmamba", "vssd")
+_FAMILIES = ("efficientvmamba", "groupmamba", "kat", "localmamba", "spatialmamba", "vim", "vim2", "vmamba", "vssd")
 _DENSE_FAMILIES = ("vm_unet",)
 
 

@@ -27,6 +27,8 @@ _EFFICIENTVMAMBA = "README of github.com/TerryPei/EfficientVMamba"
 _GROUPMAMBA = "README and project page of github.com/Amshaker/GroupMamba"
 _LOCALMAMBA = "README of github.com/hunto/LocalMamba"
 _LOCALVIM_NOTE = "beside the matrix products, the published FLOPs leave a third of 9 L D N or less for the scans"
+_KAT = "README of github.com/Adamdad/kat"
+_KAT_NOTE = "the README leaves out the two matrix products of attention"
 _SPATIALMAMBA = "README of github.com/EdwardChasel/Spatial-Mamba"
 _VSSD = "README of github.com/YuHengsss/VSSD, without MESA"
 _VSSD_NOTE = "our count has every convolution and matrix product; what the README's leaves out is not said"
@@ -47,6 +49,9 @@ PUBLISHED = {
         34, 7.0, 83.9, _GROUPMAMBA, note="the authors' own code, counted by our rules, has 7.23 GMACs"
     ),
     "groupmamba_b": Published(57, 14, 84.5, _GROUPMAMBA),
+    "kat_tiny_patch16_224": Published(5.7, 1.13, 74.6, _KAT, note=_KAT_NOTE),
+    "kat_small_patch16_224": Published(22.1, 4.35, 81.2, _KAT, note=_KAT_NOTE),
+    "kat_base_patch16_224": Published(86.6, 17.06, 82.3, _KAT, note=_KAT_NOTE),
     "spatialmamba_t": Published(27, 4.5, 83.5, _SPATIALMAMBA),
     "spatialmamba_s": Published(43, 7.1, 84.6, _SPATIALMAMBA),
     "spatialmamba_b": Published(96, 15.8, 85.3, _SPATIALMAMBA),

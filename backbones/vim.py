@@ -88,6 +88,12 @@ class Vim(Isotropic):
                 block.mixer.out_proj.weight /= math.sqrt(len(self.blocks))
                 block.mixer.s6.dt_bias[1] = 0  # as the published models began: their backward step bias was overwritten
 
+    @torch.jit.ignore
+    def no_weight_decay(self):
+        """Beside timm's, the skips D and step biases: matrices here, but vectors in the published recipe."""
+        stacked = {name for name, _ in self.named_parameters() if name.endswith((".s6.D", ".s6.dt_bias"))}
+        return super().no_weight_decay() | stacked
+
     def embed(self, x):
         x, grid = super().embed(x)
         return x.to(torch.promote_types(x.dtype, torch.float32)), grid

@@ -3,6 +3,7 @@
 import torch
 
 from .backend import use_backend
+from .rational import rational
 from .scan_order import cross
 from .selective_scan import selective_scan
 
@@ -15,7 +16,12 @@ def _selective_scan(normal):
     return lambda **x: selective_scan(**x, order=cross(H, W, x["u"].device)), inputs
 
 
-EXAMPLES = {"selective_scan": _selective_scan}
+def _rational(normal):
+    inputs = dict(x=normal(9, 24), numerator=normal(1, 6), denominator=normal(8, 4))
+    return lambda **x: rational(**x), inputs
+
+
+EXAMPLES = {"rational": _rational, "selective_scan": _selective_scan}
 
 
 def self_check(op, device="cpu"):

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from linzoo.backbones import list_models
-from linzoo.ops import nc_ssd, scan_order, selective_scan, ssd, use_backend
+from linzoo.ops import nc_ssd, rational, scan_order, selective_scan, ssd, use_backend
 from linzoo.tools.models import create, family_of, measure
 
 BASELINES = ("swin_tiny_patch4_window7_224", "deit_small_patch16_224")
@@ -142,7 +142,16 @@ def ssd_case(device, B, L, H, P, N, causal):
     return call, leaves, lambda: read @ (write @ values)
 
 
+def rational_case(device, B, L, C):
+    """KAT's activation: one numerator, eight denominators. The floor: a copy of the activations."""
+    x = torch.randn(B, L, C, device=device)
+    leaves = [t.requires_grad_() for t in (x, torch.randn(1, 6, device=device), torch.randn(8, 4, device=device))]
+    values, out = x.detach(), torch.empty_like(x)
+    return lambda: rational(*leaves), leaves, lambda: out.copy_(values)
+
+
 OPS = {
+    "rational": (rational_case, [{"B": 8, "L": 197, "C": 3072}]),
     "ssd": (
         ssd_case,
         [

@@ -3,6 +3,7 @@
 from .channel_gate import ChannelGate
 from .checkpoint import unwrap_state_dict
 from .conv import Conv2dNHWC, ConvDownsample
+from .grkan import GRKAN, GroupRational
 from .grouped_linear import GroupedLinear, grouped_linear
 from .isotropic import Isotropic, resize_pos_embed
 from .norm import GroupedLayerNorm, RMSNorm
@@ -13,12 +14,14 @@ from .ss2d import SS2D
 from .vim_mixer import CausalConv, VimMixer
 
 __all__ = [
+    "GRKAN",
     "S6",
     "SS2D",
     "CausalConv",
     "ChannelGate",
     "Conv2dNHWC",
     "ConvDownsample",
+    "GroupRational",
     "GroupedLayerNorm",
     "GroupedLinear",
     "Isotropic",

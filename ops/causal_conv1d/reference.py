@@ -8,8 +8,9 @@ from ..selective_scan.reference import tokens_in_order, tokens_in_place
 def depthwise_conv(x, weight, bias):
     """``(B, T, D)`` with ``(D, K)``: a 2-D convolution of channel-last maps of height 1, which reads x as it lies."""
     taps = weight.shape[1]
-    rows = F.pad(x, (0, 0, taps - 1, 0)).unsqueeze(1).permute(0, 3, 1, 2)
-    return F.conv2d(rows, weight[:, None, None], bias, groups=weight.shape[0]).squeeze(2).transpose(1, 2)
+    rows = x.unsqueeze(1).permute(0, 3, 1, 2)
+    y = F.conv2d(rows, weight[:, None, None], bias, padding=(0, taps - 1), groups=weight.shape[0])
+    return y[..., : x.shape[1]].squeeze(2).transpose(1, 2)
 
 
 def causal_conv1d(x, weight, bias=None, order=None, conv=depthwise_conv):

@@ -29,11 +29,11 @@ ODD_SIZES = [(33, 47), (65, 93), (100, 37)]
 
 
 def representatives():
-    """The first variant in each family's file."""
-    families = {}
+    """The first variant of each model class."""
+    classes = {}
     for name in sorted(list_models(), key=lambda n: model_entrypoint(n).__code__.co_firstlineno):
-        families.setdefault(model_entrypoint(name).__module__, name)
-    return sorted(families.values())
+        classes.setdefault(type(timm.create_model(name, device="meta")), name)
+    return sorted(classes.values())
 
 
 def create(name, size=SIZE, **kwargs):
@@ -289,8 +289,12 @@ def test_forward_intermediates(model):
         only = model.forward_intermediates(x, intermediates_only=True)
         assert_near(only, maps)
 
-        nhwc = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
-        assert_near([y.permute(0, 3, 1, 2) for y in nhwc], maps)
+        if getattr(model, "output_fmt", "NLC") == "NHWC":
+            nhwc = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
+            assert_near([y.permute(0, 3, 1, 2) for y in nhwc], maps)
+        else:
+            nlc = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+            assert_near(nlc, [y.flatten(2).transpose(1, 2) for y in maps])
 
         last = len(maps) - 1
         for indices, expected in {(0, last): [maps[0], maps[last]], (-1,): [maps[last]], 2: maps[-2:]}.items():

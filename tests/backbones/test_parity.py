@@ -67,6 +67,7 @@ def test_parity(path, tmp_path):
     with torch.inference_mode():
         logits = model(*inputs)
         hidden = model.forward_head(model.forward_features(*inputs), pre_logits=True)
+        maps.append(model.forward_features(*inputs))
         for norm in (False, True):
             maps += model.forward_intermediates(*inputs, norm=norm, intermediates_only=True)
 

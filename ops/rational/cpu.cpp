@@ -1,0 +1,158 @@
+// Group-wise rational function on the CPU, forward and backward. Lanes are channels; a task is a vector of channels and a
+// split of the rows. The coefficients, one set per channel, stay in registers, and so do the sums of their gradients, which
+// are gathered over kRows rows and then added to the task's: no atomics, a fixed order.
+//
+//   P = a_0 + a_1 x + ... + a_5 x^5;  Q = 1 + |b_1||x| + ... + |b_4||x|^4;  y = P / Q
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../simd.h"
+
+namespace linzoo {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int kNum = 6, kDen = 4, kRows = 64;
+
+template <class T>
+struct Coefficients {
+  using V = typename Simd<T>::vec;
+  V a[kNum], b[kDen];
+  Coefficients(const T* table, int64_t D, int64_t first, int lanes) {  // table (kNum + kDen, D), |b| in its last rows
+    for (int i = 0; i < kNum; ++i) a[i] = load<T>(table + i * D + first, lanes);
+    for (int j = 0; j < kDen; ++j) b[j] = load<T>(table + (kNum + j) * D + first, lanes);
+  }
+  V numerator(V x) const {
+    V p = a[kNum - 1];
+    for (int i = kNum - 2; i >= 0; --i) p = p * x + a[i];
+    return p;
+  }
+  V denominator(V absolute) const {
+    V q = b[kDen - 1];
+    for (int j = kDen - 2; j >= 0; --j) q = q * absolute + b[j];
+    return q * absolute + T(1);
+  }
+};
+
+template <class V>
+inline V absolute(V x) {
+  const V zero = {};
+  return x < zero ? -x : x;
+}
+
+// Calls f(first channel, lanes, first row, last row, split) for every task.
+template <class T, class F>
+void for_tasks(int64_t rows, int64_t D, int64_t split_rows, F f) {
+  constexpr int W = Simd<T>::width;
+  const int64_t blocks = (D + W - 1) / W, splits = (rows + split_rows - 1) / split_rows;
+  torch::stable::parallel_for(0, blocks * splits, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % blocks * W, split = task / blocks;
+      const int lanes = static_cast<int>(std::min<int64_t>(W, D - first));
+      f(first, lanes, split * split_rows, std::min(rows, (split + 1) * split_rows), split);
+    }
+  });
+}
+
+template <class S, class T>
+void run_forward(const S* x, const T* table, S* y, int64_t rows, int64_t D, int64_t split_rows) {
+  for_tasks<T>(rows, D, split_rows, [&](int64_t first, int lanes, int64_t begin, int64_t end, int64_t) {
+    const Coefficients<T> c(table, D, first, lanes);
+    for (int64_t r = begin; r < end; ++r) {
+      const auto v = load<T>(x + r * D + first, lanes);
+      store<T>(y + r * D + first, c.numerator(v) / c.denominator(absolute(v)), lanes);
+    }
+  });
+}
+
+// sums: (splits, kNum + kDen, D), of the gradients of a and |b|.
+template <class S, class T>
+void run_backward(const S* dy, const S* x, const T* table, S* dx, T* sums, int64_t rows, int64_t D, int64_t split_rows) {
+  using V = typename Simd<T>::vec;
+  for_tasks<T>(rows, D, split_rows, [&](int64_t first, int lanes, int64_t begin, int64_t end, int64_t split) {
+    const Coefficients<T> c(table, D, first, lanes);
+    V total[kNum + kDen] = {};
+    for (int64_t start = begin; start < end; start += kRows) {
+      V da[kNum] = {}, db[kDen] = {};
+      for (int64_t r = start; r < std::min(end, start + kRows); ++r) {
+        const V v = load<T>(x + r * D + first, lanes), g = load<T>(dy + r * D + first, lanes);
+        const V u = absolute(v), inverse = T(1) / c.denominator(u), value = c.numerator(v) * inverse;
+        V slope_p = T(kNum - 1) * c.a[kNum - 1], slope_q = T(kDen) * c.b[kDen - 1];
+        for (int i = kNum - 2; i >= 1; --i) slope_p = slope_p * v + T(i) * c.a[i];
+        for (int j = kDen - 2; j >= 0; --j) slope_q = slope_q * u + T(j + 1) * c.b[j];
+        const V zero = {};
+        const V scaled = g * inverse;
+        store<T>(dx + r * D + first, scaled * (slope_p - value * (v < zero ? -slope_q : slope_q)), lanes);
+        V power = scaled;
+        for (int i = 0; i < kNum; ++i) {
+          da[i] += power;
+          power *= v;
+        }
+        power = -scaled * value;
+        for (int j = 0; j < kDen; ++j) {
+          power *= u;
+          db[j] += power;
+        }
+      }
+      for (int i = 0; i < kNum; ++i) total[i] += da[i];
+      for (int j = 0; j < kDen; ++j) total[kNum + j] += db[j];
+    }
+    for (int i = 0; i < kNum + kDen; ++i) store<T>(sums + (split * (kNum + kDen) + i) * D + first, total[i], lanes);
+  });
+}
+
+template <class F>
+void dispatch(const Tensor& x, F f) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return f(float{}, float{});
+    case ScalarType::Double: return f(double{}, double{});
+    case ScalarType::BFloat16: return f(c10::BFloat16{}, float{});
+    case ScalarType::Half: return f(c10::Half{}, float{});
+    default: STD_TORCH_CHECK(false, "x: expected float64, float32, bfloat16 or float16");
+  }
+}
+
+void forward(Tensor x, Tensor table, int64_t split_rows, Tensor y) {
+  const int64_t D = x.size(1), rows = x.size(0);
+  dispatch(x, [&](auto s, auto t) {
+    using S = decltype(s);
+    using T = decltype(t);
+    run_forward(static_cast<const S*>(x.data_ptr()), static_cast<const T*>(table.data_ptr()),
+                static_cast<S*>(y.data_ptr()), rows, D, split_rows);
+  });
+}
+
+void backward(Tensor dy, Tensor x, Tensor table, int64_t split_rows, Tensor dx, Tensor sums) {
+  const int64_t D = x.size(1), rows = x.size(0);
+  dispatch(x, [&](auto s, auto t) {
+    using S = decltype(s);
+    using T = decltype(t);
+    run_backward(static_cast<const S*>(dy.data_ptr()), static_cast<const S*>(x.data_ptr()),
+                 static_cast<const T*>(table.data_ptr()), static_cast<S*>(dx.data_ptr()), static_cast<T*>(sums.data_ptr()),
+                 rows, D, split_rows);
+  });
+}
+
+}  // namespace
+}  // namespace linzoo
+
+STABLE_TORCH_LIBRARY_FRAGMENT(linzoo_cpu, m) {
+  m.def("rational_forward(Tensor x, Tensor table, int split_rows, Tensor(a!) y) -> ()");
+  m.def("rational_backward(Tensor dy, Tensor x, Tensor table, int split_rows, Tensor(a!) dx, Tensor(b!) sums) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(linzoo_cpu, CPU, m) {
+  m.impl("rational_forward", TORCH_BOX(&linzoo::forward));
+  m.impl("rational_backward", TORCH_BOX(&linzoo::backward));
+}
