@@ -13,7 +13,6 @@ import re
 from functools import partial
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
@@ -25,6 +24,7 @@ from linzoo.ops import scan_order
 
 from .layers import SS2D, ChannelGate, Pyramid, Stage, zero_pad
 from .layers.checkpoint import SS2D_NAMES, VMAMBA_EARLY_NAMES, rename, reshape_as, unwrap_state_dict
+from .layers.pretrained import imagenet_cfg
 
 __all__ = ["EfficientVMamba"]
 
@@ -149,11 +149,6 @@ class EfficientVMamba(Pyramid):
         self.head = self.classifier_head(global_pool, **dd)
         self.init_weights(needs_reset=False)
 
-    @torch.jit.ignore
-    def no_weight_decay(self):
-        """The skips D: matrices here, but vectors in the published recipe."""
-        return {name for name, _ in self.named_parameters() if name.endswith(".s6.D")}
-
 
 # Published names and ours, in the order in which they are replaced.
 _RENAMES = [
@@ -199,22 +194,14 @@ def checkpoint_filter_fn(state_dict, model):
 
 
 def _cfg(**kwargs):
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "min_input_size": (3, 32, 32),
-        "crop_pct": 224 / 256,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/TerryPei/EfficientVMamba",
-        "paper_ids": "arXiv:2403.09977",
+    return imagenet_cfg(
+        first_conv="stem.proj",
+        classifier="head.fc",
+        license="apache-2.0",
+        origin_url="https://github.com/TerryPei/EfficientVMamba",
+        paper_ids="arXiv:2403.09977",
         **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs(

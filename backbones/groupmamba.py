@@ -14,7 +14,6 @@ import re
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, calculate_drop_path_rates, get_device_dtype, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
@@ -23,6 +22,7 @@ from torch import nn
 from linzoo.ops import scan_order
 
 from .layers import S6, Conv2dNHWC, ConvDownsample, GroupedLayerNorm, GroupedLinear, Pyramid, Stage, unwrap_state_dict
+from .layers.pretrained import imagenet_cfg
 
 __all__ = ["GroupMamba"]
 
@@ -236,7 +236,8 @@ class GroupMamba(Pyramid):
     @torch.jit.ignore
     def no_weight_decay(self):
         """The skips D and the weights of the groups' norms: matrices here, but vectors in the published recipe."""
-        return {name for name, _ in self.named_parameters() if name.endswith((".s6.D", ".out_norm.weight"))}
+        norms = {name for name, _ in self.named_parameters() if name.endswith(".out_norm.weight")}
+        return super().no_weight_decay() | norms
 
     @torch.jit.ignore
     def set_distilled_training(self, enable=True):
@@ -336,22 +337,14 @@ def checkpoint_filter_fn(state_dict, model):
 
 
 def _cfg(**kwargs):
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "min_input_size": (3, 32, 32),
-        "crop_pct": 224 / 256,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.convs.0",
-        "classifier": ("head", "head_dist"),
-        "license": "mit",
-        "origin_url": "https://github.com/Amshaker/GroupMamba",
-        "paper_ids": "arXiv:2407.13772",
+    return imagenet_cfg(
+        first_conv="stem.convs.0",
+        classifier=("head", "head_dist"),
+        license="mit",
+        origin_url="https://github.com/Amshaker/GroupMamba",
+        paper_ids="arXiv:2407.13772",
         **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs(

@@ -10,7 +10,6 @@ timm's ViT with a group-rational KAN in place of the MLP. Attention is softmax a
 import re
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_function
@@ -18,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 
 from .layers import GRKAN, unwrap_state_dict
+from .layers.pretrained import imagenet_cfg
 
 __all__ = ["KAT"]
 
@@ -85,23 +85,17 @@ def checkpoint_filter_fn(state_dict, model):
 
 
 def _cfg(url="", **kwargs):
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "min_input_size": (3, 16, 16),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "mit",
-        "origin_url": "https://github.com/Adamdad/kat",
-        "paper_ids": "arXiv:2409.10594",
+    return imagenet_cfg(
+        url=url,
+        pool_size=None,
+        min_input_size=(3, 16, 16),
+        first_conv="patch_embed.proj",
+        classifier="head",
+        license="mit",
+        origin_url="https://github.com/Adamdad/kat",
+        paper_ids="arXiv:2409.10594",
         **kwargs,
-    }
+    )
 
 
 _RELEASE = "https://github.com/Adamdad/kat/releases/download/checkpoint/"

@@ -13,7 +13,6 @@ import re
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates, trunc_normal_
 from timm.layers.weight_init import lecun_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -23,6 +22,7 @@ from torch import nn
 
 from .layers import SS2D, ChannelGate, Isotropic, Pyramid, RMSNorm, Stage, VimMixer, resize_pos_embed, zero_pad
 from .layers.checkpoint import SS2D_NAMES, rename, reshape_as, unwrap_state_dict
+from .layers.pretrained import imagenet_cfg
 
 __all__ = ["LocalVMamba", "LocalVim"]
 
@@ -161,11 +161,6 @@ class LocalVMamba(Pyramid):
         self.norm = nn.LayerNorm(dims[-1], eps=1e-5, **dd)
         self.head = self.classifier_head(global_pool, **dd)
         self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def no_weight_decay(self):
-        """The skips D: matrices here, but vectors in the published recipe."""
-        return {name for name, _ in self.named_parameters() if name.endswith(".s6.D")}
 
 
 class LocalVimMixer(VimMixer):
@@ -370,19 +365,13 @@ def _localvim_filter_fn(state_dict, model):
 
 
 def _cfg(url="", **kwargs):
-    return {
-        "url": url and f"https://github.com/hunto/LocalMamba/releases/download/v1.0.0/{url}",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 224 / 256,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/hunto/LocalMamba",
-        "paper_ids": "arXiv:2403.09338",
+    return imagenet_cfg(
+        url=url and f"https://github.com/hunto/LocalMamba/releases/download/v1.0.0/{url}",
+        license="apache-2.0",
+        origin_url="https://github.com/hunto/LocalMamba",
+        paper_ids="arXiv:2403.09338",
         **kwargs,
-    }
+    )
 
 
 _VIM = dict(pool_size=None, min_input_size=(3, 16, 16), first_conv="patch_embed", classifier="head")

@@ -13,7 +13,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
@@ -24,6 +23,7 @@ from linzoo.ops import selective_states
 from .layers import S6, Conv2dNHWC, Pyramid, Stage
 from .layers.checkpoint import SS2D_NAMES, rename, reshape_as, unwrap_state_dict
 from .layers.mlla import MLLA_NAMES, MLLABlock, MLLADownsample, MLLAStem, mlla_downsample_name
+from .layers.pretrained import imagenet_cfg
 
 __all__ = ["SpatialMamba"]
 
@@ -140,7 +140,7 @@ class SpatialMamba(Pyramid):
     @torch.jit.ignore
     def no_weight_decay(self):
         """The skips D and step biases: matrices here, but vectors in the published recipe."""
-        return {name for name, _ in self.named_parameters() if name.endswith((".s6.D", ".s6.dt_bias"))}
+        return super().no_weight_decay() | {n for n, _ in self.named_parameters() if n.endswith(".s6.dt_bias")}
 
 
 _RENAMES = [
@@ -171,22 +171,14 @@ def checkpoint_filter_fn(state_dict, model):
 
 
 def _cfg(**kwargs):
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "min_input_size": (3, 32, 32),
-        "crop_pct": 224 / 256,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1.conv",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/EdwardChasel/Spatial-Mamba",
-        "paper_ids": "arXiv:2410.15091",
+    return imagenet_cfg(
+        first_conv="stem.conv1.conv",
+        classifier="head.fc",
+        license="apache-2.0",
+        origin_url="https://github.com/EdwardChasel/Spatial-Mamba",
+        paper_ids="arXiv:2410.15091",
         **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs(

@@ -10,13 +10,13 @@ import math
 import re
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.layers.weight_init import lecun_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 from .layers import Isotropic, RMSNorm, VimMixer, resize_pos_embed, unwrap_state_dict
+from .layers.pretrained import imagenet_cfg
 
 __all__ = ["Vim"]
 
@@ -142,22 +142,16 @@ def checkpoint_filter_fn(state_dict, model):
 
 
 def _cfg(**kwargs):
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "min_input_size": (3, 16, 16),
-        "crop_pct": 224 / 256,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/hustvl/Vim",
-        "paper_ids": "arXiv:2401.09417",
+    return imagenet_cfg(
+        pool_size=None,
+        min_input_size=(3, 16, 16),
+        first_conv="patch_embed",
+        classifier="head",
+        license="apache-2.0",
+        origin_url="https://github.com/hustvl/Vim",
+        paper_ids="arXiv:2401.09417",
         **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs(

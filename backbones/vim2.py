@@ -12,7 +12,6 @@ Maps are channel-last (B, H, W, C) throughout.
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
@@ -22,6 +21,7 @@ from torch import nn
 from linzoo.ops import selective_scan
 
 from .layers import SS2D, Conv2dNHWC, Pyramid
+from .layers.pretrained import imagenet_cfg
 from .layers.s6 import init_step_bias
 
 __all__ = ["ViM2"]
@@ -224,28 +224,15 @@ class ViM2(Pyramid):
         self.head = self.classifier_head(global_pool, **dd)
         self.init_weights(needs_reset=False)
 
-    @torch.jit.ignore
-    def no_weight_decay(self):
-        """The token mixers' skips D: matrices here, vectors in Mamba."""
-        return {name for name, _ in self.named_parameters() if name.endswith(".s6.D")}
-
 
 def _cfg(**kwargs):
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "min_input_size": (3, 32, 32),
-        "crop_pct": 224 / 256,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj",
-        "classifier": "head.fc",
-        "origin_url": "https://github.com/MambaMixer/M2",
-        "paper_ids": "arXiv:2403.19888",
+    return imagenet_cfg(
+        first_conv="stem.proj",
+        classifier="head.fc",
+        origin_url="https://github.com/MambaMixer/M2",
+        paper_ids="arXiv:2403.19888",
         **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg() for name in ("vim2_t", "vim2_s", "vim2_b")})

@@ -10,8 +10,6 @@ Maps are channel-last (B, H, W, C) throughout.
 
 import re
 
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
@@ -19,6 +17,7 @@ from torch import nn
 
 from .layers import SS2D, Conv2dNHWC, ConvDownsample, Pyramid, Stage
 from .layers.checkpoint import SS2D_NAMES, VMAMBA_EARLY_NAMES, rename, reshape_as, unwrap_state_dict
+from .layers.pretrained import imagenet_cfg
 
 __all__ = ["VMamba"]
 
@@ -112,11 +111,6 @@ class VMamba(Pyramid):
         self.head = self.classifier_head(global_pool, **dd)
         self.init_weights(needs_reset=False)
 
-    @torch.jit.ignore
-    def no_weight_decay(self):
-        """The skips D: matrices here, but vectors in the published recipe."""
-        return {name for name, _ in self.named_parameters() if name.endswith(".s6.D")}
-
 
 # Published names and ours, in the order in which they are replaced.
 _RENAMES = [
@@ -157,24 +151,15 @@ def checkpoint_filter_fn(state_dict, model):
 _WEIGHTS = "https://github.com/MzeroMiko/VMamba/releases/download/%23"
 
 
-def _cfg(url="", **kwargs):
-    return {
-        "url": url and _WEIGHTS + url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "min_input_size": (3, 32, 32),
-        "crop_pct": 224 / 256,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "license": "mit",
-        "origin_url": "https://github.com/MzeroMiko/VMamba",
-        "paper_ids": "arXiv:2401.10166",
-        **kwargs,
-    }
+def _cfg(url, first_conv="stem.conv1"):
+    return imagenet_cfg(
+        url=_WEIGHTS + url,
+        first_conv=first_conv,
+        classifier="head.fc",
+        license="mit",
+        origin_url="https://github.com/MzeroMiko/VMamba",
+        paper_ids="arXiv:2401.10166",
+    )
 
 
 default_cfgs = generate_default_cfgs(

@@ -10,7 +10,6 @@ Maps are channel-last (B, H, W, C) throughout.
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
@@ -21,6 +20,7 @@ from linzoo.ops import nc_ssd
 from .layers import Conv2dNHWC, Pyramid, Stage
 from .layers.checkpoint import rename, unwrap_state_dict
 from .layers.mlla import MLLA_NAMES, MLLABlock, MLLADownsample, MLLAStem, mlla_downsample_name
+from .layers.pretrained import imagenet_cfg
 from .layers.s6 import init_step_bias
 
 __all__ = ["VSSD"]
@@ -156,21 +156,13 @@ def checkpoint_filter_fn(state_dict, model):
 
 
 def _cfg(**kwargs):
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "min_input_size": (3, 32, 32),
-        "crop_pct": 224 / 256,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1.conv",
-        "classifier": "head.fc",
-        "origin_url": "https://github.com/YuHengsss/VSSD",
-        "paper_ids": "arXiv:2407.18559",
+    return imagenet_cfg(
+        first_conv="stem.conv1.conv",
+        classifier="head.fc",
+        origin_url="https://github.com/YuHengsss/VSSD",
+        paper_ids="arXiv:2407.18559",
         **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg() for name in ("vssd_m", "vssd_t", "vssd_s", "vssd_b")})

@@ -82,6 +82,11 @@ class Pyramid(nn.Module):
             module.reset_parameters()
 
     @torch.jit.ignore
+    def no_weight_decay(self):
+        """The scans' skips D: matrices here, but vectors in the published recipes."""
+        return {name for name, _ in self.named_parameters() if name.endswith(".s6.D")}
+
+    @torch.jit.ignore
     def group_matcher(self, coarse=False):
         """Layer groups for layer-wise decay of the learning rate: stem, blocks in order, what follows them."""
         blocks = [

@@ -1,0 +1,21 @@
+"""What the pretrained configurations of the families share."""
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+def imagenet_cfg(**kwargs):
+    """timm's pretrained configuration of a model for ImageNet-1k at 224 px, tested on the centre of 256 px.
+
+    `kwargs` are the rest (first_conv, classifier, url, origin_url, paper_ids, license), or others in place of these.
+    """
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "min_input_size": (3, 32, 32),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        **kwargs,
+    }
