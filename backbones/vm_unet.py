@@ -148,7 +148,7 @@ class VMUNet(nn.Module):
 
     Args:
         in_chans: Input channels; images of one channel are repeated where 3 are expected.
-        num_classes: Channels of the output.
+        num_classes: Channels of the output; 0 for the decoder's own.
         img_size: Ignored: the routes are made for each image's size. The published constructor needs it.
         dims: Channels of each level.
         depths: Blocks of each encoder level.
@@ -199,7 +199,7 @@ class VMUNet(nn.Module):
             blocks = [Block(dim, mixer, rate, **dd) for rate in reversed(rates[-1 - j])]
             self.decoder.append(Stage(blocks, PatchExpand(2 * dim, dim, 2, **dd) if j else None))
         self.final_up = PatchExpand(dims[0], self.num_features, 4, **dd)
-        self.head = nn.Conv2d(self.num_features, num_classes, 1, **dd)
+        self.reset_classifier(num_classes, **dd)
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset=True):
@@ -231,10 +231,35 @@ class VMUNet(nn.Module):
     def get_classifier(self):
         return self.head
 
-    def reset_classifier(self, num_classes):
-        """Replaces the last convolution."""
+    def reset_classifier(self, num_classes, **dd):
+        """Replaces the last convolution; 0 leaves none."""
         self.num_classes = num_classes
-        self.head = nn.Conv2d(self.num_features, num_classes, 1, **get_device_dtype(self)).train(self.training)
+        head = nn.Conv2d(self.num_features, num_classes, 1, **(dd or get_device_dtype(self))) if num_classes else None
+        self.head = nn.Identity() if head is None else head.train(self.training)
+
+    def init_from_classifier(self, state_dict):
+        """Starts from a classifier, VMamba of the first version, as VM-UNet does.
+
+        The encoder takes the tensors of its names, the blocks of decoder level 3 - i those of encoder level i. Blocks
+        that only one side has, and all between decoder levels and after them, stay as they are.
+
+        Args:
+            state_dict: What `timm.create_model("vmamba_s_v0").state_dict()` gives.
+
+        Raises:
+            ValueError: a tensor of the encoder is absent or has another shape.
+        """
+        own, start = self.state_dict(), {}
+        for key, value in state_dict.items():
+            key = key.replace(".norm1.", ".norm.")
+            start[key] = value
+            if block := re.fullmatch(r"stages\.(\d+)\.(blocks\..*)", key):
+                start[f"decoder.{len(self.decoder) - 1 - int(block[1])}.{block[2]}"] = value
+        for key in own:
+            if key.startswith(("stem.", "stages.")) and (key not in start or start[key].shape != own[key].shape):
+                got = tuple(start[key].shape) if key in start else "none"
+                raise ValueError(f"state_dict: expected {key!r} of shape {tuple(own[key].shape)}, got {got}")
+        self.load_state_dict({key: value for key, value in start.items() if key in own}, strict=False)
 
     def encode(self, x):
         """Images, sides multiples of 32, to the encoder levels' inputs and outputs, two lists of ``(B, H, W, C)``."""

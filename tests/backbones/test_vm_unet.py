@@ -49,6 +49,8 @@ def test_any_size_trains(num_heads):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     model.reset_classifier(2)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 2, 32, 32)
+    model.reset_classifier(0)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, model.num_features, 32, 32)
 
 
 def test_routes_of_each_head_are_four_permutations():
@@ -78,6 +80,29 @@ def test_published_files_may_hold_the_other_name_of_a_tensor():
     model = timm.create_model("mhs_vm_unet", device="meta")
     convert = timm.models.model_entrypoint("mhs_vm_unet").__globals__["checkpoint_filter_fn"]
     assert convert(renamed, model).keys() == convert(state, model).keys() == model.state_dict().keys()
+
+
+def test_init_from_classifier():
+    """Encoder by names, the blocks of decoder level 3 - i from encoder level i; nothing else changes."""
+    dims = SMALL["dims"]
+    classifier = timm.create_model("vmamba_s_v0", dims=dims, depths=(2, 2, 3, 2)).state_dict()
+    model = VMUNet(dims=dims)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.init_from_classifier(classifier)
+    for key, value in model.state_dict().items():
+        if key.startswith("decoder.") and ".blocks." in key:
+            level, rest = key.removeprefix("decoder.").split(".", 1)
+            source = f"stages.{3 - int(level)}.{rest}"
+        else:
+            source = key
+        expected = classifier[source.replace(".norm.", ".norm1.") if ".blocks." in key else source] if (
+            key.startswith(("stem.", "stages.")) or ".blocks." in key
+        ) else before[key]  # fmt: skip
+        assert torch.equal(value, expected), key
+    with pytest.raises(ValueError, match=r"expected 'stem.proj.weight' of shape \(16, .* got \(32,"):
+        model.init_from_classifier(timm.create_model("vmamba_s_v0", dims=(32, 64, 128, 256)).state_dict())
+    with pytest.raises(ValueError, match="got none"):
+        model.init_from_classifier({})
 
 
 def test_bad_arguments():
