@@ -27,6 +27,23 @@ def test_digits(tmp_path, capsys):
     assert np.abs(pixels * 16 / 255 - images[int(file.stem)].reshape(8, 8)).max() < 0.05
 
 
+def test_inked(tmp_path):
+    """Images with masks of equal names, the ink alone in them, the same every time."""
+    for name in ("one", "two"):
+        make_data.main(["inked", "--out", str(tmp_path / name)])
+    for part, count in (("train", 480), ("val", 120)):
+        images = sorted((tmp_path / "one" / part / "images").iterdir())
+        masks = sorted((tmp_path / "one" / part / "masks").iterdir())
+        assert [file.name for file in images] == [file.name for file in masks] and len(images) == count
+        for file in (*images, *masks):
+            assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
+        for image, mask in zip(images[:20], masks, strict=False):
+            pixels, inside = (np.asarray(Image.open(file)) for file in (image, mask))
+            assert pixels.shape == (64, 64, 3) and inside.shape == (64, 64) and set(np.unique(inside)) == {0, 255}
+            blue = np.abs(pixels.astype(float) - (32, 32, 224)).max(-1)
+            assert blue[inside > 0].mean() < 80 < blue[inside == 0].mean()
+
+
 def test_leftovers_and_second_process(tmp_path):
     """A part-written folder of a killed process goes; processes that start together make one folder."""
     (tmp_path / ".digits-killed/train").mkdir(parents=True)
