@@ -1,15 +1,21 @@
-"""Label images: `python tools/predict.py CONFIG CHECKPOINT IMAGE|FOLDER --out DIR`."""
+"""Label images, or find masks in them: `python tools/predict.py CONFIG CHECKPOINT IMAGE|FOLDER --out DIR`."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+import torch
 from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
+from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
+from torch.nn import functional as F
 
 from linzoo.tools.engine.cli import command, config_parser
-from linzoo.tools.engine.config import load_config
+from linzoo.tools.engine.config import load_config, without_start
 from linzoo.tools.engine.data import EXTENSIONS
 from linzoo.tools.engine.errors import InputError, existing_file
 from linzoo.tools.engine.runner import write_atomically
@@ -33,6 +39,22 @@ def find_images(path: str) -> list[Path]:
     return images
 
 
+def check_readable(images: list[Path]) -> None:
+    """InputError for the first image that cannot be read whole."""
+    for path in images:
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except (OSError, SyntaxError, ValueError) as e:
+            raise InputError(f"cannot read image {str(path)!r}; expected a whole image file ({e})") from e
+
+
+def build(cfg: Config) -> torch.nn.Module:
+    """The model of a training config, with nothing to start or learn from loaded."""
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope")):
+        return MODELS.build(dict(without_start(cfg.model), data_preprocessor=cfg.get("data_preprocessor")))
+
+
 def predict(cfg: Config, checkpoint: str, images: list[Path], batch_size: int = 32) -> list[dict]:
     """Label images with a model.
 
@@ -46,20 +68,13 @@ def predict(cfg: Config, checkpoint: str, images: list[Path], batch_size: int = 
         for each image its path, label, confidence (softmax) and the five likeliest labels with their confidences.
     """
     from mmpretrain.apis import ImageClassificationInferencer
-    from mmpretrain.registry import MODELS
 
-    settings = dict(cfg.model, pretrained=False, distillation="none", data_preprocessor=cfg.get("data_preprocessor"))
-    model = MODELS.build(settings)
+    model = build(cfg)
     classes = load_weights(model.model, checkpoint)
     classes = classes or [str(i) for i in range(model.model.num_classes)]
     model._config = cfg
     inferencer = ImageClassificationInferencer(model, device=get_device(), classes=classes)
-    for path in images:
-        try:
-            with Image.open(path) as image:
-                image.load()
-        except (OSError, SyntaxError, ValueError) as e:
-            raise InputError(f"cannot read image {str(path)!r}; expected a whole image file ({e})") from e
+    check_readable(images)
     predictions = []
     for batch in inferencer.preprocess([str(path) for path in images], batch_size):
         predictions += inferencer.forward(batch)
@@ -71,10 +86,90 @@ def predict(cfg: Config, checkpoint: str, images: list[Path], batch_size: int = 
     return results
 
 
-def draw_sheet(results: list[dict], file: Path) -> None:
-    """A picture of up to 64 images with labels and confidences; red where the image's folder names another class."""
-    shown = results[:: -(-len(results) // SHEET)]
+def predict_masks(cfg: Config, checkpoint: str, images: list[Path], batch_size: int = 32) -> list[np.ndarray]:
+    """Find masks with a model.
+
+    Args:
+        cfg: training config; its test pipeline, but for the true masks, prepares the images.
+        checkpoint: .pth of train.py, or .safetensors.
+        images: paths.
+        batch_size: images a forward pass takes.
+
+    Returns:
+        for each image its mask (H, W) of 0 and 255, as large as the image: where the probability, interpolated from
+        the model's map, is at least 0.5.
+    """
+    model = build(cfg)
+    load_weights(model.model, checkpoint)
+    model.to(get_device()).eval()
+    check_readable(images)
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope")):
+        pipeline = Compose([step for step in cfg.test_dataloader.dataset.pipeline if step.type != "LoadMask"])
+    masks = []
+    for start in range(0, len(images), batch_size):
+        batch = [_prepare(pipeline, path) for path in images[start : start + batch_size]]
+        with torch.inference_mode():
+            for sample in model.test_step(pseudo_collate(batch)):
+                p = F.interpolate(sample.seg_logits.data.sigmoid()[None], sample.ori_shape, mode="bilinear")
+                masks.append((p[0, 0] >= 0.5).to("cpu", torch.uint8).numpy() * 255)
+    return masks
+
+
+def _prepare(pipeline: Compose, path: Path) -> dict:
+    try:
+        return pipeline({"img_path": str(path)})
+    except AssertionError as e:  # Rerange, on an image of a single value
+        raise InputError(f"image {str(path)!r} cannot be prepared; expected one that is not blank") from e
+
+
+def write_masks(masks: list[np.ndarray], images: list[Path], folder: Path, out: Path) -> list[dict]:
+    """Write masks as PNG files below `out/masks`, named and placed as their images below `folder`.
+
+    Returns:
+        for each image its path, its mask's path and the mask's share of its pixels.
+    """
+    files = [out / "masks" / image.relative_to(folder).with_suffix(".png") for image in images]
+    owners = dict(zip(files, images, strict=True))
+    if len(owners) < len(images):
+        twin = next(image for file, image in zip(files, images, strict=True) if owners[file] != image)
+        raise InputError(f"image {str(twin)!r}: another one has its name; expected one image a name")
+    results = []
+    for mask, image, file in zip(masks, images, files, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, lambda partial, mask=mask: Image.fromarray(mask).save(partial, format="png"))
+        results.append({"path": str(image), "mask": str(file), "share": float((mask > 0).mean())})
+    return results
+
+
+def draw_labels(results: list[dict], file: Path) -> None:
+    """A contact sheet with labels and confidences; red where the image's folder names another class."""
     names = {top["label"] for result in results for top in result["top5"]}
+
+    def draw(axis, result):
+        folder = Path(result["path"]).parent.name
+        color = "crimson" if folder in names and folder != result["label"] else "black"
+        axis.set_title(f"{result['label']}  {result['confidence']:.0%}", fontsize=10, color=color)
+
+    _draw_sheet(results, file, draw)
+
+
+def draw_outlines(results: list[dict], file: Path) -> None:
+    """A contact sheet with the outline of each image's mask and its share of the image."""
+
+    def draw(axis, result):
+        with Image.open(result["mask"]) as mask:
+            inside = np.pad(np.asarray(mask) > 0, 1)  # an outline closes at the image's edge
+        if inside.any():
+            height, width = inside.shape
+            axis.contour(range(-1, width - 1), range(-1, height - 1), inside, [0.5], colors="cyan", linewidths=1)
+        axis.set_title(f"{result['share']:.1%}", fontsize=10)
+
+    _draw_sheet(results, file, draw)
+
+
+def _draw_sheet(results: list[dict], file: Path, draw: Callable) -> None:
+    """A picture of up to 64 images; `draw(axis, result)` adds what was found in one."""
+    shown = results[:: -(-len(results) // SHEET)]
     columns = min(8, len(shown))
     rows = -(-len(shown) // columns)
     figure, axes = plt.subplots(
@@ -83,28 +178,31 @@ def draw_sheet(results: list[dict], file: Path) -> None:
     for axis in axes.flat:
         axis.axis("off")
     for axis, result in zip(axes.flat, shown, strict=False):
-        folder = Path(result["path"]).parent.name
         with Image.open(result["path"]) as image:
             axis.imshow(image.convert("RGB"))
-        color = "crimson" if folder in names and folder != result["label"] else "black"
-        axis.set_title(f"{result['label']}  {result['confidence']:.0%}", fontsize=10, color=color)
+        draw(axis, result)
     write_atomically(file, lambda partial: figure.savefig(partial, format="png", dpi=100))
     plt.close(figure)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `predict`: writes DIR/predictions.json and the contact sheet DIR/predictions.png."""
+    """Command line of `predict`: writes predictions.json, a contact sheet predictions.png and masks to DIR."""
     parser = config_parser(__doc__)
     parser.add_argument("checkpoint", help=".pth of train.py, or .safetensors")
     parser.add_argument("image", help="image, or folder of images")
-    parser.add_argument("--out", required=True, help="folder for predictions.json and predictions.png")
+    parser.add_argument("--out", required=True, help="folder for predictions.json, predictions.png and masks")
     args = parser.parse_args(argv)
 
     cfg = load_config(args.config, args.cfg_options)
     existing_file("checkpoint", args.checkpoint)
-    results = predict(cfg, args.checkpoint, find_images(args.image))
-    out = Path(args.out)
+    images, out = find_images(args.image), Path(args.out)
+    if cfg.model.type == "Segmenter":
+        masks = predict_masks(cfg, args.checkpoint, images)
+        folder = Path(args.image) if Path(args.image).is_dir() else Path(args.image).parent
+        results, draw_sheet = write_masks(masks, images, folder, out), draw_outlines
+    else:
+        results, draw_sheet = predict(cfg, args.checkpoint, images), draw_labels
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "predictions.json", lambda partial: partial.write_text(json.dumps(results, indent=1)))
     draw_sheet(results, out / "predictions.png")

@@ -4,7 +4,7 @@ import json
 import tempfile
 
 from linzoo.tools.engine.cli import command, config_parser
-from linzoo.tools.engine.config import load_config
+from linzoo.tools.engine.config import load_config, without_start
 from linzoo.tools.engine.data import prepare_data
 from linzoo.tools.engine.errors import existing_file
 from linzoo.tools.engine.runner import Runner
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(args.config, args.cfg_options)
     existing_file("checkpoint", args.checkpoint)
     prepare_data(cfg)
-    cfg.model.update(pretrained=False, distillation="none")
+    cfg.model = without_start(cfg.model)
     with tempfile.TemporaryDirectory() as cfg.work_dir:
         cfg.experiment_name = cfg.work_dir  # mmengine shares loggers and histories between runs of one name
         runner = Runner.from_cfg(cfg)

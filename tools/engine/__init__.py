@@ -1,4 +1,4 @@
-"""The pieces that training configs name: runner, hooks, classifier, dataset, optimizer wrapper.
+"""The pieces that training configs name: runner, hooks, classifier, segmenter, data sets, metric, optimizer wrapper.
 
 Importing the package registers them all, so a config only needs
 `custom_imports = dict(imports=["linzoo.backbones", "linzoo.tools.engine"])`.
@@ -8,21 +8,23 @@ import contextlib
 import io
 import warnings
 
-# mmpretrain prints a line and warns about optional parts (compiled operators) that classification does without.
+# mmpretrain and mmseg print lines and warn about optional parts (compiled operators) that we do without.
 with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import mmpretrain.datasets
     import mmpretrain.models  # noqa: F401
+    import mmseg.datasets  # noqa: F401
 
 from .classifier import Classifier
 from .curves import CurveHook
-from .data import ImageFolder
+from .data import ImageFolder, LoadMask, MaskedImages
 from .errors import InputError
 from .export import ExportHook
 from .optim import AutocastOptimWrapper, TimmWeightDecay
 from .progress import ProgressHook
 from .resume import ResumeHook
 from .runner import Runner
+from .segmenter import MaskMetric, Segmenter
 
 __all__ = [
     "AutocastOptimWrapper",
@@ -31,8 +33,12 @@ __all__ = [
     "ExportHook",
     "ImageFolder",
     "InputError",
+    "LoadMask",
+    "MaskMetric",
+    "MaskedImages",
     "ProgressHook",
     "ResumeHook",
     "Runner",
+    "Segmenter",
     "TimmWeightDecay",
 ]

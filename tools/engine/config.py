@@ -46,6 +46,7 @@ SECTIONS = {
     "log_processor": _parameters(LogProcessor),
     "randomness": _parameters(Runner.set_randomness),
     "model.teacher": _parameters(timm.create_model) | {ANY},
+    "model.init_from": _parameters(timm.create_model) | {ANY},
     "env_cfg": {"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"},
 }
 
@@ -73,6 +74,12 @@ def load_config(path: str, options: dict | None = None) -> Config:
                 _check(value, key, cfg.get("default_scope"))
     _check_model(cfg.get("model", {}))
     return cfg
+
+
+def without_start(model: dict) -> dict:
+    """The settings of a model that is to load a checkpoint: with nothing to start or learn from."""
+    off = {"pretrained": False, "distillation": "none", "init_from": None}
+    return {**model, **{key: off[key] for key in off.keys() & model.keys()}}
 
 
 def _check_option(cfg: Config, option: str) -> None:
@@ -158,10 +165,10 @@ def _arguments(of) -> set[str]:
 
 def _check_model(model: ConfigDict) -> None:
     """A timm model must exist and take the keywords that the config gives it: it is built without memory."""
-    if model.get("type") != "Classifier":
+    if model.get("type") not in ("Classifier", "Segmenter"):
         return
     model = copy.deepcopy(model)
-    for key, settings in (("model", model), ("model.teacher", model.get("teacher"))):
+    for key, settings in (("model", model), *((f"model.{name}", model.get(name)) for name in ("teacher", "init_from"))):
         if not settings:
             continue
         settings["pretrained"] = False

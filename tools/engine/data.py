@@ -1,15 +1,21 @@
-"""Image folders, checked: `root/<class>/<image>`."""
+"""Image folders, checked: `root/<class>/<image>`, or `root/images/<image>` with `root/masks/<image>`."""
 
 import os
 from pathlib import Path
 
+import mmengine.registry
+import numpy as np
+from mmcv.transforms import BaseTransform
+from mmengine.dataset import BaseDataset
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.registry import DATASETS
+from PIL import Image
 
 from ..make_data import MAKERS
 from .errors import InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_ENDINGS = ", ".join(EXTENSIONS)
 
 
 def check_image_folder(root: str | os.PathLike) -> list[str]:
@@ -25,10 +31,40 @@ def check_image_folder(root: str | os.PathLike) -> list[str]:
         raise InputError(f"data folder {str(root)!r} holds no class folder; expected one folder of images per class")
     for name in found:
         if not any(file.lower().endswith(EXTENSIONS) for _, _, files in os.walk(root / name) for file in files):
-            raise InputError(
-                f"class folder {str(root / name)!r} holds no image; expected files ending in {', '.join(EXTENSIONS)}"
-            )
+            raise InputError(f"class folder {str(root / name)!r} holds no image; expected files ending in {_ENDINGS}")
     return found
+
+
+def pair_masks(root: str | os.PathLike) -> list[tuple[Path, Path]]:
+    """Images of `root/images` with the masks of equal stem in `root/masks`, sorted.
+
+    InputError where a folder is missing or empty, an image or a mask is alone, or two have one stem.
+    """
+    root, found = Path(root), []
+    for part in ("images", "masks"):
+        folder = root / part
+        if not folder.is_dir():
+            raise InputError(
+                f"data folder {str(folder)!r} not found (looked in {str(folder.absolute())!r}); "
+                f"expected images/ and masks/ with files of equal names in {str(root)!r}; {_remedy(root)}"
+            )
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS)
+        if not files:
+            raise InputError(f"data folder {str(folder)!r} holds no image; expected files ending in {_ENDINGS}")
+        stems = {file.stem: file for file in files}
+        if len(stems) < len(files):
+            twin = next(file for file in files if stems[file.stem] != file)
+            raise InputError(f"image {str(twin)!r} has the name of {str(stems[twin.stem])!r}; expected one file a name")
+        found.append(stems)
+    images, masks = found
+    for what, files, others, folder in (("image", images, masks, "masks"), ("mask", masks, images, "images")):
+        alone = sorted(files.keys() - others.keys())
+        if alone:
+            raise InputError(
+                f"{what} {str(files[alone[0]])!r} is alone ({len(alone)} such); "
+                f"expected a file named {alone[0]!r} in {str(root / folder)!r}"
+            )
+    return [(images[stem], masks[stem]) for stem in images]
 
 
 def _remedy(root: Path) -> str:
@@ -38,8 +74,21 @@ def _remedy(root: Path) -> str:
     return "put the images there, or point the config's data_root at them"
 
 
+class _NamesImages:
+    """A data set that names an image that it cannot read."""
+
+    def prepare_data(self, idx):
+        try:
+            return super().prepare_data(idx)
+        except InputError:
+            raise
+        except (AssertionError, OSError, ValueError) as e:
+            path = self.get_data_info(idx)["img_path"]
+            raise InputError(f"cannot read image {path!r}; expected a whole image file ({_first_line(e)})") from e
+
+
 @DATASETS.register_module()
-class ImageFolder(CustomDataset):
+class ImageFolder(_NamesImages, CustomDataset):
     """mmpretrain's folder-per-class dataset that refuses empty classes and names an image it cannot read.
 
     Args:
@@ -53,12 +102,51 @@ class ImageFolder(CustomDataset):
         check_image_folder(self.img_prefix)
         return super()._find_samples()
 
-    def prepare_data(self, idx):
+
+@mmengine.registry.DATASETS.register_module()
+class MaskedImages(_NamesImages, BaseDataset):
+    """Images of `data_root/data_prefix/images` with their masks in `masks/` beside it, of equal names.
+
+    Args:
+        data_prefix: folder below `data_root`.
+        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+    """
+
+    def __init__(self, data_root: str, data_prefix: str = "", make: str | None = None, **kwargs):
+        self.folder = Path(data_root, data_prefix)
+        super().__init__(data_root=data_root, **kwargs)
+
+    def load_data_list(self) -> list[dict]:
+        """The paths of each image and its mask."""
+        pairs = pair_masks(self.folder)
+        return [dict(img_path=str(image), seg_map_path=str(mask), seg_fields=[]) for image, mask in pairs]
+
+
+@mmengine.registry.TRANSFORMS.register_module()
+class LoadMask(BaseTransform):
+    """Adds the mask of a loaded image, as mmseg's transforms expect it: `gt_seg_map` (H, W) of 0 and 1.
+
+    Raises InputError for a mask that cannot be read, is not of the image's size, or holds values beside 0 and 255 (or
+    0 and 1).
+    """
+
+    def transform(self, results: dict) -> dict:
+        path = results["seg_map_path"]
         try:
-            return super().prepare_data(idx)
-        except (AssertionError, OSError, ValueError) as e:
-            path = self.get_data_info(idx)["img_path"]
-            raise InputError(f"cannot read image {path!r}; expected a whole image file ({_first_line(e)})") from e
+            with Image.open(path) as file:
+                mask = np.asarray(file.convert("L"))
+        except (OSError, SyntaxError, ValueError) as e:
+            raise InputError(f"cannot read mask {path!r}; expected a whole image file ({_first_line(e)})") from e
+        if mask.shape != results["img"].shape[:2]:
+            size, expected = (f"{w} x {h}" for h, w in (mask.shape, results["img"].shape[:2]))
+            raise InputError(f"mask {path!r} is {size}; expected {expected} as its image {results['img_path']!r}")
+        values = np.bincount(mask.ravel(), minlength=256).nonzero()[0]
+        odd = [int(value) for value in values if value not in (0, values[-1])]
+        if odd or values[-1] not in (0, 1, 255):
+            raise InputError(f"mask {path!r} holds the value {(odd or values)[-1]}; expected 0 and 255, or 0 and 1")
+        results["gt_seg_map"] = (mask > 0).astype(np.uint8)
+        results["seg_fields"].append("gt_seg_map")
+        return results
 
 
 def _first_line(e: Exception) -> str:
@@ -66,19 +154,22 @@ def _first_line(e: Exception) -> str:
 
 
 def prepare_data(cfg) -> None:
-    """Make the data sets that the config says how to make, then check every image folder that it names.
+    """Make the data sets that the config says how to make, then check every folder of images that it names.
 
     Raises InputError before anything of a run is written.
     """
     classes = None
     for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
         dataset = (cfg.get(key) or {}).get("dataset", {})
-        if dataset.get("type") != "ImageFolder" or dataset.get("ann_file"):
+        if dataset.get("type") not in ("ImageFolder", "MaskedImages") or dataset.get("ann_file"):
             continue
         root = Path(dataset.get("data_root", ""))
         if dataset.get("make") and not root.exists():
             MAKERS[dataset["make"]](root)
         folder = root / dataset.get("data_prefix", "")
+        if dataset["type"] == "MaskedImages":
+            pair_masks(folder)
+            continue
         found = check_image_folder(folder)
         if classes is not None and found != classes:
             odd = ", ".join(sorted(set(found) ^ set(classes))[:4])

@@ -21,11 +21,17 @@ class ExportHook(Hook):
     The folder is timm's own exchange format: `timm.create_model("local-dir:work_dir/export", pretrained=True)`, or the
     weights alone by `pretrained_cfg_overlay=dict(file=".../model.safetensors", num_classes=K)` (without the number,
     timm takes the head for ImageNet's and drops it). `config.json` names the model, its class names, input size, mean
-    and std, the training config and the accuracy. The weights are those of the best validation (the averaged ones where
-    the run averages), else the last.
+    and std, the training config and the best value of the metric. The weights are those of the best validation (the
+    averaged ones where the run averages), else the last.
+
+    Args:
+        metric: what `save_best` of the checkpoint hook names; `config.json` has its value under its last part.
     """
 
     priority = "LOWEST"
+
+    def __init__(self, metric: str = "accuracy/top1"):
+        self.metric = metric
 
     @master_only
     def after_train(self, runner):
@@ -34,8 +40,8 @@ class ExportHook(Hook):
         source = info.get("best_ckpt", info.get("last_ckpt"))
         if source is None:
             return
-        classifier = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        model = copy.deepcopy(classifier.model)
+        trained = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = copy.deepcopy(trained.model)
         # A moved work dir keeps its old path in the message hub.
         state, classes = read_checkpoint(Path(runner.work_dir, Path(source).name))
         model.load_state_dict(state)
@@ -43,9 +49,9 @@ class ExportHook(Hook):
             model,
             Path(runner.work_dir, FOLDER),
             label_names=list(classes or ()),
-            data_config=_data_config(runner, classifier.data_preprocessor),
+            data_config=_data_config(runner, trained.data_preprocessor),
             config=Path(runner.cfg.filename or "").name,
-            top1=info.get("best_score"),
+            **{self.metric.rpartition("/")[2]: info.get("best_score")},
         )
         runner.logger.info(f"The best model is exported to {Path(runner.work_dir, FOLDER)}")
 

@@ -16,7 +16,7 @@ COLUMNS = (
     "loss {task.fields[loss]:.4f}",
     "lr {task.fields[lr]:.1e}",
     "{task.fields[images]:.0f} images/s",
-    "top-1 {task.fields[top1]}",
+    "{task.fields[score]}",
 )
 
 
@@ -58,7 +58,7 @@ class ProgressHook(Hook):
             loss=float("nan"),
             lr=0.0,
             images=0.0,
-            top1="-",
+            score="",
         )
         self.bar.start()
         atexit.register(self.bar.stop)  # an error must not leave the terminal without its cursor
@@ -90,10 +90,10 @@ class ProgressHook(Hook):
         """Print the epoch's line."""
         if self.bar is None or self.metric not in (metrics or {}):
             return
-        top1 = f"{metrics[self.metric]:.2f} %"
-        self.bar.update(self.task, top1=top1)
+        score = f"{self.metric.rpartition('/')[2]} {metrics[self.metric]:.2f} %"
+        self.bar.update(self.task, score=score)
         loss = runner.message_hub.get_scalar("train/loss").mean(len(runner.train_dataloader))
-        self.bar.console.print(f"epoch {runner.epoch}/{runner.max_epochs}  loss {loss:.4f}  top-1 {top1}")
+        self.bar.console.print(f"epoch {runner.epoch}/{runner.max_epochs}  loss {loss:.4f}  {score}")
 
     def after_train(self, runner):
         """Stop the bar."""
