@@ -17,7 +17,7 @@ test_pipeline = [
 ]
 
 train_dataloader = dict(
-    batch_size=16,
+    batch_size=8,
     num_workers=1,
     dataset=dict(
         type="MaskedImages", data_root="data/inked", data_prefix="train", make="inked", pipeline=train_pipeline
