@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         cfg.optim_wrapper.type = "AutocastOptimWrapper"
     prepare_data(cfg)
     Runner.from_cfg(cfg).train()
+    if torch.distributed.is_initialized():  # gloo's threads may outlive the interpreter otherwise, and abort it
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

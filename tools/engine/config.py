@@ -72,7 +72,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
         for key, value in cfg.items():
             if key in TOP_LEVEL:
                 _check(value, key, cfg.get("default_scope"))
-    _check_model(cfg.get("model", {}))
+        _check_model(cfg.get("model", {}))
     return cfg
 
 
