@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch.nn import functional as F
@@ -73,7 +74,8 @@ def test_distillation_loss(kind):
 def test_classifier_loss(kind):
     """(1 - alpha) soft cross-entropy on mixed labels + alpha teacher's term; no parameter of the teacher."""
     teacher = {"teacher": TEACHER, "alpha": 0.3, "tau": 1.5} if kind != "none" else {}
-    classifier = MODELS.build({**STUDENT, "distillation": kind, **teacher}).train()
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        classifier = MODELS.build({**STUDENT, "distillation": kind, **teacher}).train()
     assert all("stages" not in name for name in classifier.state_dict())
     images = torch.randn(4, 3, 32, 32)
     labels = torch.rand(4, 3).softmax(1)
