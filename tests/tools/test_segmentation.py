@@ -263,7 +263,7 @@ def test_inked_digits_are_found(tmp_path):
     """The quick config learns: two epochs are enough for more than chance."""
     options = [f"{part}_dataloader.dataset.data_root={tmp_path / 'inked'}" for part in ("train", "val", "test")]
     config = str(ROOT / "configs/seg/mhs_vm_unet_inked.py")
-    options += ["train_cfg.max_epochs=2", "train_dataloader.batch_size=8"]
+    options += ["train_cfg.max_epochs=2"]
     train.main([config, "--work-dir", str(tmp_path / "w"), "--cfg-options", *options])
     assert json.loads((tmp_path / "w/export/config.json").read_text())["mIoU"] > 20
 

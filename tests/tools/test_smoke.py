@@ -27,13 +27,14 @@ SMALL = dict(
     embed_dim=96,
     routes=("h v_flip w2 w7_flip", "h h_flip v v_flip", "v v_flip w2 w2_flip"),
 )
+SLOW = {"spatialmamba_t"}
 
 
 def first_of_each_family():
     families = {}
     for name in sorted(list_models(), key=lambda n: model_entrypoint(n).__code__.co_firstlineno):
         families.setdefault(model_entrypoint(name).__module__, name)
-    return sorted(families.values())
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(families.values())]
 
 
 @pytest.fixture(scope="module")
