@@ -3,6 +3,7 @@
 from . import scan_order
 from .backend import backend_info, use_backend
 from .causal_conv1d import causal_conv1d
+from .deform_conv import deform_conv
 from .rational import rational
 from .selective_scan import selective_scan, selective_states
 from .ssd import nc_ssd, ssd
@@ -10,6 +11,7 @@ from .ssd import nc_ssd, ssd
 __all__ = [
     "backend_info",
     "causal_conv1d",
+    "deform_conv",
     "nc_ssd",
     "rational",
     "scan_order",

@@ -3,6 +3,7 @@
 import torch
 
 from .backend import use_backend
+from .deform_conv import deform_conv
 from .rational import rational
 from .scan_order import cross
 from .selective_scan import selective_scan
@@ -16,12 +17,18 @@ def _selective_scan(normal):
     return lambda **x: selective_scan(**x, order=cross(H, W, x["u"].device)), inputs
 
 
+def _deform_conv(normal):
+    B, H, W, G, D = 2, 5, 7, 3, 19
+    inputs = dict(x=normal(B, H, W, G * D), offset=normal(B, H, W, G, 9, 2), weight=normal(B, H, W, G, 9))
+    return lambda **x: deform_conv(**x), inputs
+
+
 def _rational(normal):
     inputs = dict(x=normal(9, 24), numerator=normal(1, 6), denominator=normal(8, 4))
     return lambda **x: rational(**x), inputs
 
 
-EXAMPLES = {"rational": _rational, "selective_scan": _selective_scan}
+EXAMPLES = {"deform_conv": _deform_conv, "rational": _rational, "selective_scan": _selective_scan}
 
 
 def self_check(op, device="cpu"):

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from linzoo.backbones import list_models
-from linzoo.ops import nc_ssd, rational, scan_order, selective_scan, ssd, use_backend
+from linzoo.ops import deform_conv, nc_ssd, rational, scan_order, selective_scan, ssd, use_backend
 from linzoo.tools.models import create, family_of, measure
 
-BASELINES = ("swin_tiny_patch4_window7_224", "deit_small_patch16_224")
+BASELINES = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit_small_patch16_224")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -150,7 +150,22 @@ def rational_case(device, B, L, C):
     return lambda: rational(*leaves), leaves, lambda: out.copy_(values)
 
 
+def deform_conv_case(device, B, H, W, C, G):
+    """DCNv4; offsets and weights are slices of one projection. The floor: an ordinary depthwise 3x3 convolution."""
+    x = torch.randn(B, H, W, C, device=device)
+    packed = torch.randn(B, H, W, 27 * G + -27 * G % 8, device=device) / 4
+    leaves = [t.requires_grad_() for t in (x, packed)]
+    image, kernel = x.detach().permute(0, 3, 1, 2), torch.randn(C, 1, 3, 3, device=device)
+
+    def call():
+        taps = packed[..., : 27 * G].unflatten(-1, (G, 27))
+        return deform_conv(x, taps[..., :18].unflatten(-1, (9, 2)), taps[..., 18:])
+
+    return call, leaves, lambda: torch.nn.functional.conv2d(image, kernel, padding=1, groups=C)
+
+
 OPS = {
+    "deform_conv": (deform_conv_case, [{"B": 4, "H": 64, "W": 64, "C": 64, "G": 4}]),
     "rational": (rational_case, [{"B": 8, "L": 197, "C": 3072}]),
     "ssd": (
         ssd_case,
