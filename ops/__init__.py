@@ -7,9 +7,11 @@ from .deform_conv import deform_conv
 from .rational import rational
 from .selective_scan import selective_scan, selective_states
 from .ssd import nc_ssd, ssd
+from .wkv import bi_wkv, wkv6, wkv7
 
 __all__ = [
     "backend_info",
+    "bi_wkv",
     "causal_conv1d",
     "deform_conv",
     "nc_ssd",
@@ -19,4 +21,6 @@ __all__ = [
     "selective_states",
     "ssd",
     "use_backend",
+    "wkv6",
+    "wkv7",
 ]

@@ -7,6 +7,7 @@ from .deform_conv import deform_conv
 from .rational import rational
 from .scan_order import cross
 from .selective_scan import selective_scan
+from .wkv import bi_wkv, wkv6, wkv7
 
 
 def _selective_scan(normal):
@@ -28,7 +29,19 @@ def _rational(normal):
     return lambda **x: rational(**x), inputs
 
 
-EXAMPLES = {"deform_conv": _deform_conv, "rational": _rational, "selective_scan": _selective_scan}
+def _wkv(normal):
+    B, L, H, N = 2, 37, 3, 19
+    inputs = {name: normal(B, L, H, N) for name in ("r", "k", "v", "w", "a", "b")} | dict(u=normal(H, N))
+
+    def run(r, k, v, w, u, a, b):
+        flat = [x.flatten(-2) for x in (k, v, w[0, 0], u)]
+        states = wkv6(r, k, v, w, u), wkv7(r, w, k, v, a / N, b)
+        return torch.cat([bi_wkv(*flat), *(y.flatten(-2) for y in states)])
+
+    return run, inputs
+
+
+EXAMPLES = {"deform_conv": _deform_conv, "rational": _rational, "selective_scan": _selective_scan, "wkv": _wkv}
 
 
 def self_check(op, device="cpu"):

@@ -1,0 +1,506 @@
+// WKV on the CPU, forward and backward. Tasks follow from the problem's shape alone and every sum has a fixed order:
+// results do not depend on the number of threads. Activations come in the state's dtype, with any strides but the last,
+// which is 1; `order` gives the token of each step.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "../simd.h"
+
+namespace linzoo {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int kChunk = 32;  // also CHUNK in __init__.py
+
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+template <class F>
+void dispatch(const Tensor& x, F f) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    default: STD_TORCH_CHECK(false, "k: expected float32 or float64");
+  }
+}
+
+// The token of each step: (T) or (B, T), or none for 0 .. L-1.
+struct Order {
+  const int32_t* tokens = nullptr;
+  int64_t steps, batch = 0;
+  Order(const std::optional<Tensor>& order, int64_t L) : steps(L) {
+    if (!order) return;
+    tokens = data<int32_t>(*order);
+    steps = order->size(order->dim() - 1);
+    batch = order->dim() == 2 ? steps : 0;
+    for (int64_t i = 0; i < order->numel(); ++i)
+      STD_TORCH_CHECK(tokens[i] >= 0 && tokens[i] < L, "order: every entry must lie in [0, ", L, "), got ", tokens[i],
+                      " at flat index ", i);
+  }
+  int64_t token(int64_t b, int64_t t) const { return tokens ? tokens[b * batch + t] : t; }
+};
+
+template <class T>
+struct Activation {  // (batch, token, head, channel), or without heads
+  T* rows = nullptr;
+  int64_t batch = 0, token = 0, head = 0;
+  Activation() = default;
+  explicit Activation(const Tensor& x)
+      : rows(data<T>(x)), batch(x.stride(0)), token(x.stride(1)), head(x.dim() == 4 ? x.stride(2) : 0) {}
+  T* at(int64_t b, int64_t l, int64_t h = 0) const { return rows + b * batch + l * token + h * head; }
+};
+
+// --- bi_wkv ---------------------------------------------------------------------------------------------------------
+// Lanes are channels; a task is a vector of channels of a batch item. A scan from the end stores its state at every chunk;
+// the scan from the start recomputes it within one chunk after the other and joins the two. Exponents are in base 2.
+
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+inline vfloat log2_from_one(vfloat x) {  // x >= 1
+  const vint bits = (vint)x;
+  const vfloat exponent = __builtin_convertvector((bits >> 23) - 127, vfloat);
+  const vfloat z = (vfloat)((bits & 0x7fffff) | 0x3f800000) - 1.f;
+  return exponent + log1p_unit(z, z / (z + 2.f)) * float(kLog2e);
+}
+
+inline vdouble log2_from_one(vdouble x) {
+  for (int i = 0; i < Simd<double>::width; ++i) x[i] = std::log2(x[i]);
+  return x;
+}
+
+// Sums over the steps on one side of a token, sum_i 2^(key_i - distance_i w) (x_i, y_i), where the nearest step has
+// distance 0; all over 2^peak, the largest of the weights.
+template <class T>
+struct Side {
+  using V = typename Simd<T>::vec;
+  V x = {}, y = {}, far_x = {}, far_y = {}, peak = broadcast<T>(T(-1e30));  // far: times the distances
+  template <bool kFar>
+  void pass(V key, V next_x, V next_y, V w) {
+    const V zero = {}, one = broadcast<T>(1);
+    const V decayed = peak - w, gap = key - decayed;
+    const V smaller = exp2(gap > zero ? -gap : gap);
+    const V old = gap > zero ? smaller : one, fresh = gap > zero ? one : smaller;
+    if (kFar) far_x = old * (far_x + x), far_y = old * (far_y + y);
+    x = old * x + fresh * next_x;
+    y = old * y + fresh * next_y;
+    peak = gap > zero ? key : decayed;
+  }
+};
+
+template <class T>
+struct Channels {  // of a task
+  using V = typename Simd<T>::vec;
+  int64_t batch, first;
+  int lanes;
+  V get(const T* row) const { return load<T>(row + first, lanes); }
+  void put(T* row, V x) const { store<T>(row + first, x, lanes); }
+};
+
+template <class T, class F>
+void for_channels(int64_t B, int64_t C, F f) {
+  constexpr int W = Simd<T>::width;
+  const int64_t blocks = (C + W - 1) / W;
+  torch::stable::parallel_for(0, B * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % blocks * W;
+      f(Channels<T>{task / blocks, first, static_cast<int>(std::min<int64_t>(W, C - first))});
+    }
+  });
+}
+
+// Calls read(token, key, x, y) for what a step adds to the sums, and emit(token, past, future) for every step in turn.
+// ahead(token) is called a chunk before the step is read.
+template <bool kFar, class T, class V, class Ahead, class Read, class Emit>
+void both_sides(const Order& order, int64_t batch, V w, Ahead ahead, Read read, Emit emit) {
+  const int64_t steps = order.steps, chunks = (steps + kChunk - 1) / kChunk;
+  std::vector<Side<T>> marks(chunks);
+  Side<T> past, future, futures[kChunk];
+  V key[kChunk], x[kChunk], y[kChunk];
+  for (int64_t k = chunks - 1; k >= 0; --k) {
+    marks[k] = future;
+    for (int64_t t = std::min(steps, (k + 1) * kChunk) - 1; t >= k * kChunk; --t) {
+      ahead(order.token(batch, std::max<int64_t>(t - kChunk, 0)));
+      read(order.token(batch, t), key[0], x[0], y[0]);
+      future.template pass<kFar>(key[0], x[0], y[0], w);
+    }
+  }
+  for (int64_t k = 0; k < chunks; ++k) {
+    const int64_t start = k * kChunk, count = std::min<int64_t>(kChunk, steps - start);
+    future = marks[k];
+    for (int64_t t = count - 1; t >= 0; --t) {
+      ahead(order.token(batch, std::min(start + t + kChunk, steps - 1)));
+      read(order.token(batch, start + t), key[t], x[t], y[t]);
+      futures[t] = future;
+      future.template pass<kFar>(key[t], x[t], y[t], w);
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      emit(order.token(batch, start + t), past, futures[t]);
+      past.template pass<kFar>(key[t], x[t], y[t], w);
+    }
+  }
+}
+
+void bi_forward(Tensor k, Tensor v, Tensor w, Tensor u, std::optional<Tensor> order_, Tensor y, Tensor log_den) {
+  const Order order(order_, k.size(1));
+  dispatch(k, [&](auto t) {
+    using T = decltype(t);
+    using V = typename Simd<T>::vec;
+    const Activation<const T> keys(k), values(v);
+    const Activation<T> out(y), log_out = log_den.dim() == 3 ? Activation<T>(log_den) : Activation<T>();
+    for_channels<T>(k.size(0), k.size(2), [&](const Channels<T>& c) {
+      const int64_t b = c.batch;
+      const V decay = c.get(data<T>(w)) * T(kLog2e), bonus = c.get(data<T>(u)) * T(kLog2e);
+      both_sides<false, T>(
+          order, b, decay,
+          [&](int64_t l) {
+            __builtin_prefetch(keys.at(b, l) + c.first);
+            __builtin_prefetch(values.at(b, l) + c.first);
+          },
+          [&](int64_t l, V& key, V& x, V& one) {
+            key = c.get(keys.at(b, l)) * T(kLog2e);
+            x = c.get(values.at(b, l));
+            one = broadcast<T>(1);
+          },
+          [&](int64_t l, const Side<T>& past, const Side<T>& future) {
+            const V own = c.get(keys.at(b, l)) * T(kLog2e) + bonus;
+            V peak = past.peak > future.peak ? past.peak : future.peak;
+            peak = peak > own ? peak : own;
+            const V before = exp2(past.peak - peak), after = exp2(future.peak - peak), self = exp2(own - peak);
+            const V den = before * past.y + after * future.y + self;
+            const V num = before * past.x + after * future.x + self * c.get(values.at(b, l));
+            c.put(out.at(b, l), num / den);
+            if (log_out.rows) c.put(log_out.at(b, l), (peak + log2_from_one(den)) * T(kLn2));
+          });
+    });
+  });
+}
+
+// With p_ti the weight of token i for step t and g the upstream gradient, dv_i = sum_t p_ti g_t and
+// dk_i = sum_t p_ti g_t (v_i - y_t): sums of the same kind, of g and g y with keys -log_den.
+void bi_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, std::optional<Tensor> order_, Tensor y, Tensor log_den,
+                 Tensor dk, Tensor dv, Tensor dw, Tensor du) {
+  const Order order(order_, k.size(1));
+  const int64_t C = k.size(2);
+  dispatch(k, [&](auto t) {
+    using T = decltype(t);
+    using V = typename Simd<T>::vec;
+    const Activation<const T> grads(dy), keys(k), values(v), outputs(y), logs(log_den);
+    const Activation<T> to_key(dk), to_value(dv);
+    for_channels<T>(k.size(0), C, [&](const Channels<T>& c) {
+      const int64_t b = c.batch;
+      const V decay = c.get(data<T>(w)) * T(kLog2e), bonus = c.get(data<T>(u)) * T(kLog2e);
+      V sum_w = {}, sum_u = {};
+      both_sides<true, T>(
+          order, b, decay,
+          [&](int64_t l) {
+            for (const auto* a : {&grads, &outputs, &logs}) __builtin_prefetch(a->at(b, l) + c.first);
+          },
+          [&](int64_t l, V& key, V& g, V& gy) {
+            key = c.get(logs.at(b, l)) * T(-kLog2e);
+            g = c.get(grads.at(b, l));
+            gy = g * c.get(outputs.at(b, l));
+          },
+          [&](int64_t l, const Side<T>& past, const Side<T>& future) {
+            const V key = c.get(keys.at(b, l)) * T(kLog2e), value = c.get(values.at(b, l));
+            const V g = c.get(grads.at(b, l)), y = c.get(outputs.at(b, l));
+            const V before = exp2(past.peak + key), after = exp2(future.peak + key);
+            const V self = exp2(key + bonus - c.get(logs.at(b, l)) * T(kLog2e)) * g;
+            const V sum = before * past.x + after * future.x + self;
+            c.put(to_value.at(b, l), sum);
+            c.put(to_key.at(b, l), value * sum - (before * past.y + after * future.y + self * y));
+            sum_w += before * (value * past.far_x - past.far_y) + after * (value * future.far_x - future.far_y);
+            sum_u += self * (value - y);
+          });
+      c.put(data<T>(dw) + b * C, -sum_w);
+      c.put(data<T>(du) + b * C, sum_u);
+    });
+  });
+}
+
+// --- wkv6 and wkv7 --------------------------------------------------------------------------------------------------
+// The state is kept as N rows (key channels) of lanes (value channels). Its columns do not depend on each other, so that a
+// task of the forward pass is a vector of columns of a (direction, batch, head); one of the backward pass is all of them,
+// since the gradients of what belongs to a row sum over the columns.
+//
+//   wkv6:  y_t = r_t S_t + (r_t . u k_t) v_t;  S_{t+1} = d_t S_t + k_t v_t       wkv7:  S_t = d_t S_{t-1} + b_t (a_t S_{t-1}) + k_t v_t;
+//                                                                               y_t = r_t S_t
+
+template <class T>
+struct Problem {
+  int64_t B, L, H, N, P, chunks, directions;
+  Order order;
+  Activation<const T> r, decay, k, v, a, b;
+  const T* u;
+  T* states;  // (direction, batch, head, chunk, N, P)
+  Problem(const Tensor& r_, const Tensor& decay_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& a_,
+          const std::optional<Tensor>& b_, const std::optional<Tensor>& u_, const std::optional<Tensor>& order_,
+          int64_t directions, const Tensor& states_)
+      : B(v_.size(0)), L(v_.size(1)), H(v_.size(2)), N(k_.size(3)), P(v_.size(3)), directions(directions), order(order_, L),
+        r(r_), decay(decay_), k(k_), v(v_) {
+    if (a_) a = Activation<const T>(*a_), b = Activation<const T>(*b_);
+    u = u_ ? data<T>(*u_) : nullptr;
+    chunks = (order.steps + kChunk - 1) / kChunk;
+    states = states_.numel() ? data<T>(states_) : nullptr;
+  }
+};
+
+// A direction of a head of a batch item.
+template <class T>
+struct Head {
+  const Problem<T>& p;
+  int64_t direction, b, h, index;
+  Head(const Problem<T>& p, int64_t i)
+      : p(p), direction(i / (p.B * p.H)), b(i / p.H % p.B), h(i % p.H), index(i) {}
+  int64_t token(int64_t t) const { return p.order.token(b, direction ? p.order.steps - 1 - t : t); }
+  const T* row(const Activation<const T>& x, int64_t l) const { return x.at(b, l, h); }
+  const T* bonus() const { return p.u && !direction ? p.u + h * p.N : nullptr; }  // counted once
+  T* state(int64_t chunk) const { return p.states + (index * p.chunks + chunk) * p.N * p.P; }
+  // A token's row in a contiguous (direction, batch, token, head, size) tensor.
+  T* out(T* x, int64_t l, int64_t size) const { return x + (((direction * p.B + b) * p.L + l) * p.H + h) * size; }
+};
+
+// sum_n row[n] S[n], in four interleaved sums.
+template <class T, class V>
+V read(const T* row, const V* S, int64_t N) {
+  V sum[4] = {};
+  int64_t n = 0;
+  for (; n + 4 <= N; n += 4)
+    for (int j = 0; j < 4; ++j) sum[j] += S[n + j] * row[n + j];
+  for (; n < N; ++n) sum[0] += S[n] * row[n];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// S[n] = decay[n] S[n] + k[n] v, after which (before which, with kBefore) r reads it: the result.
+template <bool kBefore, class T, class V>
+V write_and_read(const T* decay, const T* k, const T* r, V v, V* S, int64_t N) {
+  V sum[4] = {};
+  auto row = [&](int64_t n, int j) {
+    const V old = S[n], next = old * decay[n] + v * k[n];
+    S[n] = next;
+    sum[j] += (kBefore ? old : next) * r[n];
+  };
+  int64_t n = 0;
+  for (; n + 4 <= N; n += 4)
+    for (int j = 0; j < 4; ++j) row(n + j, j);
+  for (; n < N; ++n) row(n, 0);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// The same with the rank-one part b (a S), of which `erased` is a S.
+template <class T, class V>
+V delta_and_read(const T* decay, const T* k, const T* r, const T* b, V v, V erased, V* S, int64_t N) {
+  V sum[4] = {};
+  auto row = [&](int64_t n, int j) {
+    S[n] = S[n] * decay[n] + erased * b[n] + v * k[n];
+    sum[j] += S[n] * r[n];
+  };
+  int64_t n = 0;
+  for (; n + 4 <= N; n += 4)
+    for (int j = 0; j < 4; ++j) row(n + j, j);
+  for (; n < N; ++n) row(n, 0);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// sum_n r_n u_n k_n
+template <class T>
+T own_weight(const T* r, const T* u, const T* k, int64_t N) {
+  T sum = 0;
+  for (int64_t n = 0; n < N; ++n) sum += r[n] * u[n] * k[n];
+  return sum;
+}
+
+template <bool kDelta, class T>
+void forward_columns(const Head<T>& head, int64_t first, int lanes, T* y) {
+  using V = typename Simd<T>::vec;
+  const Problem<T>& p = head.p;
+  const int64_t N = p.N;
+  const T* u = head.bonus();
+  std::vector<V> S(N, V{});
+  for (int64_t t = 0; t < p.order.steps; ++t) {
+    if (p.states && t % kChunk == 0)
+      for (int64_t n = 0; n < N; ++n) store<T>(head.state(t / kChunk) + n * p.P + first, S[n], lanes);
+    const int64_t l = head.token(t);
+    const T *r = head.row(p.r, l), *decay = head.row(p.decay, l), *k = head.row(p.k, l);
+    const V v = load<T>(head.row(p.v, l) + first, lanes);
+    V out;
+    if (kDelta) {
+      const V erased = read(head.row(p.a, l), S.data(), N);
+      out = delta_and_read(decay, k, r, head.row(p.b, l), v, erased, S.data(), N);
+    } else {
+      out = write_and_read<true>(decay, k, r, v, S.data(), N);
+      if (u) out += v * own_weight(r, u, k, N);
+    }
+    store<T>(head.out(y, l, p.P) + first, out, lanes);
+  }
+}
+
+template <bool kDelta, class T>
+void run_forward(const Problem<T>& p, T* y) {
+  constexpr int W = Simd<T>::width;
+  const int64_t blocks = (p.P + W - 1) / W;
+  torch::stable::parallel_for(0, p.directions * p.B * p.H * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % blocks * W;
+      forward_columns<kDelta>(Head<T>(p, task / blocks), first, static_cast<int>(std::min<int64_t>(W, p.P - first)), y);
+    }
+  });
+}
+
+template <class T>
+struct Gradients {
+  Activation<const T> dy;
+  T *r, *decay, *k, *v, *a, *b, *u;  // (direction, batch, token, head, -), and u (batch, head, N)
+};
+
+// The gradients of a vector of columns; `add` where it is not the head's first.
+template <bool kDelta, class T>
+void backward_columns(const Head<T>& head, const Gradients<T>& o, int64_t first, int lanes, bool add) {
+  using V = typename Simd<T>::vec;
+  constexpr int W = Simd<T>::width, kSums = kDelta ? 5 : 3;
+  const Problem<T>& p = head.p;
+  const int64_t N = p.N, padded = (N + W - 1) / W * W;
+  const T* u = head.bonus();
+  T* du = u ? o.u + (head.b * p.H + head.h) * N : nullptr;
+  std::vector<V> S((kChunk + 1) * N), G(N, V{}), products(kSums * padded, V{});  // G: gradient of the state after a step
+  std::vector<T> sums(kSums * padded);
+  V erased[kChunk];
+  if (u && !add) std::fill(du, du + N, T(0));
+  auto put = [&](T* x, int64_t l, int i) {  // product i, summed over the columns
+    T* row = head.out(x, l, N);
+    for (int64_t n = 0; n < N; ++n) row[n] = add ? row[n] + sums[i * padded + n] : sums[i * padded + n];
+  };
+  for (int64_t chunk = p.chunks - 1; chunk >= 0; --chunk) {
+    const int64_t start = chunk * kChunk, count = std::min<int64_t>(kChunk, p.order.steps - start);
+    for (int64_t n = 0; n < N; ++n) S[n] = load<T>(head.state(chunk) + n * p.P + first, lanes);
+    for (int64_t t = 0; t < count; ++t) {  // the states before each step, and the last one's after it
+      const int64_t l = head.token(start + t);
+      const T *decay = head.row(p.decay, l), *k = head.row(p.k, l);
+      const V v = load<T>(head.row(p.v, l) + first, lanes);
+      const V* before = S.data() + t * N;
+      V* after = S.data() + (t + 1) * N;
+      if (kDelta) {
+        const T* b = head.row(p.b, l);
+        erased[t] = read(head.row(p.a, l), before, N);
+        for (int64_t n = 0; n < N; ++n) after[n] = before[n] * decay[n] + erased[t] * b[n] + v * k[n];
+      } else {
+        for (int64_t n = 0; n < N; ++n) after[n] = before[n] * decay[n] + v * k[n];
+      }
+    }
+    for (int64_t t = count - 1; t >= 0; --t) {
+      const int64_t l = head.token(start + t);
+      const T *r = head.row(p.r, l), *decay = head.row(p.decay, l), *k = head.row(p.k, l);
+      const V v = load<T>(head.row(p.v, l) + first, lanes), g = load<T>(o.dy.at(head.b, l, head.h) + first, lanes);
+      const V* before = S.data() + t * N;
+      V* product = products.data();
+      V dv;
+      if (kDelta) {
+        const T *a = head.row(p.a, l), *b = head.row(p.b, l);
+        for (int64_t n = 0; n < N; ++n) {
+          product[n] = before[N + n] * g;
+          G[n] += g * r[n];
+        }
+        const V to_erased = read(b, G.data(), N);
+        dv = read(k, G.data(), N);
+        for (int64_t n = 0; n < N; ++n) {
+          product[padded + n] = G[n] * before[n];
+          product[2 * padded + n] = G[n] * v;
+          product[3 * padded + n] = before[n] * to_erased;
+          product[4 * padded + n] = G[n] * erased[t];
+          G[n] = G[n] * decay[n] + to_erased * a[n];
+        }
+      } else {
+        for (int64_t n = 0; n < N; ++n) {
+          product[n] = before[n] * g;
+          product[padded + n] = G[n] * before[n];
+          product[2 * padded + n] = G[n] * v;
+        }
+        dv = write_and_read<true>(decay, r, k, g, G.data(), N);
+        if (u) dv += g * own_weight(r, u, k, N);
+      }
+      store<T>(head.out(o.v, l, p.P) + first, dv, lanes);
+      sum_lanes<T>(product, kSums * padded, sums.data());
+      if (u) {
+        T vg = 0;
+        for (int i = 0; i < W; ++i) vg += v[i] * g[i];
+        for (int64_t n = 0; n < N; ++n) {
+          sums[n] += u[n] * k[n] * vg;
+          sums[2 * padded + n] += u[n] * r[n] * vg;
+          du[n] += r[n] * k[n] * vg;
+        }
+      }
+      put(o.r, l, 0);
+      put(o.decay, l, 1);
+      put(o.k, l, 2);
+      if (kDelta) put(o.a, l, 3), put(o.b, l, 4);
+    }
+  }
+}
+
+template <bool kDelta, class T>
+void run_backward(const Problem<T>& p, const Gradients<T>& o) {
+  constexpr int W = Simd<T>::width;
+  torch::stable::parallel_for(0, p.directions * p.B * p.H, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t first = 0; first < p.P; first += W)
+        backward_columns<kDelta>(Head<T>(p, i), o, first, static_cast<int>(std::min<int64_t>(W, p.P - first)), first > 0);
+  });
+}
+
+void matrix_forward(Tensor r, Tensor decay, Tensor k, Tensor v, std::optional<Tensor> a, std::optional<Tensor> b,
+                    std::optional<Tensor> u, std::optional<Tensor> order, int64_t directions, Tensor y, Tensor states) {
+  dispatch(k, [&](auto t) {
+    using T = decltype(t);
+    const Problem<T> p(r, decay, k, v, a, b, u, order, directions, states);
+    if (a) run_forward<true>(p, data<T>(y)); else run_forward<false>(p, data<T>(y));
+  });
+}
+
+void matrix_backward(Tensor dy, Tensor r, Tensor decay, Tensor k, Tensor v, std::optional<Tensor> a, std::optional<Tensor> b,
+                     std::optional<Tensor> u, std::optional<Tensor> order, int64_t directions, Tensor states, Tensor dr,
+                     Tensor ddecay, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor du) {
+  dispatch(k, [&](auto t) {
+    using T = decltype(t);
+    const Problem<T> p(r, decay, k, v, a, b, u, order, directions, states);
+    const Gradients<T> o{Activation<const T>(dy), data<T>(dr), data<T>(ddecay), data<T>(dk),
+                         data<T>(dv),             data<T>(da), data<T>(db),     data<T>(du)};
+    if (a) run_backward<true>(p, o); else run_backward<false>(p, o);
+  });
+}
+
+}  // namespace
+}  // namespace linzoo
+
+STABLE_TORCH_LIBRARY_FRAGMENT(linzoo_cpu, m) {
+  m.def("bi_wkv_forward(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? order, Tensor(a!) y, Tensor(b!) log_den) -> ()");
+  m.def(
+      "bi_wkv_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? order, Tensor y, Tensor log_den, "
+      "Tensor(a!) dk, Tensor(b!) dv, Tensor(c!) dw, Tensor(d!) du) -> ()");
+  m.def(
+      "wkv_forward(Tensor r, Tensor decay, Tensor k, Tensor v, Tensor? a, Tensor? b, Tensor? u, Tensor? order, "
+      "int directions, Tensor(a!) y, Tensor(b!) states) -> ()");
+  m.def(
+      "wkv_backward(Tensor dy, Tensor r, Tensor decay, Tensor k, Tensor v, Tensor? a, Tensor? b, Tensor? u, Tensor? order, "
+      "int directions, Tensor states, Tensor(a!) dr, Tensor(b!) ddecay, Tensor(c!) dk, Tensor(d!) dv, Tensor(e!) da, "
+      "Tensor(f!) db, Tensor(g!) du) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(linzoo_cpu, CPU, m) {
+  m.impl("bi_wkv_forward", TORCH_BOX(&linzoo::bi_forward));
+  m.impl("bi_wkv_backward", TORCH_BOX(&linzoo::bi_backward));
+  m.impl("wkv_forward", TORCH_BOX(&linzoo::matrix_forward));
+  m.impl("wkv_backward", TORCH_BOX(&linzoo::matrix_backward));
+}

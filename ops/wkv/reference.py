@@ -1,0 +1,208 @@
+"""The WKV operators in plain PyTorch: the specification, step by step, and its form for export.
+
+Activations are in the state's dtype here; decays of `wkv6` and `wkv7` are the factors in (0, 1).
+"""
+
+import torch
+from torch._higher_order_ops.scan import scan
+
+
+def tokens_in_order(x, order):
+    """``(B, L, ...)`` to ``(B, T, ...)``: step t is token ``order[t]``."""
+    return x if order is None else x[_index(x, order)]
+
+
+def tokens_in_place(y, order, length):
+    """Inverse of `tokens_in_order`; tokens that no step visits are 0."""
+    if order is None:
+        return y
+    return y.new_zeros(y.shape[0], length, *y.shape[2:]).index_put(_index(y, order), y)
+
+
+def _index(x, order):
+    return torch.arange(x.shape[0], device=x.device).unsqueeze(1), order.long().expand(x.shape[0], order.shape[-1])
+
+
+def _walk(step, state, xs, use_scan=False):
+    """Outputs of ``step(state, x_t) -> (state, outputs)`` over dimension 1 of the tensors `xs`, stacked along it."""
+    if use_scan:
+        outputs = scan(step, state, tuple(x.transpose(0, 1) for x in xs), dim=0)[1]
+        return tuple(y.transpose(0, 1) for y in outputs)
+    outputs = []
+    for x in zip(*(x.unbind(1) for x in xs), strict=True):
+        state, y = step(state, x)
+        outputs.append(y)
+    return tuple(torch.stack(y, 1) for y in zip(*outputs, strict=True))
+
+
+def _reversed(f, *xs):
+    return tuple(y.flip(1) for y in f(*(x.flip(1) for x in xs)))
+
+
+# --- bi_wkv ---------------------------------------------------------------------------------------------------------
+
+
+def _past(k, x, y, w, use_scan=False):
+    """Decayed sums over the steps before each, ``sum_{i<t} exp(k_i - (t - i - 1) w) (x_i, y_i)``, free of overflow.
+
+    Returns:
+        The largest exponent, and the sums of x, of y, of (t - i - 1) x and of (t - i - 1) y over its exponential.
+    """
+
+    def step(state, inputs):
+        (peak, *sums), (key, *values) = state, inputs
+        decayed = peak - w
+        top = torch.maximum(decayed, key)
+        old, new = torch.exp(decayed - top), torch.exp(key - top)
+        near = [old * s + new * value for s, value in zip(sums[:2], values, strict=True)]
+        far = [old * (s + d) for s, d in zip(sums[:2], sums[2:], strict=True)]
+        return (top, *near, *far), tuple(s.clone() for s in state)
+
+    zero = torch.zeros_like(k[:, 0])
+    return _walk(step, (zero - torch.inf, *[zero.clone() for _ in range(4)]), (k, x, y), use_scan)
+
+
+def bi_wkv(k, v, w, u, order=None, use_scan=False):
+    """See `linzoo.ops.bi_wkv`. With `use_scan` the loops are `torch._higher_order_ops.scan`.
+
+    Returns:
+        The output, and the logarithm of its denominator.
+    """
+    length = k.shape[1]
+    k, v = tokens_in_order(k, order), tokens_in_order(v, order)
+
+    def past(k, v):
+        return _past(k, v, torch.ones_like(v), w, use_scan)
+
+    sides = [past(k, v), _reversed(past, k, v)]
+    own = u + k
+    peak = torch.maximum(torch.maximum(sides[0][0], sides[1][0]), own)
+    weight = torch.exp(own - peak)
+    num, den = weight * v, weight
+    for top, x, one, *_ in sides:
+        weight = torch.exp(top - peak)
+        num, den = num + weight * x, den + weight * one
+    return tokens_in_place(num / den, order, length), tokens_in_place(peak + den.log(), order, length)
+
+
+def bi_wkv_backward(dy, k, v, w, u, order, y, log_den):
+    """Gradients of k, v, w and u: the same sums of the upstream gradient g and of g y, with keys ``-log_den``.
+
+    With p_ti the weight of token i for step t: ``dv_i = sum_t p_ti g_t``, ``dk_i = sum_t p_ti g_t (v_i - y_t)``.
+    """
+    length = k.shape[1]
+    k, v, y, log_den, g = (tokens_in_order(x, order) for x in (k, v, y, log_den, dy))
+
+    def past(key, x, y):
+        return _past(key, x, y, w)
+
+    weight = torch.exp(u + k - log_den)  # a token's weight for itself
+    dv, minus, far = weight * g, weight * g * y, 0
+    du = (weight * g * (v - y)).sum((0, 1))
+    for top, x, xy, far_x, far_xy in (past(-log_den, g, g * y), _reversed(past, -log_den, g, g * y)):
+        weight = torch.exp(k + top)
+        dv, minus, far = dv + weight * x, minus + weight * xy, far + weight * (v * far_x - far_xy)
+    dk = v * dv - minus
+    return tokens_in_place(dk, order, length), tokens_in_place(dv, order, length), -far.sum((0, 1)), du
+
+
+# --- wkv6 -----------------------------------------------------------------------------------------------------------
+
+
+def _outer(x, y):
+    return x.unsqueeze(-1) * y.unsqueeze(-2)
+
+
+def _wkv6_past(r, k, v, decay, use_scan=False):
+    """What each step reads from the state of those before it, and that state ``(B, H, N, P)``."""
+
+    def step(S, x):
+        r, k, v, decay = x
+        y = (r.unsqueeze(-1) * S).sum(-2)
+        return decay.unsqueeze(-1) * S + _outer(k, v), ((y,) if use_scan else (y, S))
+
+    return _walk(step, _outer(torch.zeros_like(k[:, 0]), torch.zeros_like(v[:, 0])), (r, k, v, decay), use_scan)
+
+
+def wkv6(r, k, v, decay, u, order=None, bidirectional=True, use_scan=False):
+    """See `linzoo.ops.wkv6`.
+
+    Returns:
+        The output, and for each direction the states before its steps ``(B, T, H, N, P)`` (none with `use_scan`).
+    """
+    length = k.shape[1]
+    xs = [tokens_in_order(x, order) for x in (r, k, v, decay)]
+    r, k, v, _ = xs
+    y, *states = _wkv6_past(*xs, use_scan)
+    y = y + (r * u * k).sum(-1, keepdim=True) * v
+    if bidirectional:
+        future, *after = _wkv6_past(*(x.flip(1) for x in xs), use_scan)
+        y, states = y + future.flip(1), states + after
+    return tokens_in_place(y, order, length), states
+
+
+def _wkv6_past_backward(g, r, k, v, decay, states):
+    """Gradients of r, k, v and decay through the states: P_t is the gradient of the state that step t leaves."""
+    P, grads = torch.zeros_like(states[:, 0]), []
+    for t in reversed(range(g.shape[1])):
+        S, g_t = states[:, t], g[:, t]
+        dr, dk = (S * g_t.unsqueeze(-2)).sum(-1), (P * v[:, t].unsqueeze(-2)).sum(-1)
+        grads.append((dr, dk, (P * k[:, t].unsqueeze(-1)).sum(-2), (S * P).sum(-1)))
+        P = _outer(r[:, t], g_t) + decay[:, t].unsqueeze(-1) * P
+    return tuple(torch.stack(x[::-1], 1) for x in zip(*grads, strict=True))
+
+
+def wkv6_backward(dy, r, k, v, decay, u, order, bidirectional):
+    """Gradients of r, k, v, decay and u."""
+    length, states = k.shape[1], wkv6(r, k, v, decay, u, order, bidirectional)[1]
+    g, *xs = (tokens_in_order(x, order) for x in (dy, r, k, v, decay))
+    r, k, v, _ = xs
+    dr, dk, dv, ddecay = _wkv6_past_backward(g, *xs, states[0])
+    vg = (v * g).sum(-1, keepdim=True)
+    dr, dk, dv = dr + u * k * vg, dk + u * r * vg, dv + g * (r * u * k).sum(-1, keepdim=True)
+    grads = [dr, dk, dv, ddecay]
+    if bidirectional:
+        after = _wkv6_past_backward(*(x.flip(1) for x in (g, *xs)), states[1])
+        grads = [x + y.flip(1) for x, y in zip(grads, after, strict=True)]
+    return *(tokens_in_place(x, order, length) for x in grads), (r * k * vg).sum((0, 1))
+
+
+# --- wkv7 -----------------------------------------------------------------------------------------------------------
+
+
+def wkv7(r, decay, k, v, a, b, order=None, use_scan=False):
+    """See `linzoo.ops.wkv7`; the state here is its transpose, ``(B, H, N, P)``.
+
+    Returns:
+        The output, and the states before the steps ``(B, T, H, N, P)`` (None with `use_scan`).
+    """
+
+    def step(S, x):
+        r, decay, k, v, a, b = x
+        erased = (a.unsqueeze(-1) * S).sum(-2)
+        after = decay.unsqueeze(-1) * S + _outer(b, erased) + _outer(k, v)
+        y = (r.unsqueeze(-1) * after).sum(-2)
+        return after, ((y,) if use_scan else (y, S))
+
+    xs = [tokens_in_order(x, order) for x in (r, decay, k, v, a, b)]
+    y, *states = _walk(step, _outer(torch.zeros_like(k[:, 0]), torch.zeros_like(v[:, 0])), xs, use_scan)
+    return tokens_in_place(y, order, k.shape[1]), (None if use_scan else states[0])
+
+
+def wkv7_backward(dy, r, decay, k, v, a, b, order):
+    """Gradients of r, decay, k, v, a and b: G_t is the gradient of the state that step t leaves."""
+    length, states = k.shape[1], wkv7(r, decay, k, v, a, b, order)[1]
+    g, r, decay, k, v, a, b = (tokens_in_order(x, order) for x in (dy, r, decay, k, v, a, b))
+    G, grads = torch.zeros_like(states[:, 0]), []
+    for t in reversed(range(g.shape[1])):
+        S, g_t, a_t, b_t, v_t = states[:, t], g[:, t], a[:, t], b[:, t], v[:, t]
+        erased = (a_t.unsqueeze(-1) * S).sum(-2)
+        after = decay[:, t].unsqueeze(-1) * S + _outer(b_t, erased) + _outer(k[:, t], v_t)
+        dr = (after * g_t.unsqueeze(-2)).sum(-1)
+        G = G + _outer(r[:, t], g_t)
+        to_erased = (b_t.unsqueeze(-1) * G).sum(-2)
+        dk, dv = (G * v_t.unsqueeze(-2)).sum(-1), (G * k[:, t].unsqueeze(-1)).sum(-2)
+        da, db = (S * to_erased.unsqueeze(-2)).sum(-1), (G * erased.unsqueeze(-2)).sum(-1)
+        grads.append((dr, (G * S).sum(-1), dk, dv, da, db))
+        G = decay[:, t].unsqueeze(-1) * G + _outer(a_t, to_erased)
+    return tuple(tokens_in_place(torch.stack(x[::-1], 1), order, length) for x in zip(*grads, strict=True))
