@@ -4,9 +4,12 @@ from . import scan_order
 from .backend import backend_info, use_backend
 from .causal_conv1d import causal_conv1d
 from .deform_conv import deform_conv
+from .diagonal_scan import diagonal_scan
+from .fft_conv import fft_conv
 from .rational import rational
 from .selective_scan import selective_scan, selective_states
 from .ssd import nc_ssd, ssd
+from .ssm_kernel import ssm_kernel
 from .wkv import bi_wkv, wkv6, wkv7
 
 __all__ = [
@@ -14,12 +17,15 @@ __all__ = [
     "bi_wkv",
     "causal_conv1d",
     "deform_conv",
+    "diagonal_scan",
+    "fft_conv",
     "nc_ssd",
     "rational",
     "scan_order",
     "selective_scan",
     "selective_states",
     "ssd",
+    "ssm_kernel",
     "use_backend",
     "wkv6",
     "wkv7",

@@ -4,9 +4,11 @@ import torch
 
 from .backend import use_backend
 from .deform_conv import deform_conv
+from .diagonal_scan import diagonal_scan
 from .rational import rational
 from .scan_order import cross
 from .selective_scan import selective_scan
+from .ssm_kernel import ssm_kernel
 from .wkv import bi_wkv, wkv6, wkv7
 
 
@@ -29,6 +31,22 @@ def _rational(normal):
     return lambda **x: rational(**x), inputs
 
 
+def _diagonal_scan(normal):
+    inputs = dict(a=0.5 * normal(19, 2).tanh(), b=normal(2, 33, 3, 19, 2), initial=normal(2, 3, 19, 2))
+    return lambda **x: diagonal_scan(**x, reverse=True), inputs
+
+
+def _ssm_kernel(normal):
+    A = normal(3, 9, 2) * torch.tensor([0.3, 5.0]) - torch.tensor([1.0, 0.0])
+    inputs = dict(A=A, B=normal(3, 9, 2), C=normal(2, 3, 9, 2), dt=0.1 * normal(3).exp(), P=0.3 * normal(1, 3, 9, 2))
+
+    def run(A, B, C, dt, P):
+        kernels = ssm_kernel(A, B, C, dt, 45), ssm_kernel(A, B, C, dt, 45, P=P, discretization="bilinear")
+        return torch.cat(kernels)
+
+    return run, inputs
+
+
 def _wkv(normal):
     B, L, H, N = 2, 37, 3, 19
     inputs = {name: normal(B, L, H, N) for name in ("r", "k", "v", "w", "a", "b")} | dict(u=normal(H, N))
@@ -41,7 +59,14 @@ def _wkv(normal):
     return run, inputs
 
 
-EXAMPLES = {"deform_conv": _deform_conv, "rational": _rational, "selective_scan": _selective_scan, "wkv": _wkv}
+EXAMPLES = {
+    "deform_conv": _deform_conv,
+    "diagonal_scan": _diagonal_scan,
+    "rational": _rational,
+    "selective_scan": _selective_scan,
+    "ssm_kernel": _ssm_kernel,
+    "wkv": _wkv,
+}
 
 
 def self_check(op, device="cpu"):

@@ -20,7 +20,17 @@ from rich.console import Console
 from rich.table import Table
 
 from linzoo.backbones import list_models
-from linzoo.ops import deform_conv, nc_ssd, rational, scan_order, selective_scan, ssd, use_backend
+from linzoo.ops import (
+    deform_conv,
+    diagonal_scan,
+    nc_ssd,
+    rational,
+    scan_order,
+    selective_scan,
+    ssd,
+    ssm_kernel,
+    use_backend,
+)
 from linzoo.tools.models import create, family_of, measure
 
 BASELINES = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit_small_patch16_224")
@@ -164,9 +174,43 @@ def deform_conv_case(device, B, H, W, C, G):
     return call, leaves, lambda: torch.nn.functional.conv2d(image, kernel, padding=1, groups=C)
 
 
+def ssm_kernel_case(device, H, N, L, rank):
+    """S4D's kernels, or S4's of that rank. The floor: the sum over modes as a matrix product, its powers given."""
+    A = torch.stack([-torch.full((H, N), 0.5), math.pi * torch.arange(N).expand(H, N)], -1).to(device)
+    B, C = torch.randn(H, N, 2, device=device), torch.randn(H, N, 2, device=device)
+    dt, P = 0.001 * 100 ** torch.rand(H, device=device), torch.randn(max(rank, 1), H, N, 2, device=device)
+    leaves = [t.requires_grad_() for t in (A, B, C, dt)] + ([P.requires_grad_()] if rank else [])
+    sums, points = (2 * (1 + rank) ** 2, L // 2 + 1) if rank else (1, L)
+    weights, powers = torch.randn(H, sums, 2 * N, device=device), torch.randn(H, 2 * N, points, device=device)
+
+    def call():
+        if rank:
+            return ssm_kernel(A, B, C, dt, L, P=P, discretization="bilinear")
+        return ssm_kernel(A, B, C, dt, L)
+
+    return call, leaves, lambda: weights @ powers
+
+
+def diagonal_scan_case(device, B, L, P):
+    """S5's scan of P complex states. The floor: a copy of the inputs."""
+    gain, b = torch.rand(P, 2, device=device) / 2, torch.randn(B, L, P, 2, device=device)
+    leaves = [t.requires_grad_() for t in (gain, b)]
+    values, out = b.detach(), torch.empty_like(b)
+    return lambda: diagonal_scan(*leaves), leaves, lambda: out.copy_(values)
+
+
 OPS = {
     "deform_conv": (deform_conv_case, [{"B": 4, "H": 64, "W": 64, "C": 64, "G": 4}]),
+    "diagonal_scan": (diagonal_scan_case, [{"B": 8, "L": 1024, "P": 64}, {"B": 8, "L": 1024, "P": 384}]),
     "rational": (rational_case, [{"B": 8, "L": 197, "C": 3072}]),
+    "ssm_kernel": (
+        ssm_kernel_case,
+        [
+            {"H": 128, "N": 32, "L": 1024, "rank": 0},
+            {"H": 128, "N": 32, "L": 16384, "rank": 0},
+            {"H": 128, "N": 32, "L": 1024, "rank": 1},
+        ],
+    ),
     "ssd": (
         ssd_case,
         [
@@ -186,6 +230,12 @@ OPS = {
     ),
 }
 
+
+def backward_ms(row, prefix=""):
+    """The backward pass alone: that of both less the forward pass."""
+    return row[f"{prefix}both_ms"] - row[f"{prefix}forward_ms"]
+
+
 OP_COLUMNS = {
     "shape": lambda r: " ".join(f"{k}{v}" for k, v in r["shape"].items()),
     "floor ms": lambda r: f"{r['floor_ms']:.2f}",
@@ -194,9 +244,10 @@ OP_COLUMNS = {
     "reference forward ms": lambda r: f"{r['reference_forward_ms']:.0f}",
     "/ ours": lambda r: f"{r['reference_forward_ms'] / r['forward_ms']:.0f}x",
     "forward + backward ms": lambda r: f"{r['both_ms']:.2f}",
-    "backward / forward": lambda r: f"{(r['both_ms'] - r['forward_ms']) / r['forward_ms']:.2f}",
+    "backward / forward": lambda r: f"{backward_ms(r) / r['forward_ms']:.2f}",
     "reference both ms": lambda r: f"{r['reference_both_ms']:.0f}",
     "/ ours ": lambda r: f"{r['reference_both_ms'] / r['both_ms']:.0f}x",
+    "reference backward / ours": lambda r: f"{backward_ms(r, 'reference_') / backward_ms(r):.1f}x",
     "largest error / std": lambda r: f"{r['error']:.1e}",
 }
 

@@ -1,0 +1,63 @@
+"""Long convolution by the fast Fourier transform: causal, or bidirectional, along one axis or several."""
+
+import torch
+
+from .selective_scan.reference import state_dtype
+
+
+def fft_conv(u, kernels, backward_kernels=None, *, out_channels=None):
+    """Depthwise convolution of channel-last `u` with a kernel per axis, from one step long to the whole sequence.
+
+    Causal along every axis, with zeros in front: along one axis ``y_t = sum_j k_j u_{t-j}``. With `backward_kernels`
+    also the other way, from the next position on (as S4's bidirectional layers): ``+ sum_j k'_j u_{t+1+j}``. Along
+    several axes the kernel is the outer product of theirs (S4ND, arXiv 2210.06583, section 3).
+
+    Args:
+        u: ``(B, L, H)``, ``(B, L_1, L_2, H)``, ...: one axis per kernel.
+        kernels: A list of ``(H, l)`` or ``(R, H, l)``: a kernel per axis. The R outer products are summed. A single
+            tensor for one axis.
+        backward_kernels: As `kernels`, of the same shapes.
+        out_channels: O, for a full convolution: the kernels then have O H rows, those of the first output first.
+
+    Returns:
+        The shape and dtype of `u`, with O channels if given; computed in float32, float64 for float64.
+
+    Raises:
+        ValueError: the kernels do not fit `u` or each other.
+    """
+    kernels = [kernels] if isinstance(kernels, torch.Tensor) else list(kernels)
+    if backward_kernels is not None:
+        single = isinstance(backward_kernels, torch.Tensor)
+        backward_kernels = [backward_kernels] if single else list(backward_kernels)
+        if [k.shape for k in backward_kernels] != [k.shape for k in kernels]:
+            raise ValueError("backward_kernels: expected the shapes of kernels")
+    if u.dim() != len(kernels) + 2:
+        raise ValueError(f"u: expected (B, {len(kernels)} axes, H), got {tuple(u.shape)}")
+    rows = u.shape[-1] * (out_channels or 1)
+    for k in kernels:
+        if k.dim() not in (2, 3) or k.shape[-2] != rows:
+            raise ValueError(f"kernels: expected (H, l) or (R, H, l) with H = {rows}, got {tuple(k.shape)}")
+    dtype = state_dtype(u.dtype)
+    axes = list(range(1, u.dim() - 1))
+    sizes = [u.shape[axis] + k.shape[-1] for axis, k in zip(axes, kernels, strict=True)]
+    spectrum = None
+    for i, (axis, size) in enumerate(zip(axes, sizes, strict=True)):
+        k = kernels[i].to(dtype)
+        k = torch.nn.functional.pad(k if k.dim() == 3 else k.unsqueeze(0), (0, size - k.shape[-1]))
+        if backward_kernels is not None:
+            b = backward_kernels[i].to(dtype)
+            b = (b if b.dim() == 3 else b.unsqueeze(0)).flip(-1)
+            k = k + torch.nn.functional.pad(b, (size - b.shape[-1], 0))
+        # The last axis is that of the real transform.
+        f = torch.fft.rfft(k) if axis == axes[-1] else torch.fft.fft(k)
+        f = f.transpose(1, 2).view(k.shape[0], *(f.shape[-1] if a == axis else 1 for a in axes), k.shape[1])
+        spectrum = f if spectrum is None else spectrum * f
+    transformed, spectrum = torch.fft.rfftn(u.to(dtype), s=sizes, dim=axes), spectrum.sum(0)
+    if out_channels is None:
+        transformed = transformed * spectrum
+    else:
+        transformed = torch.einsum("b...h,...oh->b...o", transformed, spectrum.unflatten(-1, (out_channels, -1)))
+    y = torch.fft.irfftn(transformed, s=sizes, dim=axes)
+    for axis in axes:
+        y = y.narrow(axis, 0, u.shape[axis])
+    return y.to(u.dtype)

@@ -1,0 +1,56 @@
+"""The two sums that convolution kernels of state spaces are made of, in plain PyTorch: the specification.
+
+Complex numbers are a trailing axis of (re, im), also in `linzoo::vandermonde` and `linzoo::cauchy`. Conjugates are
+computed at once: PyTorch's lazy ones are lost within an operator that a compiled program calls.
+"""
+
+import torch
+
+
+def vandermonde(c, x, length):
+    """``K_l = 2 Re sum_n c_n exp(l x_n)`` for l = 0 .. length - 1: ``(H, N, 2)`` twice to ``(H, length)``."""
+    steps = torch.arange(length, dtype=x.dtype, device=x.device)
+    powers = torch.exp(torch.view_as_complex(x).unsqueeze(-1) * steps)
+    return 2 * torch.einsum("hn,hnl->hl", torch.view_as_complex(c), powers).real
+
+
+def vandermonde_backward(dk, c, x):
+    """Gradients of `vandermonde`: of c and x."""
+    steps = torch.arange(dk.shape[1], dtype=x.dtype, device=x.device)
+    powers = torch.exp(torch.view_as_complex(x).unsqueeze(-1) * steps)
+    sums = torch.einsum("hl,hnl->hn", dk.to(powers.dtype), powers)
+    moments = torch.einsum("hl,hnl->hn", (dk * steps).to(powers.dtype), powers)
+    return _real(2 * sums.conj_physical()), _real(2 * (torch.view_as_complex(c) * moments).conj_physical())
+
+
+def cauchy(v, w, nodes):
+    """``R_k = sum_n v_n / (2i s_k - c_k w_n) + v_n^* / (2i s_k - c_k w_n^*)`` at nodes (s_k, c_k).
+
+    ``(H, V, N, 2)``, ``(H, N, 2)`` and ``(K, 2)`` to ``(H, V, K, 2)``.
+    """
+    v, w = torch.view_as_complex(v), torch.view_as_complex(w)
+    return _real(
+        torch.einsum("hvn,hnk->hvk", v, 1 / _differences(w, nodes))
+        + torch.einsum("hvn,hnk->hvk", v.conj_physical(), 1 / _differences(w.conj_physical(), nodes))
+    )
+
+
+def cauchy_backward(dr, v, w, nodes):
+    """Gradients of `cauchy`: of v and w."""
+    dr, v, w = (torch.view_as_complex(t) for t in (dr, v, w))
+    direct, mirror = 1 / _differences(w, nodes), 1 / _differences(w.conj_physical(), nodes)
+    dv = torch.einsum("hvk,hnk->hvn", dr.conj_physical(), direct).conj_physical() + torch.einsum(
+        "hvk,hnk->hvn", dr.conj_physical(), mirror
+    )
+    slope = torch.einsum("hvk,hvn,hnk->hn", dr.conj_physical(), v, direct**2 * nodes[:, 1]).conj_physical()
+    slope = slope + torch.einsum("hvk,hvn,hnk->hn", dr.conj_physical(), v.conj_physical(), mirror**2 * nodes[:, 1])
+    return _real(dv), _real(slope)
+
+
+def _differences(w, nodes):
+    """``2i s_k - c_k w_n``: ``(H, N, K)``."""
+    return torch.complex(torch.zeros_like(nodes[:, 0]), 2 * nodes[:, 0]) - w.unsqueeze(-1) * nodes[:, 1]
+
+
+def _real(x):
+    return torch.view_as_real(x).contiguous()
