@@ -1,6 +1,6 @@
 // Complex diagonal recurrence on the CPU, forward and backward. A step of a batch item is M complex numbers, (re, im)
-// interleaved; lanes are consecutive states, a task is a block of them. The sums of a constant gain's gradient are
-// kept for each batch item and added afterwards: a fixed order.
+// interleaved; lanes are consecutive states, a task is kBlocks vectors of them, so that a step reads whole lines in a
+// row. The sums of a constant gain's gradient are kept for each batch item and added afterwards: a fixed order.
 //
 //   h_t = a_t h_{t-1} + b_t
 
@@ -23,6 +23,8 @@ namespace {
 
 using torch::stable::Tensor;
 
+constexpr int kBlocks = 8;
+
 // A vector of complex numbers, parts apart.
 template <class T>
 struct Lanes {
@@ -30,30 +32,43 @@ struct Lanes {
   V re, im;
 };
 
+// Two vectors of interleaved parts as parts apart, and back.
+inline Lanes<float> apart(vfloat a, vfloat b) {
+  return {LINZOO_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+          LINZOO_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+}
+inline Lanes<double> apart(vdouble a, vdouble b) {
+  return {vdouble{a[0], a[2], a[4], a[6], b[0], b[2], b[4], b[6]},
+          vdouble{a[1], a[3], a[5], a[7], b[1], b[3], b[5], b[7]}};
+}
+inline void interleave(const Lanes<float>& v, vfloat& a, vfloat& b) {
+  a = LINZOO_SHUFFLE(v.re, v.im, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  b = LINZOO_SHUFFLE(v.re, v.im, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+inline void interleave(const Lanes<double>& v, vdouble& a, vdouble& b) {
+  a = vdouble{v.re[0], v.im[0], v.re[1], v.im[1], v.re[2], v.im[2], v.re[3], v.im[3]};
+  b = vdouble{v.re[4], v.im[4], v.re[5], v.im[5], v.re[6], v.im[6], v.re[7], v.im[7]};
+}
+
 // n <= width complex numbers of interleaved parts.
 template <class T, class S>
 Lanes<T> load_pairs(const S* p, int n) {
-  T re[Simd<T>::width] = {}, im[Simd<T>::width] = {};
-  if (n == Simd<T>::width) {
-    for (int i = 0; i < Simd<T>::width; ++i) re[i] = static_cast<T>(p[2 * i]), im[i] = static_cast<T>(p[2 * i + 1]);
-  } else {
-    for (int i = 0; i < n; ++i) re[i] = static_cast<T>(p[2 * i]), im[i] = static_cast<T>(p[2 * i + 1]);
-  }
-  Lanes<T> v;
-  std::memcpy(&v.re, re, sizeof v.re);
-  std::memcpy(&v.im, im, sizeof v.im);
-  return v;
+  constexpr int W = Simd<T>::width;
+  if (n == W) return apart(load<T>(p, W), load<T>(p + W, W));
+  return apart(load<T>(p, std::min(2 * n, W)), load<T>(p + W, std::max(2 * n - W, 0)));
 }
 
 template <class T, class S>
 void store_pairs(S* p, const Lanes<T>& v, int n) {
-  T re[Simd<T>::width], im[Simd<T>::width];
-  std::memcpy(re, &v.re, sizeof v.re);
-  std::memcpy(im, &v.im, sizeof v.im);
-  if (n == Simd<T>::width) {
-    for (int i = 0; i < Simd<T>::width; ++i) p[2 * i] = static_cast<S>(re[i]), p[2 * i + 1] = static_cast<S>(im[i]);
+  constexpr int W = Simd<T>::width;
+  typename Simd<T>::vec a, b;
+  interleave(v, a, b);
+  if (n == W) {
+    store<T>(p, a, W);
+    store<T>(p + W, b, W);
   } else {
-    for (int i = 0; i < n; ++i) p[2 * i] = static_cast<S>(re[i]), p[2 * i + 1] = static_cast<S>(im[i]);
+    store<T>(p, a, std::min(2 * n, W));
+    store<T>(p + W, b, std::max(2 * n - W, 0));
   }
 }
 
@@ -73,30 +88,43 @@ struct Shape {
   int64_t step(int64_t i) const { return reverse ? L - 1 - i : i; }  // the i-th that the recurrence reaches
 };
 
-// Calls f(batch item, first state, lanes) for every task.
+// Calls f(batch item, first state, states) for every task.
 template <class T, class F>
 void for_tasks(const Shape& s, F f) {
-  constexpr int W = Simd<T>::width;
-  const int64_t blocks = (s.M + W - 1) / W;
+  constexpr int64_t width = kBlocks * Simd<T>::width;
+  const int64_t blocks = (s.M + width - 1) / width;
   torch::stable::parallel_for(0, s.B * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % blocks * W;
-      f(task / blocks, first, static_cast<int>(std::min<int64_t>(W, s.M - first)));
+      const int64_t first = task % blocks * width;
+      f(task / blocks, first, std::min(width, s.M - first));
     }
   });
 }
 
+// Calls f(vector, offset in numbers, lanes) for the vectors of `count` states.
+template <class T, class F>
+void for_vectors(int64_t count, F f) {
+  constexpr int W = Simd<T>::width;
+  int k = 0;
+  for (; (k + 1) * W <= count; ++k) f(k, 2 * k * W, W);
+  if (k * W < count) f(k, 2 * k * W, static_cast<int>(count - k * W));
+}
+
 template <class S, class T>
 void run_forward(const T* a, const S* b, const T* initial, S* h, const Shape& s) {
-  for_tasks<T>(s, [&](int64_t item, int64_t first, int lanes) {
-    Lanes<T> state = {}, gain = {};
-    if (initial) state = load_pairs<T>(initial + 2 * (item * s.M + first), lanes);
-    if (s.constant) gain = load_pairs<T>(a + 2 * first, lanes);
+  for_tasks<T>(s, [&](int64_t item, int64_t first, int64_t count) {
+    Lanes<T> states[kBlocks] = {}, gains[kBlocks] = {};
+    for_vectors<T>(count, [&](int k, int64_t offset, int lanes) {
+      if (initial) states[k] = load_pairs<T>(initial + 2 * (item * s.M + first) + offset, lanes);
+      if (s.constant) gains[k] = load_pairs<T>(a + 2 * first + offset, lanes);
+    });
     for (int64_t i = 0; i < s.L; ++i) {
       const int64_t at = 2 * ((item * s.L + s.step(i)) * s.M + first);
-      if (!s.constant) gain = load_pairs<T>(a + at, lanes);
-      state = multiply_add<T>(gain, state, load_pairs<T>(b + at, lanes));
-      store_pairs<T>(h + at, state, lanes);
+      for_vectors<T>(count, [&](int k, int64_t offset, int lanes) {
+        if (!s.constant) gains[k] = load_pairs<T>(a + at + offset, lanes);
+        states[k] = multiply_add<T>(gains[k], states[k], load_pairs<T>(b + at + offset, lanes));
+        store_pairs<T>(h + at + offset, states[k], lanes);
+      });
     }
   });
 }
@@ -104,32 +132,39 @@ void run_forward(const T* a, const S* b, const T* initial, S* h, const Shape& s)
 // da: (B, M, 2) of a constant gain, else as b.
 template <class S, class T>
 void run_backward(const S* dh, const T* a, const S* h, const T* initial, T* da, S* db, T* dinitial, const Shape& s) {
-  for_tasks<T>(s, [&](int64_t item, int64_t first, int lanes) {
+  for_tasks<T>(s, [&](int64_t item, int64_t first, int64_t count) {
     const Lanes<T> zero = {};
-    Lanes<T> carry = {}, gain = {}, sum = {};
+    Lanes<T> carries[kBlocks] = {}, gains[kBlocks] = {}, sums[kBlocks] = {};
     const int64_t edge = 2 * (item * s.M + first);
-    if (s.constant) gain = load_pairs<T>(a + 2 * first, lanes);
+    for_vectors<T>(count, [&](int k, int64_t offset, int lanes) {
+      if (s.constant) gains[k] = load_pairs<T>(a + 2 * first + offset, lanes);
+    });
     for (int64_t i = s.L - 1; i >= 0; --i) {
       const int64_t at = 2 * ((item * s.L + s.step(i)) * s.M + first);
-      const Lanes<T> d = load_pairs<T>(dh + at, lanes);
-      const Lanes<T> g = {d.re + carry.re, d.im + carry.im};
-      store_pairs<T>(db + at, g, lanes);
-      Lanes<T> previous = {};
-      if (i > 0) {
-        previous = load_pairs<T>(h + 2 * ((item * s.L + s.step(i - 1)) * s.M + first), lanes);
-      } else if (initial) {
-        previous = load_pairs<T>(initial + edge, lanes);
-      }
-      if (s.constant) {
-        sum = conj_multiply_add<T>(previous, g, sum);
-      } else {
-        gain = load_pairs<T>(a + at, lanes);
-        store_pairs<T>(da + at, conj_multiply_add<T>(previous, g, zero), lanes);
-      }
-      carry = conj_multiply_add<T>(gain, g, zero);
+      const int64_t before = i > 0 ? 2 * ((item * s.L + s.step(i - 1)) * s.M + first) : 0;
+      for_vectors<T>(count, [&](int k, int64_t offset, int lanes) {
+        const Lanes<T> d = load_pairs<T>(dh + at + offset, lanes);
+        const Lanes<T> g = {d.re + carries[k].re, d.im + carries[k].im};
+        store_pairs<T>(db + at + offset, g, lanes);
+        Lanes<T> previous = {};
+        if (i > 0) {
+          previous = load_pairs<T>(h + before + offset, lanes);
+        } else if (initial) {
+          previous = load_pairs<T>(initial + edge + offset, lanes);
+        }
+        if (s.constant) {
+          sums[k] = conj_multiply_add<T>(previous, g, sums[k]);
+        } else {
+          gains[k] = load_pairs<T>(a + at + offset, lanes);
+          store_pairs<T>(da + at + offset, conj_multiply_add<T>(previous, g, zero), lanes);
+        }
+        carries[k] = conj_multiply_add<T>(gains[k], g, zero);
+      });
     }
-    if (s.constant) store_pairs<T>(da + edge, sum, lanes);
-    if (dinitial) store_pairs<T>(dinitial + edge, carry, lanes);
+    for_vectors<T>(count, [&](int k, int64_t offset, int lanes) {
+      if (s.constant) store_pairs<T>(da + edge + offset, sums[k], lanes);
+      if (dinitial) store_pairs<T>(dinitial + edge + offset, carries[k], lanes);
+    });
   });
 }
 
