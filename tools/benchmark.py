@@ -6,6 +6,7 @@ median counts. The first line says what was timed on what.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from rich.table import Table
 
 from linzoo.backbones import list_models
 from linzoo.ops import (
+    bi_wkv,
     deform_conv,
     diagonal_scan,
     nc_ssd,
@@ -30,6 +32,8 @@ from linzoo.ops import (
     ssd,
     ssm_kernel,
     use_backend,
+    wkv6,
+    wkv7,
 )
 from linzoo.tools.models import create, family_of, measure
 
@@ -199,7 +203,33 @@ def diagonal_scan_case(device, B, L, P):
     return lambda: diagonal_scan(*leaves), leaves, lambda: out.copy_(values)
 
 
+def bi_wkv_case(device, B, L, C):
+    """Vision-RWKV's mixer. The floor: one exponential per step and channel."""
+    k, v = (torch.randn(B, L, C, device=device) for _ in range(2))
+    leaves = [t.requires_grad_() for t in (k, v, *(torch.randn(C, device=device) for _ in range(2)))]
+    keys, out = k.detach(), torch.empty_like(k)
+    return lambda: bi_wkv(*leaves, divide_by_length=True), leaves, lambda: torch.exp(keys, out=out)
+
+
+def matrix_state_case(op, directions, device, B, L, C, N):
+    """WKV with C / N states of N x N. The floor: the products that write to a state and read from it, each way."""
+    heads = C // N
+    vectors = {name: torch.randn(B, L, heads, N, device=device) for name in ("r", "k", "v", "a", "b", "w")}
+    r, k, v, a, b, w = vectors.values()
+    inputs = dict(r=r, k=k, v=v, w=w - 4)  # states remember for some 50 steps
+    inputs |= dict(u=torch.randn(heads, N, device=device)) if op is wkv6 else dict(a=a / N, b=b)
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    write, values, read = k.detach().permute(0, 2, 3, 1), v.detach().transpose(1, 2), r.detach().transpose(1, 2)
+
+    def floor():
+        for _ in range(directions):
+            read @ (write @ values)
+
+    return lambda: op(**inputs), leaves, floor
+
+
 OPS = {
+    "bi_wkv": (bi_wkv_case, [{"B": 1, "L": 4096, "C": 192}, {"B": 8, "L": 196, "C": 192}]),
     "deform_conv": (deform_conv_case, [{"B": 4, "H": 64, "W": 64, "C": 64, "G": 4}]),
     "diagonal_scan": (diagonal_scan_case, [{"B": 8, "L": 1024, "P": 64}, {"B": 8, "L": 1024, "P": 384}]),
     "rational": (rational_case, [{"B": 8, "L": 197, "C": 3072}]),
@@ -228,7 +258,15 @@ OPS = {
             {"B": 1, "L": 784, "G": 4, "D": 192, "N": 1},
         ],
     ),
+    "wkv6": (
+        functools.partial(matrix_state_case, wkv6, 2),
+        [{"B": 1, "L": 4096, "C": 192, "N": 64}, {"B": 8, "L": 196, "C": 192, "N": 64}],
+    ),
+    "wkv7": (functools.partial(matrix_state_case, wkv7, 1), [{"B": 1, "L": 4096, "C": 192, "N": 64}]),
 }
+
+# Operators of linear cost whose first shape is also timed, on the device's backend alone, at these lengths.
+LENGTHS = dict.fromkeys(("bi_wkv", "wkv6", "wkv7"), (1024, 2048, 4096, 8192, 16384))
 
 
 def backward_ms(row, prefix=""):
@@ -275,6 +313,32 @@ def op_row(case, shape, device, budget):
     return {"shape": shape, "error": error, **{f"{name}_ms": t * 1e3 for name, t in times.items()}}
 
 
+LENGTH_COLUMNS = {
+    "shape": OP_COLUMNS["shape"],
+    "forward ms": lambda r: f"{r['forward_ms']:.2f}",
+    "~ L^": lambda r: f"{r['forward_exponent']:.2f}",
+    "forward + backward ms": lambda r: f"{r['both_ms']:.2f}",
+    "~ L^ ": lambda r: f"{r['both_exponent']:.2f}",
+}
+
+
+def length_rows(case, shape, lengths, device, budget):
+    """Times one shape at several lengths in turns, and fits time to a power of the length."""
+    calls = {}
+    for length in lengths:
+        call, leaves, _ = case(device, **{**shape, "L": length})
+        with torch.no_grad():
+            gradient = torch.randn_like(call())
+        calls |= {
+            ("forward", length): torch.no_grad()(call),
+            ("both", length): lambda c=call, x=leaves, g=gradient: torch.autograd.grad(c(), x, g),
+        }
+    times = medians(calls, device, budget)
+    rows = [{"shape": {**shape, "L": n}} | {f"{k}_ms": times[k, n] * 1e3 for k in ("forward", "both")} for n in lengths]
+    slopes = {f"{k}_exponent": exponent(lengths, [times[k, n] for n in lengths]) for k in ("forward", "both")}
+    return [row | slopes for row in rows]
+
+
 def run_ops(args):
     """The `ops` part."""
     names = args.op or list(OPS)
@@ -284,6 +348,10 @@ def run_ops(args):
         rows = [op_row(case, shape, args.device, args.budget) for shape in shapes]
         file = args.json if len(names) == 1 or not args.json else args.json.with_stem(f"{args.json.stem}_{name}")
         print_rows(f"{name}: {args.device} backend against the reference", facts, rows, OP_COLUMNS, file)
+        if name in LENGTHS:
+            rows = length_rows(case, shapes[0], LENGTHS[name], args.device, args.budget)
+            file = file and file.with_stem(f"{file.stem}_lengths")
+            print_rows(f"{name}: time against length", facts, rows, LENGTH_COLUMNS, file)
 
 
 # --- models ---------------------------------------------------------------------------------------------------------

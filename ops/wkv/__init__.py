@@ -97,11 +97,10 @@ def wkv6(r, k, v, w, u, *, order=None, bidirectional=True):
         raise ValueError(f"r, v: expected (B, L, H, N) and (B, L, H, P), got {tuple(r.shape)} and {tuple(v.shape)}")
     _check({"r": (r, "BLHN"), "k": (k, "BLHN"), "v": (v, "BLHP"), "w": (w, "BLHN"), "u": (u, "HN")}, order)
     dtype, (r, k, v, w, u) = _promote((r, k, v, w), (u,))
-    decay = _decay(w)
     if forced_backend() == "export":
-        return reference.wkv6(r, k, v, decay, u, order, bidirectional, use_scan=True)[0].to(dtype)
-    save = _save(r, k, v, decay, u)
-    return torch.ops.linzoo.wkv6(r, k, v, decay, u, order, bidirectional, save)[0].to(dtype)
+        return reference.wkv6(r, k, v, w, u, order, bidirectional, use_scan=True)[0].to(dtype)
+    save = _save(r, k, v, w, u)
+    return torch.ops.linzoo.wkv6(r, k, v, w, u, order, bidirectional, save)[0].to(dtype)
 
 
 def wkv7(r, w, k, v, a, b, *, order=None):
@@ -135,11 +134,10 @@ def wkv7(r, w, k, v, a, b, *, order=None):
     named = {"r": (r, "BLHN"), "w": (w, "BLHN"), "k": (k, "BLHN"), "v": (v, "BLHP")}
     _check(named | {"a": (a, "BLHN"), "b": (b, "BLHN")}, order)
     dtype, (r, w, k, v, a, b) = _promote((r, w, k, v, a, b))
-    decay = _decay(w)
     if forced_backend() == "export":
-        return reference.wkv7(r, decay, k, v, a, b, order, use_scan=True)[0].to(dtype)
-    save = _save(r, decay, k, v, a, b)
-    return torch.ops.linzoo.wkv7(r, decay, k, v, a, b, order, save)[0].to(dtype)
+        return reference.wkv7(r, w, k, v, a, b, order, use_scan=True)[0].to(dtype)
+    save = _save(r, w, k, v, a, b)
+    return torch.ops.linzoo.wkv7(r, w, k, v, a, b, order, save)[0].to(dtype)
 
 
 def _check(named, order):
@@ -177,11 +175,6 @@ def _promote(activations, parameters=()):
     for x in activations:
         dtype = torch.promote_types(dtype, x.dtype)
     return dtype, [x.to(state_dtype(dtype)) for x in (*activations, *parameters)]
-
-
-def _decay(w):
-    """``exp(-exp(w))``; beyond 32 it is 0 in any dtype, and so is its gradient."""
-    return torch.exp(-torch.exp(w.clamp(max=32)))
 
 
 def _save(*tensors):
@@ -280,23 +273,22 @@ def _bi_wkv_backward_flops(dy, *inputs, out_shape=None, **kwargs):
 
 torch.library.define(
     "linzoo::wkv6",
-    "(Tensor r, Tensor k, Tensor v, Tensor decay, Tensor u, Tensor? order, bool bidirectional, bool save) "
+    "(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? order, bool bidirectional, bool save) "
     "-> (Tensor y, Tensor states)",
 )
 torch.library.define(
     "linzoo::wkv6_backward",
-    "(Tensor dy, Tensor r, Tensor k, Tensor v, Tensor decay, Tensor u, Tensor? order, bool bidirectional, "
+    "(Tensor dy, Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? order, bool bidirectional, "
     "Tensor states) -> Tensor[]",
 )
 torch.library.define(
     "linzoo::wkv7",
-    "(Tensor r, Tensor decay, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? order, bool save) "
+    "(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? order, bool save) "
     "-> (Tensor y, Tensor states)",
 )
 torch.library.define(
     "linzoo::wkv7_backward",
-    "(Tensor dy, Tensor r, Tensor decay, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? order, Tensor states) "
-    "-> Tensor[]",
+    "(Tensor dy, Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? order, Tensor states) -> Tensor[]",
 )
 
 
@@ -311,56 +303,54 @@ def _stored(states, k, save):
     return torch.stack([s[:, ::CHUNK].transpose(1, 2) for s in states]) if save else k.new_empty(0)
 
 
-def _run_forward(r, decay, k, v, a, b, u, order, directions, save):
-    present = [x for x in (r, decay, k, v, a, b) if x is not None]
-    (y,) = _outputs(v, order, (directions, *v.shape))
+def _run_forward(r, w, k, v, a, b, u, order, directions, save):
+    present = [x for x in (r, w, k, v, a, b) if x is not None]
+    (y,) = _outputs(v, order, v.shape)
     states = k.new_empty(_states_shape(k, v, order, directions, save))
-    (r, decay, k, v, *ab), order = _kernel_inputs(present, order)
+    (r, w, k, v, *ab), order = _kernel_inputs(present, order)
     u = None if u is None else u.contiguous()
-    torch.ops.linzoo_cpu.wkv_forward(r, decay, k, v, *(ab or (None, None)), u, order, directions, y, states)
-    return y.sum(0) if directions > 1 else y.squeeze(0), states
+    torch.ops.linzoo_cpu.wkv_forward(r, w, k, v, *(ab or (None, None)), u, order, directions, y, states)
+    return y, states
 
 
-def _run_backward(dy, r, decay, k, v, a, b, u, order, directions, states):
-    """Gradients of r, decay, k, v, a, b and u; empty ones for those that are None."""
-    present = [x for x in (r, decay, k, v, a, b) if x is not None]
-    grads = _outputs(k, order, *((directions, *x.shape) for x in present))
+def _run_backward(dy, r, w, k, v, a, b, u, order, directions, states):
+    """Gradients of r, w, k, v, a, b and u; empty ones for those that are None."""
+    present = [x for x in (r, w, k, v, a, b) if x is not None]
+    grads = _outputs(k, order, *(x.shape for x in present))
     grads += [k.new_empty(0) for _ in range(6 - len(grads))]
     du = k.new_empty(0) if u is None else k.new_empty(k.shape[0], *u.shape)
-    (dy, r, decay, k, v, *ab), order = _kernel_inputs((dy, *present), order)
+    (dy, r, w, k, v, *ab), order = _kernel_inputs((dy, *present), order)
     u = None if u is None else u.contiguous()
-    torch.ops.linzoo_cpu.wkv_backward(
-        dy, r, decay, k, v, *(ab or (None, None)), u, order, directions, states, *grads, du
-    )
-    return [*(g.sum(0) if directions > 1 else g.squeeze(0) for g in grads), du.sum(0)]
+    torch.ops.linzoo_cpu.wkv_backward(dy, r, w, k, v, *(ab or (None, None)), u, order, directions, states, *grads, du)
+    return [*grads, du.sum(0)]
 
 
-def _wkv6(r, k, v, decay, u, order, bidirectional, save):
+def _wkv6(r, k, v, w, u, order, bidirectional, save):
     _check_order(order, k.shape[1])
     if resolve("wkv", k.device) == "reference":
-        y, states = reference.wkv6(r, k, v, decay, u, order, bidirectional)
+        y, states = reference.wkv6(r, k, v, w, u, order, bidirectional)
         return y.contiguous(), _stored(states, k, save).contiguous()
-    return _run_forward(r, decay, k, v, None, None, u, order, 1 + bidirectional, save)
+    return _run_forward(r, w, k, v, None, None, u, order, 1 + bidirectional, save)
 
 
 @torch.library.register_fake("linzoo::wkv6")
-def _wkv6_fake(r, k, v, decay, u, order, bidirectional, save):
+def _wkv6_fake(r, k, v, w, u, order, bidirectional, save):
     return v.new_empty(v.shape), k.new_empty(_states_shape(k, v, order, 1 + bidirectional, save))
 
 
-def _wkv6_backward(dy, r, k, v, decay, u, order, bidirectional, states):
+def _wkv6_backward(dy, r, k, v, w, u, order, bidirectional, states):
     if resolve("wkv", k.device) == "reference":
-        return [g.contiguous() for g in reference.wkv6_backward(dy, r, k, v, decay, u, order, bidirectional)]
+        return [g.contiguous() for g in reference.wkv6_backward(dy, r, k, v, w, u, order, bidirectional)]
     if states.dim() == 1:
-        states = _wkv6(r, k, v, decay, u, order, bidirectional, True)[1]
-    grads = _run_backward(dy, r, decay, k, v, None, None, u, order, 1 + bidirectional, states)
-    dr, ddecay, dk, dv, _, _, du = grads
-    return [dr, dk, dv, ddecay, du]
+        states = _wkv6(r, k, v, w, u, order, bidirectional, True)[1]
+    grads = _run_backward(dy, r, w, k, v, None, None, u, order, 1 + bidirectional, states)
+    dr, dw, dk, dv, _, _, du = grads
+    return [dr, dk, dv, dw, du]
 
 
 @torch.library.register_fake("linzoo::wkv6_backward")
-def _wkv6_backward_fake(dy, r, k, v, decay, u, order, bidirectional, states):
-    return [x.new_empty(x.shape) for x in (r, k, v, decay, u)]
+def _wkv6_backward_fake(dy, r, k, v, w, u, order, bidirectional, states):
+    return [x.new_empty(x.shape) for x in (r, k, v, w, u)]
 
 
 def _wkv6_context(ctx, inputs, output):
@@ -373,30 +363,30 @@ def _wkv6_autograd(ctx, dy, _):
     return *torch.ops.linzoo.wkv6_backward(dy, *tensors, ctx.bidirectional, states), None, None, None
 
 
-def _wkv7(r, decay, k, v, a, b, order, save):
+def _wkv7(r, w, k, v, a, b, order, save):
     _check_order(order, k.shape[1])
     if resolve("wkv", k.device) == "reference":
-        y, states = reference.wkv7(r, decay, k, v, a, b, order)
+        y, states = reference.wkv7(r, w, k, v, a, b, order)
         return y.contiguous(), _stored([states], k, save).contiguous()
-    return _run_forward(r, decay, k, v, a, b, None, order, 1, save)
+    return _run_forward(r, w, k, v, a, b, None, order, 1, save)
 
 
 @torch.library.register_fake("linzoo::wkv7")
-def _wkv7_fake(r, decay, k, v, a, b, order, save):
+def _wkv7_fake(r, w, k, v, a, b, order, save):
     return v.new_empty(v.shape), k.new_empty(_states_shape(k, v, order, 1, save))
 
 
-def _wkv7_backward(dy, r, decay, k, v, a, b, order, states):
+def _wkv7_backward(dy, r, w, k, v, a, b, order, states):
     if resolve("wkv", k.device) == "reference":
-        return [g.contiguous() for g in reference.wkv7_backward(dy, r, decay, k, v, a, b, order)]
+        return [g.contiguous() for g in reference.wkv7_backward(dy, r, w, k, v, a, b, order)]
     if states.dim() == 1:
-        states = _wkv7(r, decay, k, v, a, b, order, True)[1]
-    return _run_backward(dy, r, decay, k, v, a, b, None, order, 1, states)[:6]
+        states = _wkv7(r, w, k, v, a, b, order, True)[1]
+    return _run_backward(dy, r, w, k, v, a, b, None, order, 1, states)[:6]
 
 
 @torch.library.register_fake("linzoo::wkv7_backward")
-def _wkv7_backward_fake(dy, r, decay, k, v, a, b, order, states):
-    return [x.new_empty(x.shape) for x in (r, decay, k, v, a, b)]
+def _wkv7_backward_fake(dy, r, w, k, v, a, b, order, states):
+    return [x.new_empty(x.shape) for x in (r, w, k, v, a, b)]
 
 
 def _wkv7_context(ctx, inputs, output):
@@ -422,7 +412,7 @@ def _products(k, v, order):
 
 
 @register_flop_formula(torch.ops.linzoo.wkv6)
-def _wkv6_flops(r, k, v, decay, u, order, bidirectional, *args, out_shape=None, **kwargs):
+def _wkv6_flops(r, k, v, w, u, order, bidirectional, *args, out_shape=None, **kwargs):
     """7 N P per step and head for both directions, as Vision-RWKV's script counts: 3 (decay, write, read) for each, 1
     for the token itself."""
     return (1 + 3 * (1 + bidirectional)) * _products(k, v, order)
@@ -435,7 +425,7 @@ def _wkv6_backward_flops(dy, *inputs, out_shape=None, **kwargs):
 
 
 @register_flop_formula(torch.ops.linzoo.wkv7)
-def _wkv7_flops(r, decay, k, v, a, b, order, *args, out_shape=None, **kwargs):
+def _wkv7_flops(r, w, k, v, a, b, order, *args, out_shape=None, **kwargs):
     """5 N P per step and head: decay, what `a` reads, what `b` writes, what k writes, what r reads."""
     return 5 * _products(k, v, order)
 

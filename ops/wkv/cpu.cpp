@@ -167,8 +167,8 @@ void bi_forward(Tensor k, Tensor v, Tensor w, Tensor u, std::optional<Tensor> or
       both_sides<false, T>(
           order, b, decay,
           [&](int64_t l) {
-            __builtin_prefetch(keys.at(b, l) + c.first);
-            __builtin_prefetch(values.at(b, l) + c.first);
+            __builtin_prefetch(keys.at(b, l) + c.first, 0, 2);
+            __builtin_prefetch(values.at(b, l) + c.first, 0, 2);
           },
           [&](int64_t l, V& key, V& x, V& one) {
             key = c.get(keys.at(b, l)) * T(kLog2e);
@@ -207,7 +207,7 @@ void bi_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, std::optiona
       both_sides<true, T>(
           order, b, decay,
           [&](int64_t l) {
-            for (const auto* a : {&grads, &outputs, &logs}) __builtin_prefetch(a->at(b, l) + c.first);
+            for (const auto* a : {&grads, &outputs, &logs}) __builtin_prefetch(a->at(b, l) + c.first, 0, 2);
           },
           [&](int64_t l, V& key, V& g, V& gy) {
             key = c.get(logs.at(b, l)) * T(-kLog2e);
@@ -232,25 +232,27 @@ void bi_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, std::optiona
 }
 
 // --- wkv6 and wkv7 --------------------------------------------------------------------------------------------------
-// The state is kept as N rows (key channels) of lanes (value channels). Its columns do not depend on each other, so that a
-// task of the forward pass is a vector of columns of a (direction, batch, head); one of the backward pass is all of them,
-// since the gradients of what belongs to a row sum over the columns.
+// A task is a head of a batch item, whose second direction adds to the results of the first. The state is kept as N rows (key
+// channels) of lanes (value channels), whose columns do not depend on each other: the forward pass walks a chunk of steps with
+// one vector of columns after the other, the backward pass with four at a time, since gradients of what belongs to a row sum
+// over the columns.
 //
-//   wkv6:  y_t = r_t S_t + (r_t . u k_t) v_t;  S_{t+1} = d_t S_t + k_t v_t       wkv7:  S_t = d_t S_{t-1} + b_t (a_t S_{t-1}) + k_t v_t;
-//                                                                               y_t = r_t S_t
+//   d = exp(-exp(w))
+//   wkv6:  y_t = r_t S_t + (r_t . u k_t) v_t,  S_{t+1} = d_t S_t + k_t v_t
+//   wkv7:  S_t = d_t S_{t-1} + b_t (a_t S_{t-1}) + k_t v_t,  y_t = r_t S_t
 
 template <class T>
 struct Problem {
   int64_t B, L, H, N, P, chunks, directions;
   Order order;
-  Activation<const T> r, decay, k, v, a, b;
+  Activation<const T> r, w, k, v, a, b;
   const T* u;
   T* states;  // (direction, batch, head, chunk, N, P)
-  Problem(const Tensor& r_, const Tensor& decay_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& a_,
+  Problem(const Tensor& r_, const Tensor& w_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& a_,
           const std::optional<Tensor>& b_, const std::optional<Tensor>& u_, const std::optional<Tensor>& order_,
           int64_t directions, const Tensor& states_)
       : B(v_.size(0)), L(v_.size(1)), H(v_.size(2)), N(k_.size(3)), P(v_.size(3)), directions(directions), order(order_, L),
-        r(r_), decay(decay_), k(k_), v(v_) {
+        r(r_), w(w_), k(k_), v(v_) {
     if (a_) a = Activation<const T>(*a_), b = Activation<const T>(*b_);
     u = u_ ? data<T>(*u_) : nullptr;
     chunks = (order.steps + kChunk - 1) / kChunk;
@@ -263,56 +265,124 @@ template <class T>
 struct Head {
   const Problem<T>& p;
   int64_t direction, b, h, index;
-  Head(const Problem<T>& p, int64_t i)
-      : p(p), direction(i / (p.B * p.H)), b(i / p.H % p.B), h(i % p.H), index(i) {}
+  Head(const Problem<T>& p, int64_t direction, int64_t i)
+      : p(p), direction(direction), b(i / p.H), h(i % p.H), index(direction * p.B * p.H + i) {}
   int64_t token(int64_t t) const { return p.order.token(b, direction ? p.order.steps - 1 - t : t); }
   const T* row(const Activation<const T>& x, int64_t l) const { return x.at(b, l, h); }
   const T* bonus() const { return p.u && !direction ? p.u + h * p.N : nullptr; }  // counted once
   T* state(int64_t chunk) const { return p.states + (index * p.chunks + chunk) * p.N * p.P; }
-  // A token's row in a contiguous (direction, batch, token, head, size) tensor.
-  T* out(T* x, int64_t l, int64_t size) const { return x + (((direction * p.B + b) * p.L + l) * p.H + h) * size; }
+  // Asks for a step's rows, which are too far apart for the hardware to foresee.
+  void prefetch(int64_t t) const {
+    if (t < 0 || t >= p.order.steps) return;
+    const int64_t l = token(t);
+    for (const auto* x : {&p.r, &p.w, &p.k, &p.v, &p.a, &p.b})
+      if (x->rows)
+        for (int64_t n = 0; n < (x == &p.v ? p.P : p.N); n += Simd<T>::width) __builtin_prefetch(row(*x, l) + n);
+  }
+  // Sets, or adds to, the value channels from `first` on of a token's row.
+  template <class Row>
+  void put(Row x, T* y, int64_t l, int64_t first) const {
+    T* row = out(y, l, p.P) + first;
+    if (direction) x += Row(row, p.P - first);
+    x.put(row, p.P - first);
+  }
+  // A token's row in a contiguous (batch, token, head, size) tensor.
+  T* out(T* x, int64_t l, int64_t size) const { return x + ((b * p.L + l) * p.H + h) * size; }
 };
 
-// sum_n row[n] S[n], in four interleaved sums.
-template <class T, class V>
-V read(const T* row, const V* S, int64_t N) {
-  V sum[4] = {};
+// The decays d of a chunk's steps and, for the backward pass, dd/dw = -exp(w) d. Meanwhile the rows of the chunk that is
+// walked next, from step `next` on, are on their way.
+template <class T>
+struct Decays {
+  using V = typename Simd<T>::vec;
+  int64_t padded;
+  std::vector<T> factors, slopes;
+  explicit Decays(int64_t N)
+      : padded((N + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width),
+        factors(kChunk * padded),
+        slopes(kChunk * padded) {}
+  const T* factor(int64_t t) const { return factors.data() + t * padded; }
+  const T* slope(int64_t t) const { return slopes.data() + t * padded; }
+
+  template <bool kSlope>
+  void read(const Head<T>& head, int64_t start, int64_t length, int64_t next) {
+    constexpr int W = Simd<T>::width;
+    const Problem<T>& p = head.p;
+    for (int64_t t = 0; t < length; ++t) {
+      head.prefetch(next + t);
+      const T* w = head.row(p.w, head.token(start + t));
+      for (int64_t n = 0; n < p.N; n += W) {
+        const V x = load<T>(w + n, static_cast<int>(std::min<int64_t>(W, p.N - n)));
+        const V e = exp2((x > T(32) ? broadcast<T>(32) : x) * T(kLog2e));  // beyond, d is 0 in any dtype
+        const V d = exp2(e * T(-kLog2e));
+        store<T>(factors.data() + t * padded + n, d, W);
+        if (kSlope) store<T>(slopes.data() + t * padded + n, -e * d, W);
+      }
+    }
+  }
+};
+
+// K vectors of value channels, from column `first` on: `count` of them, or fewer than fit.
+template <class T, int K>
+struct Wide {
+  using V = typename Simd<T>::vec;
+  V v[K];
+  Wide() : v{} {}
+  Wide(const T* row, int64_t count) {
+    for (int j = 0; j < K; ++j) v[j] = load<T>(row + j * Simd<T>::width, lanes(count, j));
+  }
+  void put(T* row, int64_t count) const {
+    for (int j = 0; j < K; ++j) store<T>(row + j * Simd<T>::width, v[j], lanes(count, j));
+  }
+  static int lanes(int64_t count, int j) {
+    return static_cast<int>(std::max<int64_t>(std::min<int64_t>(count - j * Simd<T>::width, Simd<T>::width), 0));
+  }
+  Wide& operator+=(const Wide& other) {
+    for (int j = 0; j < K; ++j) v[j] += other.v[j];
+    return *this;
+  }
+  Wide operator*(T x) const {
+    Wide out;
+    for (int j = 0; j < K; ++j) out.v[j] = v[j] * x;
+    return out;
+  }
+  Wide& add(const Wide& other, T x) {  // += other * x
+    for (int j = 0; j < K; ++j) v[j] += other.v[j] * x;
+    return *this;
+  }
+  V dot(const Wide& other) const {  // lane by lane
+    V sum = v[0] * other.v[0];
+    for (int j = 1; j < K; ++j) sum += v[j] * other.v[j];
+    return sum;
+  }
+};
+
+// Sums over the rows, several at once so that additions need not wait for each other.
+template <class T, int K>
+struct Sum {
+  static constexpr int kWays = 4 / K;
+  Wide<T, K> ways[kWays];
+  void add(int64_t n, const Wide<T, K>& row, T x) { ways[n % kWays].add(row, x); }
+  Wide<T, K> total() {
+    for (int i = 1; i < kWays; ++i) ways[0] += ways[i];
+    return ways[0];
+  }
+};
+
+// Calls f(n) for 0 .. N - 1, four at a time as far as they go: n % 4 is then known when it is compiled.
+template <class F>
+inline void for_rows(int64_t N, F f) {
   int64_t n = 0;
-  for (; n + 4 <= N; n += 4)
-    for (int j = 0; j < 4; ++j) sum[j] += S[n + j] * row[n + j];
-  for (; n < N; ++n) sum[0] += S[n] * row[n];
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  for (; n + 4 <= N; n += 4) f(n, 0), f(n + 1, 1), f(n + 2, 2), f(n + 3, 3);
+  for (; n < N; ++n) f(n, 0);
 }
 
-// S[n] = decay[n] S[n] + k[n] v, after which (before which, with kBefore) r reads it: the result.
-template <bool kBefore, class T, class V>
-V write_and_read(const T* decay, const T* k, const T* r, V v, V* S, int64_t N) {
-  V sum[4] = {};
-  auto row = [&](int64_t n, int j) {
-    const V old = S[n], next = old * decay[n] + v * k[n];
-    S[n] = next;
-    sum[j] += (kBefore ? old : next) * r[n];
-  };
-  int64_t n = 0;
-  for (; n + 4 <= N; n += 4)
-    for (int j = 0; j < 4; ++j) row(n + j, j);
-  for (; n < N; ++n) row(n, 0);
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-}
-
-// The same with the rank-one part b (a S), of which `erased` is a S.
-template <class T, class V>
-V delta_and_read(const T* decay, const T* k, const T* r, const T* b, V v, V erased, V* S, int64_t N) {
-  V sum[4] = {};
-  auto row = [&](int64_t n, int j) {
-    S[n] = S[n] * decay[n] + erased * b[n] + v * k[n];
-    sum[j] += S[n] * r[n];
-  };
-  int64_t n = 0;
-  for (; n + 4 <= N; n += 4)
-    for (int j = 0; j < 4; ++j) row(n + j, j);
-  for (; n < N; ++n) row(n, 0);
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+// sum_n row[n] S[n]
+template <class T, int K>
+Wide<T, K> read(const T* row, const Wide<T, K>* S, int64_t N) {
+  Sum<T, K> sum;
+  for_rows(N, [&](int64_t n, int way) { sum.add(way, S[n], row[n]); });
+  return sum.total();
 }
 
 // sum_n r_n u_n k_n
@@ -323,127 +393,135 @@ T own_weight(const T* r, const T* u, const T* k, int64_t N) {
   return sum;
 }
 
+// Steps `start` to `end` of a vector of columns with their state S.
 template <bool kDelta, class T>
-void forward_columns(const Head<T>& head, int64_t first, int lanes, T* y) {
-  using V = typename Simd<T>::vec;
+void forward_columns(const Head<T>& head, const Decays<T>& decays, int64_t start, int64_t end, int64_t first, Wide<T, 1>* S,
+                     T* y) {
+  using Row = Wide<T, 1>;
   const Problem<T>& p = head.p;
-  const int64_t N = p.N;
+  const int64_t N = p.N, count = p.P - first;
   const T* u = head.bonus();
-  std::vector<V> S(N, V{});
-  for (int64_t t = 0; t < p.order.steps; ++t) {
-    if (p.states && t % kChunk == 0)
-      for (int64_t n = 0; n < N; ++n) store<T>(head.state(t / kChunk) + n * p.P + first, S[n], lanes);
+  if (p.states)
+    for (int64_t n = 0; n < N; ++n) S[n].put(head.state(start / kChunk) + n * p.P + first, count);
+  for (int64_t t = start; t < end; ++t) {
     const int64_t l = head.token(t);
-    const T *r = head.row(p.r, l), *decay = head.row(p.decay, l), *k = head.row(p.k, l);
-    const V v = load<T>(head.row(p.v, l) + first, lanes);
-    V out;
+    const T *r = head.row(p.r, l), *k = head.row(p.k, l), *decay = decays.factor(t - start);
+    const Row v(head.row(p.v, l) + first, count);
+    Sum<T, 1> sum;
     if (kDelta) {
-      const V erased = read(head.row(p.a, l), S.data(), N);
-      out = delta_and_read(decay, k, r, head.row(p.b, l), v, erased, S.data(), N);
+      const T* b = head.row(p.b, l);
+      const Row erased = read(head.row(p.a, l), S, N);
+      for_rows(N, [&](int64_t n, int way) {
+        const Row after = (S[n] * decay[n]).add(erased, b[n]).add(v, k[n]);
+        sum.add(way, after, r[n]);
+        S[n] = after;
+      });
     } else {
-      out = write_and_read<true>(decay, k, r, v, S.data(), N);
-      if (u) out += v * own_weight(r, u, k, N);
+      for_rows(N, [&](int64_t n, int way) {
+        const Row before = S[n];
+        sum.add(way, before, r[n]);
+        S[n] = (before * decay[n]).add(v, k[n]);
+      });
+      if (u) sum.add(0, v, own_weight(r, u, k, N));
     }
-    store<T>(head.out(y, l, p.P) + first, out, lanes);
+    head.put(sum.total(), y, l, first);
   }
-}
-
-template <bool kDelta, class T>
-void run_forward(const Problem<T>& p, T* y) {
-  constexpr int W = Simd<T>::width;
-  const int64_t blocks = (p.P + W - 1) / W;
-  torch::stable::parallel_for(0, p.directions * p.B * p.H * blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % blocks * W;
-      forward_columns<kDelta>(Head<T>(p, task / blocks), first, static_cast<int>(std::min<int64_t>(W, p.P - first)), y);
-    }
-  });
 }
 
 template <class T>
 struct Gradients {
   Activation<const T> dy;
-  T *r, *decay, *k, *v, *a, *b, *u;  // (direction, batch, token, head, -), and u (batch, head, N)
+  T *r, *w, *k, *v, *a, *b, *u;  // (batch, token, head, -), and u (batch, head, N)
 };
 
-// The gradients of a vector of columns; `add` where it is not the head's first.
-template <bool kDelta, class T>
-void backward_columns(const Head<T>& head, const Gradients<T>& o, int64_t first, int lanes, bool add) {
+// The gradients of K vectors of columns, which add to those of the columns before them.
+template <bool kDelta, int K, class T>
+void backward_columns(const Head<T>& head, const Gradients<T>& o, int64_t first) {
   using V = typename Simd<T>::vec;
   constexpr int W = Simd<T>::width, kSums = kDelta ? 5 : 3;
   const Problem<T>& p = head.p;
-  const int64_t N = p.N, padded = (N + W - 1) / W * W;
+  const int64_t N = p.N, count = p.P - first, padded = (N + W - 1) / W * W;
   const T* u = head.bonus();
   T* du = u ? o.u + (head.b * p.H + head.h) * N : nullptr;
-  std::vector<V> S((kChunk + 1) * N), G(N, V{}), products(kSums * padded, V{});  // G: gradient of the state after a step
+  std::vector<Wide<T, K>> states((kChunk + 1) * N), gradient(N);
+  std::vector<V> products(kSums * padded, V{});
   std::vector<T> sums(kSums * padded);
-  V erased[kChunk];
-  if (u && !add) std::fill(du, du + N, T(0));
+  Decays<T> decays(N);
+  Wide<T, K> erased[kChunk];
+  Wide<T, K>* G = gradient.data();  // of the state after a step
+  V* product = products.data();
+  if (u && !first) std::fill(du, du + N, T(0));
   auto put = [&](T* x, int64_t l, int i) {  // product i, summed over the columns
     T* row = head.out(x, l, N);
+    const bool add = first || head.direction;
     for (int64_t n = 0; n < N; ++n) row[n] = add ? row[n] + sums[i * padded + n] : sums[i * padded + n];
   };
   for (int64_t chunk = p.chunks - 1; chunk >= 0; --chunk) {
-    const int64_t start = chunk * kChunk, count = std::min<int64_t>(kChunk, p.order.steps - start);
-    for (int64_t n = 0; n < N; ++n) S[n] = load<T>(head.state(chunk) + n * p.P + first, lanes);
-    for (int64_t t = 0; t < count; ++t) {  // the states before each step, and the last one's after it
+    const int64_t start = chunk * kChunk, length = std::min<int64_t>(kChunk, p.order.steps - start);
+    decays.template read<true>(head, start, length, start - kChunk);
+    for (int64_t n = 0; n < N; ++n) states[n] = Wide<T, K>(head.state(chunk) + n * p.P + first, count);
+    for (int64_t t = 0; t < length; ++t) {  // the states before each step, and the last one's after it
       const int64_t l = head.token(start + t);
-      const T *decay = head.row(p.decay, l), *k = head.row(p.k, l);
-      const V v = load<T>(head.row(p.v, l) + first, lanes);
-      const V* before = S.data() + t * N;
-      V* after = S.data() + (t + 1) * N;
+      const T *k = head.row(p.k, l), *decay = decays.factor(t);
+      const Wide<T, K> v(head.row(p.v, l) + first, count);
+      const Wide<T, K>* before = states.data() + t * N;
+      Wide<T, K>* after = states.data() + (t + 1) * N;
       if (kDelta) {
         const T* b = head.row(p.b, l);
         erased[t] = read(head.row(p.a, l), before, N);
-        for (int64_t n = 0; n < N; ++n) after[n] = before[n] * decay[n] + erased[t] * b[n] + v * k[n];
+        for (int64_t n = 0; n < N; ++n) after[n] = (before[n] * decay[n]).add(erased[t], b[n]).add(v, k[n]);
       } else {
-        for (int64_t n = 0; n < N; ++n) after[n] = before[n] * decay[n] + v * k[n];
+        for (int64_t n = 0; n < N; ++n) after[n] = (before[n] * decay[n]).add(v, k[n]);
       }
     }
-    for (int64_t t = count - 1; t >= 0; --t) {
+    for (int64_t t = length - 1; t >= 0; --t) {
       const int64_t l = head.token(start + t);
-      const T *r = head.row(p.r, l), *decay = head.row(p.decay, l), *k = head.row(p.k, l);
-      const V v = load<T>(head.row(p.v, l) + first, lanes), g = load<T>(o.dy.at(head.b, l, head.h) + first, lanes);
-      const V* before = S.data() + t * N;
-      V* product = products.data();
-      V dv;
+      const T *r = head.row(p.r, l), *k = head.row(p.k, l), *decay = decays.factor(t);
+      const Wide<T, K> v(head.row(p.v, l) + first, count), g(o.dy.at(head.b, l, head.h) + first, count);
+      const Wide<T, K>* before = states.data() + t * N;
+      Sum<T, K> dv;
       if (kDelta) {
         const T *a = head.row(p.a, l), *b = head.row(p.b, l);
-        for (int64_t n = 0; n < N; ++n) {
-          product[n] = before[N + n] * g;
-          G[n] += g * r[n];
-        }
-        const V to_erased = read(b, G.data(), N);
-        dv = read(k, G.data(), N);
-        for (int64_t n = 0; n < N; ++n) {
-          product[padded + n] = G[n] * before[n];
-          product[2 * padded + n] = G[n] * v;
-          product[3 * padded + n] = before[n] * to_erased;
-          product[4 * padded + n] = G[n] * erased[t];
-          G[n] = G[n] * decay[n] + to_erased * a[n];
-        }
+        Sum<T, K> sum;
+        for_rows(N, [&](int64_t n, int way) {
+          product[n] = before[N + n].dot(g);
+          G[n].add(g, r[n]);
+          sum.add(way, G[n], b[n]);
+        });
+        const Wide<T, K> to_erased = sum.total();
+        for_rows(N, [&](int64_t n, int way) {
+          product[padded + n] = G[n].dot(before[n]);
+          product[2 * padded + n] = G[n].dot(v);
+          product[3 * padded + n] = before[n].dot(to_erased);
+          product[4 * padded + n] = G[n].dot(erased[t]);
+          dv.add(way, G[n], k[n]);
+          G[n] = (G[n] * decay[n]).add(to_erased, a[n]);
+        });
       } else {
-        for (int64_t n = 0; n < N; ++n) {
-          product[n] = before[n] * g;
-          product[padded + n] = G[n] * before[n];
-          product[2 * padded + n] = G[n] * v;
-        }
-        dv = write_and_read<true>(decay, r, k, g, G.data(), N);
-        if (u) dv += g * own_weight(r, u, k, N);
+        for_rows(N, [&](int64_t n, int way) {
+          product[n] = before[n].dot(g);
+          product[padded + n] = G[n].dot(before[n]);
+          product[2 * padded + n] = G[n].dot(v);
+          dv.add(way, G[n], k[n]);
+          G[n] = (G[n] * decay[n]).add(g, r[n]);
+        });
+        if (u) dv.add(0, g, own_weight(r, u, k, N));
       }
-      store<T>(head.out(o.v, l, p.P) + first, dv, lanes);
+      head.put(dv.total(), o.v, l, first);
       sum_lanes<T>(product, kSums * padded, sums.data());
       if (u) {
+        const V lanes = v.dot(g);
         T vg = 0;
-        for (int i = 0; i < W; ++i) vg += v[i] * g[i];
+        for (int i = 0; i < W; ++i) vg += lanes[i];
         for (int64_t n = 0; n < N; ++n) {
           sums[n] += u[n] * k[n] * vg;
           sums[2 * padded + n] += u[n] * r[n] * vg;
           du[n] += r[n] * k[n] * vg;
         }
       }
+      for (int64_t n = 0; n < N; ++n) sums[padded + n] *= decays.slope(t)[n];
       put(o.r, l, 0);
-      put(o.decay, l, 1);
+      put(o.w, l, 1);
       put(o.k, l, 2);
       if (kDelta) put(o.a, l, 3), put(o.b, l, 4);
     }
@@ -451,31 +529,53 @@ void backward_columns(const Head<T>& head, const Gradients<T>& o, int64_t first,
 }
 
 template <bool kDelta, class T>
-void run_backward(const Problem<T>& p, const Gradients<T>& o) {
+void run_forward(const Problem<T>& p, T* y) {
   constexpr int W = Simd<T>::width;
-  torch::stable::parallel_for(0, p.directions * p.B * p.H, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t first = 0; first < p.P; first += W)
-        backward_columns<kDelta>(Head<T>(p, i), o, first, static_cast<int>(std::min<int64_t>(W, p.P - first)), first > 0);
+  const int64_t steps = p.order.steps;
+  torch::stable::parallel_for(0, p.B * p.H, 1, [&](int64_t begin, int64_t end) {
+    Decays<T> decays(p.N);
+    for (int64_t i = begin * p.directions; i < end * p.directions; ++i) {
+      const Head<T> head(p, i % p.directions, i / p.directions);
+      std::vector<Wide<T, 1>> S((p.P + W - 1) / W * p.N);
+      for (int64_t start = 0; start < steps; start += kChunk) {
+        const int64_t length = std::min<int64_t>(kChunk, steps - start);
+        decays.template read<false>(head, start, length, start + kChunk);
+        for (int64_t first = 0; first < p.P; first += W)
+          forward_columns<kDelta>(head, decays, start, start + length, first, S.data() + first / W * p.N, y);
+      }
+    }
   });
 }
 
-void matrix_forward(Tensor r, Tensor decay, Tensor k, Tensor v, std::optional<Tensor> a, std::optional<Tensor> b,
+template <bool kDelta, class T>
+void run_backward(const Problem<T>& p, const Gradients<T>& o) {
+  torch::stable::parallel_for(0, p.B * p.H, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * p.directions; i < end * p.directions; ++i) {
+      const Head<T> head(p, i % p.directions, i / p.directions);
+      for (int64_t first = 0; first < p.P; first += 4 * Simd<T>::width) {
+        if (p.P - first <= Simd<T>::width) backward_columns<kDelta, 1>(head, o, first);
+        else backward_columns<kDelta, 4>(head, o, first);
+      }
+    }
+  });
+}
+
+void matrix_forward(Tensor r, Tensor w, Tensor k, Tensor v, std::optional<Tensor> a, std::optional<Tensor> b,
                     std::optional<Tensor> u, std::optional<Tensor> order, int64_t directions, Tensor y, Tensor states) {
   dispatch(k, [&](auto t) {
     using T = decltype(t);
-    const Problem<T> p(r, decay, k, v, a, b, u, order, directions, states);
+    const Problem<T> p(r, w, k, v, a, b, u, order, directions, states);
     if (a) run_forward<true>(p, data<T>(y)); else run_forward<false>(p, data<T>(y));
   });
 }
 
-void matrix_backward(Tensor dy, Tensor r, Tensor decay, Tensor k, Tensor v, std::optional<Tensor> a, std::optional<Tensor> b,
+void matrix_backward(Tensor dy, Tensor r, Tensor w, Tensor k, Tensor v, std::optional<Tensor> a, std::optional<Tensor> b,
                      std::optional<Tensor> u, std::optional<Tensor> order, int64_t directions, Tensor states, Tensor dr,
-                     Tensor ddecay, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor du) {
+                     Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor du) {
   dispatch(k, [&](auto t) {
     using T = decltype(t);
-    const Problem<T> p(r, decay, k, v, a, b, u, order, directions, states);
-    const Gradients<T> o{Activation<const T>(dy), data<T>(dr), data<T>(ddecay), data<T>(dk),
+    const Problem<T> p(r, w, k, v, a, b, u, order, directions, states);
+    const Gradients<T> o{Activation<const T>(dy), data<T>(dr), data<T>(dw), data<T>(dk),
                          data<T>(dv),             data<T>(da), data<T>(db),     data<T>(du)};
     if (a) run_backward<true>(p, o); else run_backward<false>(p, o);
   });
@@ -490,11 +590,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(linzoo_cpu, m) {
       "bi_wkv_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? order, Tensor y, Tensor log_den, "
       "Tensor(a!) dk, Tensor(b!) dv, Tensor(c!) dw, Tensor(d!) du) -> ()");
   m.def(
-      "wkv_forward(Tensor r, Tensor decay, Tensor k, Tensor v, Tensor? a, Tensor? b, Tensor? u, Tensor? order, "
+      "wkv_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor? a, Tensor? b, Tensor? u, Tensor? order, "
       "int directions, Tensor(a!) y, Tensor(b!) states) -> ()");
   m.def(
-      "wkv_backward(Tensor dy, Tensor r, Tensor decay, Tensor k, Tensor v, Tensor? a, Tensor? b, Tensor? u, Tensor? order, "
-      "int directions, Tensor states, Tensor(a!) dr, Tensor(b!) ddecay, Tensor(c!) dk, Tensor(d!) dv, Tensor(e!) da, "
+      "wkv_backward(Tensor dy, Tensor r, Tensor w, Tensor k, Tensor v, Tensor? a, Tensor? b, Tensor? u, Tensor? order, "
+      "int directions, Tensor states, Tensor(a!) dr, Tensor(b!) dw, Tensor(c!) dk, Tensor(d!) dv, Tensor(e!) da, "
       "Tensor(f!) db, Tensor(g!) du) -> ()");
 }
 

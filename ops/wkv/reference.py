@@ -1,6 +1,6 @@
 """The WKV operators in plain PyTorch: the specification, step by step, and its form for export.
 
-Activations are in the state's dtype here; decays of `wkv6` and `wkv7` are the factors in (0, 1).
+Activations are in the state's dtype here.
 """
 
 import torch
@@ -109,6 +109,16 @@ def bi_wkv_backward(dy, k, v, w, u, order, y, log_den):
 # --- wkv6 -----------------------------------------------------------------------------------------------------------
 
 
+def _decay(w):
+    """``exp(-exp(w))``; beyond 32 it is 0 in any dtype, and so is its derivative."""
+    return torch.exp(-torch.exp(w.clamp(max=32)))
+
+
+def _slope(w):
+    """The derivative of `_decay`."""
+    return -torch.exp(w.clamp(max=32)) * _decay(w)
+
+
 def _outer(x, y):
     return x.unsqueeze(-1) * y.unsqueeze(-2)
 
@@ -124,14 +134,14 @@ def _wkv6_past(r, k, v, decay, use_scan=False):
     return _walk(step, _outer(torch.zeros_like(k[:, 0]), torch.zeros_like(v[:, 0])), (r, k, v, decay), use_scan)
 
 
-def wkv6(r, k, v, decay, u, order=None, bidirectional=True, use_scan=False):
+def wkv6(r, k, v, w, u, order=None, bidirectional=True, use_scan=False):
     """See `linzoo.ops.wkv6`.
 
     Returns:
         The output, and for each direction the states before its steps ``(B, T, H, N, P)`` (none with `use_scan`).
     """
     length = k.shape[1]
-    xs = [tokens_in_order(x, order) for x in (r, k, v, decay)]
+    xs = [tokens_in_order(x, order) for x in (r, k, v, _decay(w))]
     r, k, v, _ = xs
     y, *states = _wkv6_past(*xs, use_scan)
     y = y + (r * u * k).sum(-1, keepdim=True) * v
@@ -152,10 +162,10 @@ def _wkv6_past_backward(g, r, k, v, decay, states):
     return tuple(torch.stack(x[::-1], 1) for x in zip(*grads, strict=True))
 
 
-def wkv6_backward(dy, r, k, v, decay, u, order, bidirectional):
-    """Gradients of r, k, v, decay and u."""
-    length, states = k.shape[1], wkv6(r, k, v, decay, u, order, bidirectional)[1]
-    g, *xs = (tokens_in_order(x, order) for x in (dy, r, k, v, decay))
+def wkv6_backward(dy, r, k, v, w, u, order, bidirectional):
+    """Gradients of r, k, v, w and u."""
+    length, states = k.shape[1], wkv6(r, k, v, w, u, order, bidirectional)[1]
+    g, *xs, slope = (tokens_in_order(x, order) for x in (dy, r, k, v, _decay(w), _slope(w)))
     r, k, v, _ = xs
     dr, dk, dv, ddecay = _wkv6_past_backward(g, *xs, states[0])
     vg = (v * g).sum(-1, keepdim=True)
@@ -164,13 +174,14 @@ def wkv6_backward(dy, r, k, v, decay, u, order, bidirectional):
     if bidirectional:
         after = _wkv6_past_backward(*(x.flip(1) for x in (g, *xs)), states[1])
         grads = [x + y.flip(1) for x, y in zip(grads, after, strict=True)]
+    grads[3] = grads[3] * slope
     return *(tokens_in_place(x, order, length) for x in grads), (r * k * vg).sum((0, 1))
 
 
 # --- wkv7 -----------------------------------------------------------------------------------------------------------
 
 
-def wkv7(r, decay, k, v, a, b, order=None, use_scan=False):
+def wkv7(r, w, k, v, a, b, order=None, use_scan=False):
     """See `linzoo.ops.wkv7`; the state here is its transpose, ``(B, H, N, P)``.
 
     Returns:
@@ -184,15 +195,16 @@ def wkv7(r, decay, k, v, a, b, order=None, use_scan=False):
         y = (r.unsqueeze(-1) * after).sum(-2)
         return after, ((y,) if use_scan else (y, S))
 
-    xs = [tokens_in_order(x, order) for x in (r, decay, k, v, a, b)]
+    xs = [tokens_in_order(x, order) for x in (r, _decay(w), k, v, a, b)]
     y, *states = _walk(step, _outer(torch.zeros_like(k[:, 0]), torch.zeros_like(v[:, 0])), xs, use_scan)
     return tokens_in_place(y, order, k.shape[1]), (None if use_scan else states[0])
 
 
-def wkv7_backward(dy, r, decay, k, v, a, b, order):
-    """Gradients of r, decay, k, v, a and b: G_t is the gradient of the state that step t leaves."""
-    length, states = k.shape[1], wkv7(r, decay, k, v, a, b, order)[1]
-    g, r, decay, k, v, a, b = (tokens_in_order(x, order) for x in (dy, r, decay, k, v, a, b))
+def wkv7_backward(dy, r, w, k, v, a, b, order):
+    """Gradients of r, w, k, v, a and b: G_t is the gradient of the state that step t leaves."""
+    length, states = k.shape[1], wkv7(r, w, k, v, a, b, order)[1]
+    g, r, w, k, v, a, b = (tokens_in_order(x, order) for x in (dy, r, w, k, v, a, b))
+    decay, slope = _decay(w), _slope(w)
     G, grads = torch.zeros_like(states[:, 0]), []
     for t in reversed(range(g.shape[1])):
         S, g_t, a_t, b_t, v_t = states[:, t], g[:, t], a[:, t], b[:, t], v[:, t]
@@ -203,6 +215,6 @@ def wkv7_backward(dy, r, decay, k, v, a, b, order):
         to_erased = (b_t.unsqueeze(-1) * G).sum(-2)
         dk, dv = (G * v_t.unsqueeze(-2)).sum(-1), (G * k[:, t].unsqueeze(-1)).sum(-2)
         da, db = (S * to_erased.unsqueeze(-2)).sum(-1), (G * erased.unsqueeze(-2)).sum(-1)
-        grads.append((dr, (G * S).sum(-1), dk, dv, da, db))
+        grads.append((dr, slope[:, t] * (G * S).sum(-1), dk, dv, da, db))
         G = decay[:, t].unsqueeze(-1) * G + _outer(a_t, to_erased)
     return tuple(tokens_in_place(torch.stack(x[::-1], 1), order, length) for x in zip(*grads, strict=True))

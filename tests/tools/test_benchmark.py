@@ -67,6 +67,32 @@ def test_ops_part(small_ops, tmp_path, capsys):
     assert torch.__version__ in out
 
 
+def test_time_against_length(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(benchmark.OPS, "wkv6", (benchmark.OPS["wkv6"][0], [{"B": 1, "L": 8, "C": 8, "N": 4}]))
+    monkeypatch.setitem(benchmark.LENGTHS, "wkv6", (8, 64))
+    benchmark.main(["ops", "--op", "wkv6", "--budget", "0", "--json", str(tmp_path / "ops.json")])
+    short, long = json.loads((tmp_path / "ops_lengths.json").read_text())["rows"]
+    assert (short["shape"]["L"], long["shape"]["L"]) == (8, 64)
+    for key in ("forward", "both"):
+        times = [short[f"{key}_ms"], long[f"{key}_ms"]]
+        assert min(times) > 0
+        assert long[f"{key}_exponent"] == pytest.approx(benchmark.exponent([8, 64], times))
+    assert "time against length" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ("bi_wkv", "wkv6", "wkv7"))
+def test_wkv_cases_are_complete(name):
+    """Every leaf receives a gradient, and the reference gives the same."""
+    case, (shape, *_) = benchmark.OPS[name]
+    call, leaves, floor = case("cpu", **{**shape, "L": 16})
+    y = call()
+    grads = torch.autograd.grad(y.square().sum(), leaves)
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in grads)
+    floor()
+    with use_backend("reference"):
+        torch.testing.assert_close(call(), y, rtol=1e-3, atol=1e-4)
+
+
 def test_operator_share():
     call, _, _ = benchmark.selective_scan_case("cpu", **SMALL)
     x = torch.randn(8, 8)
