@@ -4,8 +4,11 @@ from timm import list_models as _timm_list_models
 
 from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
+from .hrvmamba import HRVMamba
 from .kat import KAT
 from .localmamba import LocalVim, LocalVMamba
+from .s4 import PixelS4D, PixelS5
+from .s4nd import S4NDConvNeXt
 from .spatialmamba import SpatialMamba
 from .vim import Vim
 from .vim2 import ViM2
@@ -18,8 +21,12 @@ __all__ = [
     "VSSD",
     "EfficientVMamba",
     "GroupMamba",
+    "HRVMamba",
     "LocalVMamba",
     "LocalVim",
+    "PixelS4D",
+    "PixelS5",
+    "S4NDConvNeXt",
     "SpatialMamba",
     "VMUNet",
     "VMamba",
@@ -28,7 +35,20 @@ __all__ = [
     "list_models",
 ]
 
-_FAMILIES = ("efficientvmamba", "groupmamba", "kat", "localmamba", "spatialmamba", "vim", "vim2", "vmamba", "vssd")
+_FAMILIES = (
+    "efficientvmamba",
+    "groupmamba",
+    "hrvmamba",
+    "kat",
+    "localmamba",
+    "s4",
+    "s4nd",
+    "spatialmamba",
+    "vim",
+    "vim2",
+    "vmamba",
+    "vssd",
+)
 _DENSE_FAMILIES = ("vm_unet",)
 
 

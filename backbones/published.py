@@ -25,6 +25,7 @@ class Published(NamedTuple):
 
 _EFFICIENTVMAMBA = "README of github.com/TerryPei/EfficientVMamba"
 _GROUPMAMBA = "README and project page of github.com/Amshaker/GroupMamba"
+_HRVMAMBA = "README of github.com/zhanghao5201/HRVMamba"
 _LOCALMAMBA = "README of github.com/hunto/LocalMamba"
 _LOCALVIM_NOTE = "beside the matrix products, the published FLOPs leave a third of 9 L D N or less for the scans"
 _KAT = "README of github.com/Adamdad/kat"
@@ -49,6 +50,10 @@ PUBLISHED = {
         34, 7.0, 83.9, _GROUPMAMBA, note="the authors' own code, counted by our rules, has 7.23 GMACs"
     ),
     "groupmamba_b": Published(57, 14, 84.5, _GROUPMAMBA),
+    "hrvmamba_n": Published(12, 1.9, 74.8, _HRVMAMBA, 256),
+    "hrvmamba_t": Published(14, 2.8, 78.6, _HRVMAMBA, 256),
+    "hrvmamba_s": Published(20, 5.8, 81.3, _HRVMAMBA, 256),
+    "hrvmamba_b": Published(61, 15.8, 84.2, _HRVMAMBA),
     "kat_tiny_patch16_224": Published(5.7, 1.13, 74.6, _KAT, note=_KAT_NOTE),
     "kat_small_patch16_224": Published(22.1, 4.35, 81.2, _KAT, note=_KAT_NOTE),
     "kat_base_patch16_224": Published(86.6, 17.06, 82.3, _KAT, note=_KAT_NOTE),

@@ -1,12 +1,14 @@
 """The contract that every classification model of the zoo keeps, written once for all of them.
 
 The models come from the registry, so a new family adds no test of its own. What is cheap (shapes and names, on the meta
-device) and one forward pass run for every variant; the rest runs for the first variant of each family's file, which is
-its smallest. A family that cannot keep a clause says so in `EXCEPTIONS`, and the clause is then expected to fail.
+device) and one forward pass run for every variant; the rest runs for the first variant of each model class, which is
+its smallest, with fewer blocks. A family that cannot keep a clause says so in `EXCEPTIONS`, and the clause is then
+expected to fail.
 """
 
 import copy
 import fnmatch
+import inspect
 import math
 import pickle
 
@@ -25,6 +27,7 @@ from linzoo.backbones import list_models
 EXCEPTIONS = {}
 
 SIZE = (64, 96)  # a multiple of 32, and not square: height and width must not be confused anywhere
+FEW_BLOCKS = dict(depths=(1, 1, 2, 1), depth=4, modules=(1, 1, 1))
 ODD_SIZES = [(33, 47), (65, 93), (100, 37)]
 
 
@@ -40,6 +43,18 @@ def create(name, size=SIZE, **kwargs):
     if get_pretrained_cfg_value(name, "fixed_input_size"):
         kwargs["img_size"] = size
     return timm.create_model(name, **kwargs)
+
+
+def create_small(name, size=SIZE, **kwargs):
+    """The model with its widths but fewer blocks: what is the same for every block need not be shown for all."""
+    kind = type(create(name, size, device="meta"))
+    parameters = dict(inspect.signature(kind).parameters)
+    if "kwargs" in parameters:  # passed on to the class it derives from
+        parameters |= inspect.signature(kind.__base__).parameters
+    few = {k: v for k, v in FEW_BLOCKS.items() if k in parameters}
+    if "routes" in parameters:  # those of every block, or of every block of four stages
+        few["routes"] = [r if isinstance(r, str) else r[:1] for r in parameters["routes"].default[:4]]
+    return create(name, size, **few, **kwargs)
 
 
 def images(batch=2, size=SIZE, in_chans=3, **kwargs):
@@ -127,7 +142,7 @@ def meta(shared_meta):
 @pytest.fixture(scope="module")
 def shared_model(family):
     torch.manual_seed(0)
-    return create(family).eval()
+    return create_small(family).eval()
 
 
 @pytest.fixture
@@ -249,11 +264,11 @@ def test_forward(name):
 
 @pytest.mark.parametrize("size", ODD_SIZES, ids="{0[0]}x{0[1]}".format)
 def test_any_size(family, size):
-    model = create(family, size).eval()
+    model = create_small(family, size).eval()
     x = images(2, size)
     with torch.inference_mode():
         y = model(x)
-        maps = create(family, size, features_only=True).eval()(x)
+        maps = create_small(family, size, features_only=True).eval()(x)
         assert_near(model(x[:1]), y[:1], 1e-3)
     assert y.isfinite().all()
     assert all(m.isfinite().all() for m in maps)
@@ -342,7 +357,7 @@ def test_pruned_tap_equals_features_only_with_weights(model, family, tmp_path):
     safetensors.torch.save_file(model.state_dict(), path)
     x = images()
     for feature_cls in ({}, {"feature_cls": "getter"}):
-        features = create(
+        features = create_small(
             family,
             features_only=True,
             out_indices=(1, 2),
@@ -355,7 +370,7 @@ def test_pruned_tap_equals_features_only_with_weights(model, family, tmp_path):
 
 
 def test_features_only_checkpointing(family):
-    features = create(family, features_only=True).eval()
+    features = create_small(family, features_only=True).eval()
     x = images()
     plain = gradients(features, x)
     assert_gradients(features)
@@ -374,7 +389,7 @@ def test_grad_checkpointing(model):
 
 
 def test_backward(family):
-    model = create(family, num_classes=42).train()
+    model = create_small(family, num_classes=42).train()
     outputs = as_tuple(model(images()))
     assert all(y.shape == (2, 42) and y.isfinite().all() for y in outputs)
     total(outputs).backward()
@@ -390,7 +405,10 @@ def test_drop_path_is_active_in_training_only(family):
 
     x = images(4)
     with torch.no_grad():
-        still, dropping = create(family, drop_path_rate=0.0).train(), create(family, drop_path_rate=0.5).train()
+        still, dropping = (
+            create_small(family, drop_path_rate=0.0).train(),
+            create_small(family, drop_path_rate=0.5).train(),
+        )
         assert torch.equal(*two_passes(still, x))
         assert not torch.equal(*two_passes(dropping, x))
         assert torch.equal(*two_passes(dropping.eval(), x))
@@ -416,7 +434,9 @@ def test_pretrained_with_another_head_and_one_channel(model, family, num_classes
     path, state = tmp_path / "weights.pth", model.state_dict()
     torch.save(state, path)
     overlay = {"file": str(path)}
-    ours = create(family, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=num_classes).eval()
+    ours = create_small(
+        family, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=num_classes
+    ).eval()
     cfg = model.default_cfg
     first = {f"{layer}.weight" for layer in as_tuple(cfg["first_conv"])}
     heads = tuple(f"{layer}." for layer in as_tuple(cfg["classifier"]))
@@ -443,9 +463,9 @@ def test_save_and_load(model, family, kind, tmp_path):
     else:
         safetensors.torch.save_file(model.state_dict(), path)  # refuses tensors that share memory
         state = safetensors.torch.load_file(path)
-    plain = create(family).eval()
+    plain = create_small(family).eval()
     plain.load_state_dict(state, strict=True)
-    loaded = create(family, pretrained=True, pretrained_cfg_overlay={"file": str(path)}).eval()
+    loaded = create_small(family, pretrained=True, pretrained_cfg_overlay={"file": str(path)}).eval()
     with torch.inference_mode():
         y = model(x)
         assert torch.equal(plain(x), y)
@@ -458,19 +478,19 @@ def test_checkpoint_of_a_run(model, family, tmp_path):
     for key in ("state_dict", "model"):
         path = tmp_path / f"{key}.pth"
         torch.save({key: model.state_dict(), "epoch": 3}, path)
-        loaded = create(family, pretrained=True, pretrained_cfg_overlay={"file": str(path)}).eval()
+        loaded = create_small(family, pretrained=True, pretrained_cfg_overlay={"file": str(path)}).eval()
         with torch.inference_mode():
             assert torch.equal(loaded(x), model(x))
 
 
 def test_init_weights_after_to_empty(family):
     """Built on the meta device, given memory (NaN in these tests), initialised: as good as built in place."""
-    model = create(family, device="meta").to_empty(device="cpu")
+    model = create_small(family, device="meta").to_empty(device="cpu")
     assert any(p.isnan().any() for p in model.parameters())
     model.init_weights()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     assert [n for n, t in tensors if not t.isfinite().all()] == []
-    ordinary = dict(create(family).named_parameters())
+    ordinary = dict(create_small(family).named_parameters())
     for name, p in model.named_parameters():
         expected = ordinary[name]
         if (expected == expected.flatten()[0]).all():

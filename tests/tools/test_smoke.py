@@ -19,6 +19,7 @@ from linzoo.tools.engine.segmenter import dice_loss
 SMALL = dict(
     dims=(32, 64, 128, 256),
     depths=(1, 1, 2, 1),
+    modules=(1, 1, 1),
     img_size=32,
     patch_size=8,
     stride=8,

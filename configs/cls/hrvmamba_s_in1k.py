@@ -1,0 +1,5 @@
+"""HRVMamba-S on ImageNet-1k by its published recipe: `torchrun --nproc_per_node=8`."""
+
+_base_ = ["../_base_/hrvmamba_300e.py"]
+
+model = dict(model_name="hrvmamba_s", drop_path_rate=0.2)
