@@ -185,12 +185,12 @@ class Exchange(nn.Module):
         self.branches = nn.ModuleList(
             nn.Sequential(*(block(dim, drop_path=r, **dd) for r in drop_path)) for dim in dims
         )
-        self.fuse = nn.ModuleDict({str(i): Fusion(dims, i, **dd) for i in range(len(dims))})
+        self.fusions = nn.ModuleDict({str(i): Fusion(dims, i, **dd) for i in range(len(dims))})
 
     def forward(self, xs, streams=None):
         """Streams in, streams out; `streams` restricts the output to those indices."""
         xs = [branch(x) for branch, x in zip(self.branches, xs, strict=True)]
-        return [self.fuse[str(i)](xs) for i in (self.fuse if streams is None else streams)]
+        return [self.fusions[str(i)](xs) for i in (self.fusions if streams is None else streams)]
 
 
 @register_notrace_module  # FX cannot follow the scan orders and fusions, which depend on the maps' sizes
@@ -281,7 +281,7 @@ class HRVMamba(Pyramid):
         dd = {"device": device, "dtype": dtype}
         dims = [dim * 2**i for i in range(4)]
         super().__init__(dims, 4, in_chans, num_classes, drop_rate)
-        last = f"stages.3.blocks.{modules[-1] - 1}.fuse"
+        last = f"stages.3.blocks.{modules[-1] - 1}.fusions"
         for i, info in enumerate(self.feature_info):
             info["module"] = f"{last}.{i}"
         self.stem = nn.Sequential(ConvNormAct(in_chans, 64, 3, 2, **dd), ConvNormAct(64, 64, 3, 2, **dd))
@@ -330,7 +330,7 @@ class HRVMamba(Pyramid):
             taken = xs
         else:
             xs = self.streams(x)
-            kept = [int(i) for i in self.stages[-1].blocks[-1].fuse]
+            kept = [int(i) for i in self.stages[-1].blocks[-1].fusions]
             taken = [xs[kept.index(i)] for i in take_indices]
         intermediates = [y.contiguous() if output_fmt == "NCHW" else y.permute(0, 2, 3, 1) for y in taken]
         return intermediates if intermediates_only else (self.final_features(xs), intermediates)
@@ -338,10 +338,10 @@ class HRVMamba(Pyramid):
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
         """Removes what the streams `indices` do not need; returns the indices, normalised."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        fuse = self.stages[-1].blocks[-1].fuse
-        for i in set(fuse) - {str(i) for i in take_indices}:
-            del fuse[i]
-        if prune_head or len(fuse) < len(self.feature_info):
+        fusions = self.stages[-1].blocks[-1].fusions
+        for i in set(fusions) - {str(i) for i in take_indices}:
+            del fusions[i]
+        if prune_head or len(fusions) < len(self.feature_info):
             self.neck = None
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
             self.reset_classifier(0, "")
@@ -364,10 +364,10 @@ _RENAMES = [
     (r"^transition(\d)\.(\d)\.0\.0\.", r"stages.\1.transition.\2.conv."),
     (r"^transition(\d)\.(\d)\.0\.1\.", r"stages.\1.transition.\2.bn."),
     (r"^stage(\d)\.(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}."),
-    (r"\.fuse_layers\.(\d)\.(\d)\.", r".fuse.\1.\2."),
-    (r"(\.fuse\.\d\.\d\.)0\.(weight|bias)$", r"\1conv.conv.\2"),
-    (r"(\.fuse\.\d\.\d\.)1\.(weight|bias|running_mean|running_var|num_batches_tracked)$", r"\1conv.bn.\2"),
-    (r"(\.fuse\.\d\.\d\.\d\.)(\d)\.", lambda m: f"{m[1]}{int(m[2]) // 2}.{('conv', 'bn')[int(m[2]) % 2]}."),
+    (r"\.fuse_layers\.(\d)\.(\d)\.", r".fusions.\1.\2."),
+    (r"(\.fusions\.\d\.\d\.)0\.(weight|bias)$", r"\1conv.conv.\2"),
+    (r"(\.fusions\.\d\.\d\.)1\.(weight|bias|running_mean|running_var|num_batches_tracked)$", r"\1conv.bn.\2"),
+    (r"(\.fusions\.\d\.\d\.\d\.)(\d)\.", lambda m: f"{m[1]}{int(m[2]) // 2}.{('conv', 'bn')[int(m[2]) % 2]}."),
     (r"(\.branches\.\d\.\d\.)conv2d\.", r"\1multi_scale.conv."),
     (r"(\.branches\.\d\.\d\.)norm\.", r"\1norm1."),
     (r"\.op\.se\.fc\.0\.", ".op.se.fc1."),

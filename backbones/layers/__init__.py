@@ -3,12 +3,14 @@
 from .channel_gate import ChannelGate
 from .checkpoint import unwrap_state_dict
 from .conv import Conv2dNHWC, ConvDownsample
+from .fuse import fuse_for_inference
 from .grkan import GRKAN, GroupRational
 from .grouped_linear import GroupedLinear, grouped_linear
 from .isotropic import Isotropic, resize_pos_embed
 from .norm import GroupedLayerNorm, RMSNorm
 from .padding import zero_pad
 from .pyramid import Pyramid, Stage
+from .rwkv import ChannelMix, RWKVBlock, SpatialMix, q_shift
 from .s4 import LSSL, S4, S4D, S4ND
 from .s5 import S5, ConvS5, ConvS5Layer, S5Mixer
 from .s6 import S6
@@ -27,6 +29,7 @@ __all__ = [
     "SS2D",
     "CausalConv",
     "ChannelGate",
+    "ChannelMix",
     "Conv2dNHWC",
     "ConvDownsample",
     "ConvS5",
@@ -37,9 +40,13 @@ __all__ = [
     "Isotropic",
     "Pyramid",
     "RMSNorm",
+    "RWKVBlock",
+    "SpatialMix",
     "Stage",
     "VimMixer",
+    "fuse_for_inference",
     "grouped_linear",
+    "q_shift",
     "resize_pos_embed",
     "unwrap_state_dict",
     "zero_pad",

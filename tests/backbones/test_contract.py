@@ -22,6 +22,7 @@ from timm.utils import freeze
 from torch import nn
 
 from linzoo.backbones import list_models
+from linzoo.backbones.layers import fuse_for_inference
 
 # {wildcard of model names: {name of the test: why the family cannot keep this clause}}
 EXCEPTIONS = {}
@@ -507,6 +508,21 @@ def test_copies(model):
         y = model(x)
         assert torch.equal(copy.deepcopy(model)(x), y)
         assert torch.equal(pickle.loads(pickle.dumps(model))(x), y)
+
+
+def test_fuse_for_inference(model):
+    """The fused copy computes the same, keeps no BatchNorm behind a convolution, and leaves the model alone."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for norm in [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]:
+            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+    before, x = copy.deepcopy(model.state_dict()), images()
+    with torch.inference_mode():
+        y = model(x)
+        assert_near(fuse_for_inference(model)(x), y, 1e-4)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert not [n for n, m in fuse_for_inference(model).named_modules() if isinstance(m, nn.BatchNorm2d)]
 
 
 # --- one variant a family: precision, graphs ------------------------------------------------------------------------
