@@ -1,0 +1,213 @@
+"""RWKV's token and channel mixers of images, as Vision-RWKV (arXiv 2403.02308) writes them."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerScale
+from timm.models._features_fx import register_notrace_function, register_notrace_module
+from torch import nn
+
+from linzoo.ops import bi_wkv, scan_order
+
+
+@register_notrace_function  # FX cannot follow what depends on the map's size
+def q_shift(x, grid, heads=1):
+    """Quad-directional token shift (eq. 9): a quarter of the channels from each neighbour.
+
+    In order: the left, the right, the upper, the lower one. The paper lists the vertical ones first; the published
+    weights are as here.
+
+    Args:
+        x: Tokens ``(B, H * W, C)`` in raster order.
+        grid: ``(H, W)``.
+        heads: The quarters are those of each head's C / heads channels.
+
+    Returns:
+        ``(B, H * W, C)``, with 0 for neighbours beyond the border.
+    """
+    x = x.unflatten(1, grid).unflatten(-1, (heads, -1))
+    width = x.shape[-1]
+    left, right, above, below = x.tensor_split([width // 4, width // 2, width * 3 // 4], -1)
+    shifted = [
+        F.pad(left[:, :, :-1], (0, 0, 0, 0, 1, 0)),
+        F.pad(right[:, :, 1:], (0, 0, 0, 0, 0, 1)),
+        F.pad(above[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)),
+        F.pad(below[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1)),
+    ]
+    return torch.cat(shifted, -1).flatten(-2).flatten(1, 2)
+
+
+def channel_ramp(dim, device=None):
+    """``c / C`` for the channels c = 0 .. C - 1."""
+    return torch.arange(dim, dtype=torch.float32, device=device) / dim
+
+
+def decay_ramp(dim, low, high, layer, layers, device=None):
+    """RWKV's initial decays: from `low` to `high` over the channels, more bent in later layers ``(dim,)``."""
+    ramp = torch.arange(dim, dtype=torch.float32, device=device) / max(dim - 1, 1)
+    return low + (high - low) * ramp ** (0.7 + 1.3 * layer / max(layers - 1, 1))
+
+
+def zigzag(count, device=None):
+    """-1, 0 and 1 in turns, from the second of them: RWKV's small differences between initial bonuses."""
+    return (torch.arange(count, device=device) + 1) % 3 - 1.0
+
+
+@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+class SpatialMix(nn.Module):
+    """Vision-RWKV's token mixer (section 3.2): ``W_o (sigmoid(r) * BiWKV(k, v))``.
+
+    Keys, values and receptances are linear maps of ``z mu + shift(z) (1 - mu)``, with a mu for each; decay and bonus
+    are divided by the number of tokens. See `linzoo.ops.bi_wkv`.
+
+    Args:
+        dim: Channels C.
+        layer, layers: Index of the block and their number, on which the initial values depend.
+        passes: How often BiWKV is applied, in raster and column order in turns (Restore-RWKV's Re-WKV from 2 on), with
+            decay and bonus ``(passes, C)``.
+        out_norm: Whether a LayerNorm follows BiWKV (the authors' `key_norm`).
+    """
+
+    def __init__(self, dim, layer=0, layers=12, passes=1, out_norm=False, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.layer, self.layers = layer, layers
+        self.mix = nn.Parameter(torch.empty(3, dim, **dd))  # of k, v, r
+        self.decay = nn.Parameter(torch.empty(passes, dim, **dd))
+        self.bonus = nn.Parameter(torch.empty(passes, dim, **dd))
+        self.key = nn.Linear(dim, dim, bias=False, **dd)
+        self.value = nn.Linear(dim, dim, bias=False, **dd)
+        self.receptance = nn.Linear(dim, dim, bias=False, **dd)
+        self.out_norm = nn.LayerNorm(dim, eps=1e-5, **dd) if out_norm else nn.Identity()
+        self.output = nn.Linear(dim, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """The authors' "fancy" values: decays of both signs, less shift in later layers; mu of v exceeds 1 there."""
+        dim, device = self.mix.shape[1], self.mix.device
+        near = channel_ramp(dim, device) ** (1 - self.layer / self.layers)
+        later = self.layer / max(self.layers - 1, 1)
+        self.mix.copy_(torch.stack([near, near + 0.3 * later, near.sqrt()]))
+        self.decay.copy_(decay_ramp(dim, -5, 3, self.layer, self.layers, device).expand_as(self.decay))
+        self.bonus.copy_((math.log(0.3) + 0.5 * zigzag(dim, device)).expand_as(self.bonus))
+
+    def forward(self, x, grid):
+        """Tokens ``(B, H * W, C)`` and their grid ``(H, W)``."""
+        shifted = q_shift(x, grid)
+        k, v, r = (shifted + (x - shifted) * mu for mu in self.mix)
+        y = self.wkv(self.key(k), self.value(v), grid)
+        return self.output(torch.sigmoid(self.receptance(r)) * self.out_norm(y))
+
+    def wkv(self, k, v, grid):
+        """The passes of BiWKV over keys and values in raster order."""
+        for i, (decay, bonus) in enumerate(zip(self.decay, self.bonus, strict=True)):
+            order = scan_order.column(*grid, device=k.device) if i % 2 else None
+            v = bi_wkv(k, v, decay, bonus, order=order, divide_by_length=True)
+        return v
+
+
+class ChannelMix(nn.Module):
+    """Vision-RWKV's channel mixer: ``sigmoid(W_r z_r) * W_v relu(W_k z_k)^2`` with z as in `SpatialMix`.
+
+    Args:
+        dim: Channels C.
+        hidden: Width inside; None for ``4 C``.
+        layer, layers: As in `SpatialMix`.
+        heads: Heads of the shift.
+        hidden_norm: Whether a LayerNorm follows the square (the authors' `key_norm`).
+    """
+
+    def __init__(self, dim, hidden=None, layer=0, layers=12, heads=1, hidden_norm=False, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        hidden = hidden or 4 * dim
+        self.layer, self.layers, self.heads = layer, layers, heads
+        self.mix = nn.Parameter(torch.empty(2, dim, **dd))  # of k, r
+        self.key = nn.Linear(dim, hidden, bias=False, **dd)
+        self.hidden_norm = nn.LayerNorm(hidden, eps=1e-5, **dd) if hidden_norm else nn.Identity()
+        self.value = nn.Linear(hidden, dim, bias=False, **dd)
+        self.receptance = nn.Linear(dim, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        near = channel_ramp(self.mix.shape[1], self.mix.device) ** (1 - self.layer / self.layers)
+        self.mix.copy_(near.expand_as(self.mix))
+
+    def forward(self, x, grid):
+        """Tokens ``(B, H * W, C)`` and their grid ``(H, W)``."""
+        shifted = q_shift(x, grid, self.heads)
+        k, r = (shifted + (x - shifted) * mu for mu in self.mix)
+        hidden = self.hidden_norm(F.relu(self.key(k)).square())
+        return torch.sigmoid(self.receptance(r)) * self.value(hidden)
+
+
+class RWKVBlock(nn.Module):
+    """A token mixer and a channel mixer with residuals: ``x += s Mixer(LN(x))``, or ``x += s LN(Mixer(x))``.
+
+    Args:
+        dim: Channels.
+        mixer, mlp: Modules of tokens ``(B, H * W, C)`` and their grid.
+        first_norm: Whether a LayerNorm takes the place of the residual stream first (RWKV's ln0).
+        post_norm: Normalise what the mixers put out instead of what they take in.
+        init_values: Layer scales s to begin with; None for none.
+        eps: Of the LayerNorms.
+        drop_path: Stochastic depth.
+    """
+
+    def __init__(
+        self,
+        dim,
+        mixer,
+        mlp,
+        first_norm=False,
+        post_norm=False,
+        init_values=None,
+        eps=1e-5,
+        drop_path=0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.post_norm = post_norm
+        self.norm0 = nn.LayerNorm(dim, eps=eps, **dd) if first_norm else nn.Identity()
+        self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
+        self.mixer = mixer
+        self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values, **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
+        self.mlp = mlp
+        self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values, **dd)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x, grid):
+        x = self.norm0(x)
+        for mixer, norm, scale in ((self.mixer, self.norm1, self.ls1), (self.mlp, self.norm2, self.ls2)):
+            y = norm(mixer(x, grid)) if self.post_norm else mixer(norm(x), grid)
+            x = x + self.drop_path(scale(y))
+        return x
+
+
+# The authors' names of a block's parts and ours.
+RWKV_NAMES = [
+    (r"\.ln([012])\.", r".norm\1."),
+    (r"\.gamma([12])$", r".ls\1.gamma"),
+    (r"\.att\.key_norm\.", ".mixer.out_norm."),
+    (r"\.ffn\.key_norm\.", ".mlp.hidden_norm."),
+    (r"\.att\.", ".mixer."),
+    (r"\.ffn\.", ".mlp."),
+    (r"\.spatial_decay$", ".decay"),
+    (r"\.spatial_first$", ".bonus"),
+]
+
+
+def stack_mixes(state_dict, names):
+    """Replaces ``{prefix}.{name}`` of each of `names` by one tensor ``{prefix}.mix`` ``(len(names), C)``."""
+    prefixes = [key.removesuffix(names[0]) for key in state_dict if key.endswith(f".{names[0]}")]
+    for prefix in prefixes:
+        if all(prefix + name in state_dict for name in names):
+            rows = [state_dict.pop(prefix + name).reshape(-1) for name in names]
+            state_dict[f"{prefix}mix"] = torch.stack(rows)
+    return state_dict
