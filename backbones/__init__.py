@@ -14,10 +14,13 @@ from .vim import Vim
 from .vim2 import ViM2
 from .vm_unet import VMUNet
 from .vmamba import VMamba
+from .vrwkv import VRWKV, VRWKV6
 from .vssd import VSSD
 
 __all__ = [
     "KAT",
+    "VRWKV",
+    "VRWKV6",
     "VSSD",
     "EfficientVMamba",
     "GroupMamba",
@@ -47,6 +50,7 @@ _FAMILIES = (
     "vim",
     "vim2",
     "vmamba",
+    "vrwkv",
     "vssd",
 )
 _DENSE_FAMILIES = ("vm_unet",)

@@ -9,6 +9,8 @@ from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function
 from torch import nn
 
+from .padding import pad_to_multiple
+
 POOLS = ("", "avg", "token")
 
 
@@ -30,14 +32,15 @@ def with_middle(x, token):
 
 
 @register_notrace_function  # FX cannot follow what depends on the image's size
-def resize_pos_embed(pos_embed, old_grid, new_grid, class_token):
+def resize_pos_embed(pos_embed, old_grid, new_grid, class_token, antialias=True):
     """Position table ``(1, M, C)`` of one grid for another, bicubically; a class token's row stays as it is."""
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
+    sizes = dict(new_size=list(new_grid), old_size=list(old_grid), num_prefix_tokens=0, antialias=antialias)
     if not class_token:
-        return resample_abs_pos_embed(pos_embed, list(new_grid), list(old_grid), num_prefix_tokens=0)
+        return resample_abs_pos_embed(pos_embed, **sizes)
     index = middle(pos_embed.shape[1])
-    grid = resample_abs_pos_embed(without_middle(pos_embed), list(new_grid), list(old_grid), num_prefix_tokens=0)
+    grid = resample_abs_pos_embed(without_middle(pos_embed), **sizes)
     return with_middle(grid, pos_embed[:, index : index + 1])
 
 
@@ -74,6 +77,9 @@ class Isotropic(nn.Module):
     Raises:
         ValueError: unknown pooling, or 'token' without a class token.
     """
+
+    pad_patches = False  # whether images are padded to whole patches
+    antialias_pos_embed = True  # where a smaller image's positions are interpolated
 
     def __init__(
         self,
@@ -152,16 +158,21 @@ class Isotropic(nn.Module):
         if global_pool is not None:
             self.global_pool = self._pool(global_pool)
         dd = get_device_dtype(self)
-        head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head = head.train(self.training)
 
     def embed(self, x):
         """Images ``(B, 3, H, W)`` to tokens with positions ``(B, tokens, C)``, and their grid (height, width)."""
+        if self.pad_patches:
+            x = pad_to_multiple(x, self.patch_size)
         grid = patch_grid(x.shape[2], x.shape[3], self.patch_size, self.stride)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         if self.cls_token is not None:
             x = with_middle(x, self.cls_token.expand(x.shape[0], -1, -1))
-        return x + resize_pos_embed(self.pos_embed, self.grid_size, grid, self.cls_token is not None), grid
+        table = resize_pos_embed(
+            self.pos_embed, self.grid_size, grid, self.cls_token is not None, self.antialias_pos_embed
+        )
+        return x + table, grid
 
     def run_block(self, block, x, grid):
         """One block on tokens ``(B, tokens, C)``, under gradient checkpointing where that is on."""

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from timm.models._features_fx import register_notrace_function
 
 
 def zero_pad(x, pad):
@@ -10,3 +11,10 @@ def zero_pad(x, pad):
     Programs made by `torch.export` always pad, so that the sizes they are traced with do not decide for all others.
     """
     return F.pad(x, pad) if torch.compiler.is_exporting() or any(pad) else x
+
+
+@register_notrace_function  # FX cannot follow what depends on the image's size
+def pad_to_multiple(x, multiple):
+    """Images ``(B, C, H, W)``, padded with 0 at the right and below to sides that are multiples of `multiple`."""
+    height, width = x.shape[2:]
+    return zero_pad(x, (0, -width % multiple, 0, -height % multiple))

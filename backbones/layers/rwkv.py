@@ -139,7 +139,7 @@ class ChannelMix(nn.Module):
     def forward(self, x, grid):
         """Tokens ``(B, H * W, C)`` and their grid ``(H, W)``."""
         shifted = q_shift(x, grid, self.heads)
-        k, r = (shifted + (x - shifted) * mu for mu in self.mix)
+        k, r = (shifted + (x - shifted) * self.mix[i] for i in range(2))
         hidden = self.hidden_norm(F.relu(self.key(k)).square())
         return torch.sigmoid(self.receptance(r)) * self.value(hidden)
 

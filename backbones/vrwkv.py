@@ -1,0 +1,323 @@
+"""Vision-RWKV and its RWKV-6 version.
+
+Paper: Vision-RWKV: Efficient and Scalable Visual Perception with RWKV-Like Architectures (ICLR 2025)
+- https://arxiv.org/abs/2403.02308
+
+Patch tokens with learned positions, and blocks of a token mixer and a gated channel mixer, each of which first mixes
+every token with its four neighbours. Vision-RWKV mixes by bidirectional means whose weights fall with the distance
+(BiWKV), Vision-RWKV-6 by matrix states of data-dependent decay, scanned forwards and backwards.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features_fx import register_notrace_module
+from torch import nn
+
+from linzoo.ops import wkv6
+
+from .layers import ChannelMix, Isotropic, RWKVBlock, SpatialMix, q_shift, resize_pos_embed, unwrap_state_dict
+from .layers.checkpoint import rename, reshape_as
+from .layers.pretrained import imagenet_cfg
+from .layers.rwkv import RWKV_NAMES, channel_ramp, decay_ramp, stack_mixes, zigzag
+
+__all__ = ["VRWKV", "VRWKV6"]
+
+
+class VRWKV(Isotropic):
+    """Vision-RWKV (arXiv 2403.02308). Images are padded with 0 at the right and below to whole patches.
+
+    Args:
+        img_size: Height and width (or one side) that the position table is made for; other sizes interpolate it.
+        patch_size: Side of a patch.
+        in_chans: Input channels.
+        num_classes: Classes; 0 for none.
+        global_pool: 'avg' (mean of the tokens) or ''.
+        dim: Width.
+        depth: Blocks.
+        post_norm: Normalise what the mixers put out instead of what they take in.
+        init_values: Layer scales to begin with; None for none.
+        inner_norm: LayerNorms inside the mixers, as the large model has them.
+        head_hidden: Width of a layer with tanh before the classifier; None for none.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
+    """
+
+    pad_patches = True
+    antialias_pos_embed = False
+
+    def __init__(
+        self,
+        img_size=224,
+        patch_size=16,
+        in_chans=3,
+        num_classes=1000,
+        global_pool="avg",
+        dim=192,
+        depth=12,
+        post_norm=False,
+        init_values=None,
+        inner_norm=False,
+        head_hidden=None,
+        drop_rate=0.0,
+        drop_path_rate=0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(
+            img_size,
+            patch_size,
+            patch_size,
+            in_chans,
+            num_classes,
+            global_pool,
+            dim,
+            depth,
+            class_token=False,
+            drop_rate=drop_rate,
+            **dd,
+        )
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        norms = dict(post_norm=post_norm, init_values=init_values)
+        self.blocks = nn.ModuleList(
+            RWKVBlock(
+                dim, *self.mixers(dim, i, depth, inner_norm, **dd), first_norm=i == 0, drop_path=rates[i], **norms, **dd
+            )
+            for i in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.pre_head = nn.Identity()
+        if head_hidden:
+            self.head_hidden_size = head_hidden
+            self.pre_head = nn.Sequential(nn.Linear(dim, head_hidden, **dd), nn.Tanh())
+            self.reset_classifier(num_classes)
+        self.init_weights(needs_reset=False)
+
+    @staticmethod
+    def mixers(dim, layer, layers, inner_norm, device=None, dtype=None):
+        """Token and channel mixer of a block."""
+        dd = {"device": device, "dtype": dtype}
+        spatial = SpatialMix(dim, layer, layers, out_norm=inner_norm, **dd)
+        return spatial, ChannelMix(dim, None, layer, layers, hidden_norm=inner_norm, **dd)
+
+    def init_weights(self, needs_reset=True):
+        super().init_weights(needs_reset)
+        nn.init.zeros_(self.pos_embed)
+
+    @staticmethod
+    def _init_weights(module, needs_reset=False):
+        Isotropic._init_weights(module, needs_reset)
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self):
+        """Nothing but vectors: the published recipe decays positions, too."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse=False):
+        return dict(
+            stem=r"^pos_embed|patch_embed",
+            blocks=[(r"^blocks\.(\d+)", None), (r"^(?:norm|pre_head)", (99999,))],
+        )
+
+    def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
+        if prune_head:
+            self.pre_head, self.head_hidden_size = nn.Identity(), self.num_features
+        return super().prune_intermediate_layers(indices, prune_norm, prune_head)
+
+    def forward_head(self, x, pre_logits=False):
+        x = self.head_drop(self.pre_head(x.mean(1) if self.global_pool == "avg" else x))
+        return x if pre_logits else self.head(x)
+
+
+@register_notrace_module  # FX cannot follow the operator's checks of shapes
+class SpatialMix6(nn.Module):
+    """RWKV-6's token mixer (arXiv 2404.05892, section 4) with shift and scans in both directions of an image.
+
+    With ``d = shift(z) - z``, inputs of decay, key, value, receptance and gate are ``z + d (mix_j + lora_j)``, where
+    ``lora_j = tanh((z + d mix_x) W_1)_j W_2j``; then::
+
+        w = decay + tanh(z_w D_1) D_2;   y = wkv6(r, k, v, w, bonus);   W_o (GroupNorm(y) * SiLU(g))
+
+    Args:
+        dim: Channels; every 64 of them are a head.
+        layer, layers: As in `SpatialMix`.
+        mix_rank, decay_rank: Ranks of lora and of the decay's dependence on the token.
+    """
+
+    head_dim = 64
+
+    def __init__(self, dim, layer=0, layers=12, mix_rank=32, decay_rank=64, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if dim % self.head_dim:
+            raise ValueError(f"dim: expected a multiple of {self.head_dim}, got {dim}")
+        self.layer, self.layers, self.heads = layer, layers, dim // self.head_dim
+        self.mix_x = nn.Parameter(torch.empty(1, dim, **dd))
+        self.mix = nn.Parameter(torch.empty(5, dim, **dd))  # of w, k, v, r, g
+        self.mix_w1 = nn.Parameter(torch.empty(dim, 5 * mix_rank, **dd))
+        self.mix_w2 = nn.Parameter(torch.empty(5, mix_rank, dim, **dd))
+        self.decay = nn.Parameter(torch.empty(1, dim, **dd))
+        self.decay_w1 = nn.Parameter(torch.empty(dim, decay_rank, **dd))
+        self.decay_w2 = nn.Parameter(torch.empty(decay_rank, dim, **dd))
+        self.bonus = nn.Parameter(torch.empty(self.heads, self.head_dim, **dd))
+        self.key = nn.Linear(dim, dim, bias=False, **dd)
+        self.value = nn.Linear(dim, dim, bias=False, **dd)
+        self.receptance = nn.Linear(dim, dim, bias=False, **dd)
+        self.gate = nn.Linear(dim, dim, bias=False, **dd)
+        self.norm = nn.GroupNorm(self.heads, dim, eps=1e-5, **dd)
+        self.output = nn.Linear(dim, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        dim, device = self.mix.shape[1], self.mix.device
+        later = self.layer / max(self.layers - 1, 1)
+        near = channel_ramp(dim, device) ** (1 - self.layer / self.layers)
+        far = 1 - near
+        self.mix_x.copy_(far.unsqueeze(0))
+        self.mix.copy_(torch.stack([far, far, far - 0.3 * later, 1 - near.sqrt(), 1 - near.sqrt()]))
+        for weight in (self.mix_w1, self.mix_w2, self.decay_w1, self.decay_w2):
+            nn.init.uniform_(weight, -1e-4, 1e-4)
+        self.decay.copy_(decay_ramp(dim, -6, -1, self.layer, self.layers, device).unsqueeze(0))
+        ramp = torch.arange(dim, dtype=torch.float32, device=device) / (dim - 1)
+        self.bonus.copy_((later * (1 - ramp) + 0.1 * zigzag(dim, device)).view_as(self.bonus))
+
+    def forward(self, z, grid):
+        """Tokens ``(B, H * W, C)`` and their grid ``(H, W)``."""
+        d = q_shift(z, grid, self.heads) - z
+        low = torch.tanh((z + d * self.mix_x) @ self.mix_w1).unflatten(-1, (5, -1)).unbind(-2)
+        w, k, v, r, g = (z + d * (mix + x @ up) for mix, x, up in zip(self.mix, low, self.mix_w2.unbind(), strict=True))
+        w = self.decay + torch.tanh(w @ self.decay_w1) @ self.decay_w2
+        heads = [x.unflatten(-1, (self.heads, -1)) for x in (self.receptance(r), self.key(k), self.value(v), w)]
+        y = wkv6(*heads, self.bonus).flatten(-2)
+        y = self.norm(y.flatten(0, 1).to(self.norm.weight.dtype)).unflatten(0, y.shape[:2])
+        return self.output(y * F.silu(self.gate(g)))
+
+
+class VRWKV6(VRWKV):
+    """Vision-RWKV with RWKV-6's token mixer: `VRWKV` without `inner_norm`, its width a multiple of 64."""
+
+    @staticmethod
+    def mixers(dim, layer, layers, inner_norm, device=None, dtype=None):
+        if inner_norm:
+            raise ValueError("inner_norm: Vision-RWKV-6 has none, got True")
+        dd = {"device": device, "dtype": dtype}
+        spatial = SpatialMix6(dim, layer, layers, **dd)
+        return spatial, ChannelMix(dim, None, layer, layers, heads=spatial.heads, **dd)
+
+
+_RENAMES = [
+    (r"^backbone\.", ""),
+    (r"^patch_embed\.projection\.", "patch_embed."),
+    (r"^ln1\.", "norm."),
+    (r"^head\.(?:fc|2)\.", "head."),
+    (r"^head\.0\.", "pre_head.0."),
+    (r"^layers\.", "blocks."),
+    *RWKV_NAMES,
+    (r"\.mixer\.ln_x\.", ".mixer.norm."),
+    (r"\.time_decay(?=$|_w)", ".decay"),
+    (r"\.time_faaaa$", ".bonus"),
+    (r"\.time_maa_(?=x$|w[12]$)", ".mix_"),
+]
+
+
+def checkpoint_filter_fn(state_dict, model):
+    """Converts a published state dict to ours, and the position table to the model's grid."""
+    state_dict = unwrap_state_dict(state_dict)
+    out = {rename(key, _RENAMES): value for key, value in state_dict.items()}
+    for names in (("spatial_mix_k", "spatial_mix_v", "spatial_mix_r"), ("spatial_mix_k", "spatial_mix_r")):
+        out = stack_mixes(out, names)
+    out = stack_mixes(out, [f"time_maa_{name}" for name in "wkvrg"])
+    table = out.get("pos_embed")
+    if table is not None and table.shape != model.pos_embed.shape:
+        side = math.isqrt(table.shape[1])
+        out["pos_embed"] = resize_pos_embed(table, (side, side), model.grid_size, False, model.antialias_pos_embed)
+    return reshape_as(out, model)
+
+
+def _cfg(**kwargs):
+    return imagenet_cfg(
+        pool_size=None,
+        min_input_size=(3, 16, 16),
+        first_conv="patch_embed",
+        classifier="head",
+        license="apache-2.0",
+        origin_url="https://github.com/OpenGVLab/Vision-RWKV",
+        paper_ids="arXiv:2403.02308",
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {f"{name}.in1k": _cfg() for name in ("vrwkv_t", "vrwkv_s", "vrwkv_b", "vrwkv6_t", "vrwkv6_s", "vrwkv6_b")}
+    | {"vrwkv_l.in22k_ft_in1k_384": _cfg(input_size=(3, 384, 384), crop_pct=1.0)}
+)
+
+
+def _create_vrwkv(variant, pretrained=False, model_cls=VRWKV, **kwargs):
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(2, 5, 8, 11), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def vrwkv_t(pretrained=False, **kwargs):
+    """Vision-RWKV-T."""
+    return _create_vrwkv("vrwkv_t", pretrained, **dict(dict(dim=192), **kwargs))
+
+
+@register_model
+def vrwkv_s(pretrained=False, **kwargs):
+    """Vision-RWKV-S."""
+    model_args = dict(dim=384, post_norm=True, init_values=1.0)
+    return _create_vrwkv("vrwkv_s", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vrwkv_b(pretrained=False, **kwargs):
+    """Vision-RWKV-B."""
+    model_args = dict(dim=768, post_norm=True, init_values=1e-5)
+    return _create_vrwkv("vrwkv_b", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vrwkv_l(pretrained=False, **kwargs):
+    """Vision-RWKV-L, its positions made for 192 px."""
+    model_args = dict(
+        img_size=192, dim=1024, depth=24, post_norm=True, init_values=1e-5, inner_norm=True, head_hidden=3072
+    )
+    return _create_vrwkv("vrwkv_l", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vrwkv6_t(pretrained=False, **kwargs):
+    """Vision-RWKV-6-T."""
+    return _create_vrwkv("vrwkv6_t", pretrained, VRWKV6, **dict(dict(dim=192), **kwargs))
+
+
+@register_model
+def vrwkv6_s(pretrained=False, **kwargs):
+    """Vision-RWKV-6-S."""
+    model_args = dict(dim=384, post_norm=True, init_values=1e-5)
+    return _create_vrwkv("vrwkv6_s", pretrained, VRWKV6, **dict(model_args, **kwargs))
+
+
+@register_model
+def vrwkv6_b(pretrained=False, **kwargs):
+    """Vision-RWKV-6-B."""
+    model_args = dict(dim=768, post_norm=True, init_values=1e-5)
+    return _create_vrwkv("vrwkv6_b", pretrained, VRWKV6, **dict(model_args, **kwargs))
