@@ -54,14 +54,16 @@ _FAMILIES = (
     "vssd",
 )
 _DENSE_FAMILIES = ("vm_unet",)
+_ADOPTED_FAMILIES = ("efficientvim",)  # of linear complexity, and in timm already
 
 
-def list_models(filter="", dense=False):
+def list_models(filter="", dense=False, adopted=False):
     """Names of the zoo's models, sorted.
 
     Args:
         filter: Wildcard pattern or a list of them, as in `timm.list_models`.
         dense: The models whose output is a map (mask logits) instead of the backbones.
+        adopted: The models that timm itself registers instead.
     """
-    families = _DENSE_FAMILIES if dense else _FAMILIES
+    families = _DENSE_FAMILIES if dense else _ADOPTED_FAMILIES if adopted else _FAMILIES
     return sorted({name for family in families for name in _timm_list_models(filter, module=family)})

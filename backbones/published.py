@@ -23,6 +23,7 @@ class Published(NamedTuple):
     note: str = ""
 
 
+_EFFICIENTVIM = "README of github.com/mlvlab/EfficientViM, 300 epochs"
 _EFFICIENTVMAMBA = "README of github.com/TerryPei/EfficientVMamba"
 _GROUPMAMBA = "README and project page of github.com/Amshaker/GroupMamba"
 _HRVMAMBA = "README of github.com/zhanghao5201/HRVMamba"
@@ -40,6 +41,14 @@ _VIM2_NOTE = "no configuration was published: the layout, and so the size, is ou
 _VMAMBA = "README and assets/performance.md of github.com/MzeroMiko/VMamba"
 
 PUBLISHED = {
+    "efficientvim_m1": Published(6.7, 0.239, 72.9, _EFFICIENTVIM),
+    "efficientvim_m1_dist": Published(None, None, 74.6, _EFFICIENTVIM),
+    "efficientvim_m2": Published(13.9, 0.355, 75.4, _EFFICIENTVIM),
+    "efficientvim_m2_dist": Published(None, None, 76.7, _EFFICIENTVIM),
+    "efficientvim_m3": Published(16.6, 0.656, 77.6, _EFFICIENTVIM),
+    "efficientvim_m3_dist": Published(None, None, 79.1, _EFFICIENTVIM),
+    "efficientvim_m4": Published(19.6, 1.111, 79.4, _EFFICIENTVIM, 256),
+    "efficientvim_m4_dist": Published(None, None, 80.7, _EFFICIENTVIM, 256),
     "efficientvmamba_t": Published(
         6, 0.8, 76.5, _EFFICIENTVMAMBA, note="the authors round down: their training log prints 6,493,660 parameters"
     ),

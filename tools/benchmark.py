@@ -357,6 +357,11 @@ def run_ops(args):
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
+def backbones():
+    """The zoo's backbones and those of timm that it adopts."""
+    return list_models() + list_models(adopted=True)
+
+
 def network(name, size, args):
     """A pass of model `name` over a batch of random images: `(model, call)`."""
     model = create(name, size).to(args.device).train(args.train)
@@ -441,7 +446,7 @@ def run_models(args):
     """The `models` part."""
     names = list(args.models)
     if args.family:
-        names += [n for n in list_models() if family_of(n) in args.family]
+        names += [n for n in backbones() if family_of(n) in args.family]
         names += [n for n in BASELINES if n not in names]
     facts = environment(args.device, args.dtype) | {"batch": args.batch, "pass": "train" if args.train else "inference"}
     rows = [row for size in args.sizes for row in model_rows(names, size, args)]
@@ -479,7 +484,7 @@ def parse(argv):
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     if args.part == "models":
-        families = sorted({family_of(n) for n in list_models()})
+        families = sorted({family_of(n) for n in backbones()})
         wrong = [n for n in args.models if not timm.is_model(n)], [f for f in args.family if f not in families]
         if wrong[0]:
             parser.error(f"--models: timm knows no {', '.join(wrong[0])}")

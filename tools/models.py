@@ -98,7 +98,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     names = []
     for pattern in args.filters or ["*"]:
-        found = list_models(pattern) + list_models(pattern, dense=True)
+        found = list_models(pattern) + list_models(pattern, adopted=True) + list_models(pattern, dense=True)
         if not found:
             parser.error(f"no model of the zoo matches {pattern!r}")
         names += [name for name in found if name not in names]

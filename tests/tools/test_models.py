@@ -18,7 +18,7 @@ def off(measured, published):
     return published is not None and abs(measured - published) > TOLERANCE * published
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", list_models() + list_models(adopted=True))
 def test_costs_agree_with_the_published_ones(name):
     row, published = models.describe(name), PUBLISHED.get(name)
     assert row["params_m"] > 0
@@ -33,7 +33,7 @@ def test_costs_agree_with_the_published_ones(name):
 
 
 def test_published_names_are_registered():
-    assert set(PUBLISHED) <= set(list_models())
+    assert set(PUBLISHED) <= set(list_models() + list_models(adopted=True))
 
 
 def test_known_model():

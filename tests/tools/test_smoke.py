@@ -33,7 +33,7 @@ SLOW = {"spatialmamba_t"}
 
 def first_of_each_family():
     families = {}
-    for name in sorted(list_models(), key=lambda n: model_entrypoint(n).__code__.co_firstlineno):
+    for name in sorted(list_models() + list_models(adopted=True), key=lambda n: model_entrypoint(n).__code__.co_firstlineno):
         families.setdefault(model_entrypoint(name).__module__, name)
     return [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(families.values())]
 
@@ -53,7 +53,10 @@ def test_loss_halves(name, digits):
     taken = dict(inspect.signature(kind).parameters)
     if "kwargs" in taken:  # passed on to the class it derives from
         taken |= inspect.signature(kind.__base__).parameters
-    model = timm.create_model(name, num_classes=10, **{k: v for k, v in SMALL.items() if k in taken})
+    small = {k: v for k, v in SMALL.items() if k in taken}
+    if "embed_dim" in small and isinstance(taken["embed_dim"].default, tuple):  # EfficientViM, of three stages
+        small |= dict(embed_dim=(64, 96, 128), depths=(1, 1, 1))
+    model = timm.create_model(name, num_classes=10, **small)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for step in range(40):

@@ -1,0 +1,9 @@
+"""EfficientViM-M1 on ImageNet-1k with the DeiT teacher, by its published recipe: `torchrun --nproc_per_node=8`."""
+
+_base_ = ["./efficientvim_m1_in1k.py"]
+
+model = dict(
+    model_name="efficientvim_m1_dist",
+    distillation="hard",
+    teacher=dict(model_name="regnety_160.deit_in1k", pretrained=True),
+)

@@ -1,0 +1,5 @@
+"""EfficientViM-M1 on ImageNet-1k by its published recipe (without MESA): `torchrun --nproc_per_node=8`."""
+
+_base_ = ["../_base_/efficientvim_310e.py"]
+
+model = dict(model_name="efficientvim_m1")
