@@ -33,7 +33,9 @@ SLOW = {"spatialmamba_t"}
 
 def first_of_each_family():
     families = {}
-    for name in sorted(list_models() + list_models(adopted=True), key=lambda n: model_entrypoint(n).__code__.co_firstlineno):
+    for name in sorted(
+        list_models() + list_models(adopted=True), key=lambda n: model_entrypoint(n).__code__.co_firstlineno
+    ):
         families.setdefault(model_entrypoint(name).__module__, name)
     return [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(families.values())]
 
