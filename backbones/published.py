@@ -31,6 +31,8 @@ _LOCALMAMBA = "README of github.com/hunto/LocalMamba"
 _LOCALVIM_NOTE = "beside the matrix products, the published FLOPs leave a third of 9 L D N or less for the scans"
 _KAT = "README of github.com/Adamdad/kat"
 _KAT_NOTE = "the README leaves out the two matrix products of attention"
+_S4ND = "arXiv 2210.06583"
+_S4ND_NOTE = "the Fourier transforms of the long convolutions are not in our count"
 _SPATIALMAMBA = "README of github.com/EdwardChasel/Spatial-Mamba"
 _VSSD = "README of github.com/YuHengsss/VSSD, without MESA"
 _VSSD_NOTE = "our count has every convolution and matrix product; what the README's leaves out is not said"
@@ -66,6 +68,7 @@ PUBLISHED = {
     "kat_tiny_patch16_224": Published(5.7, 1.13, 74.6, _KAT, note=_KAT_NOTE),
     "kat_small_patch16_224": Published(22.1, 4.35, 81.2, _KAT, note=_KAT_NOTE),
     "kat_base_patch16_224": Published(86.6, 17.06, 82.3, _KAT, note=_KAT_NOTE),
+    "s4nd_convnext_tiny": Published(30, 5.2, 82.2, _S4ND, note=_S4ND_NOTE),
     "spatialmamba_t": Published(27, 4.5, 83.5, _SPATIALMAMBA),
     "spatialmamba_s": Published(43, 7.1, 84.6, _SPATIALMAMBA),
     "spatialmamba_b": Published(96, 15.8, 85.3, _SPATIALMAMBA),

@@ -37,27 +37,30 @@ def fft_conv(u, kernels, backward_kernels=None, *, out_channels=None):
     for k in kernels:
         if k.dim() not in (2, 3) or k.shape[-2] != rows:
             raise ValueError(f"kernels: expected (H, l) or (R, H, l) with H = {rows}, got {tuple(k.shape)}")
-    dtype = state_dtype(u.dtype)
-    axes = list(range(1, u.dim() - 1))
-    sizes = [u.shape[axis] + k.shape[-1] for axis, k in zip(axes, kernels, strict=True)]
+    dtype, axes = state_dtype(u.dtype), tuple(range(-len(kernels), 0))
+    sizes = [length + k.shape[-1] for length, k in zip(u.shape[1:-1], kernels, strict=True)]
     spectrum = None
-    for i, (axis, size) in enumerate(zip(axes, sizes, strict=True)):
-        k = kernels[i].to(dtype)
-        k = torch.nn.functional.pad(k if k.dim() == 3 else k.unsqueeze(0), (0, size - k.shape[-1]))
+    for i, (k, size) in enumerate(zip(kernels, sizes, strict=True)):
+        zeros = size - k.shape[-1]
+        k = torch.nn.functional.pad(_ranked(k, dtype), (0, zeros))
         if backward_kernels is not None:
-            b = backward_kernels[i].to(dtype)
-            b = (b if b.dim() == 3 else b.unsqueeze(0)).flip(-1)
-            k = k + torch.nn.functional.pad(b, (size - b.shape[-1], 0))
-        # The last axis is that of the real transform.
-        f = torch.fft.rfft(k) if axis == axes[-1] else torch.fft.fft(k)
-        f = f.transpose(1, 2).view(k.shape[0], *(f.shape[-1] if a == axis else 1 for a in axes), k.shape[1])
+            k = k + torch.nn.functional.pad(_ranked(backward_kernels[i], dtype).flip(-1), (zeros, 0))
+        f = torch.fft.rfft(k) if axes[i] == -1 else torch.fft.fft(k)  # the real transform is that of the last axis
+        f = f.view(*f.shape[:2], *(-1 if axis == axes[i] else 1 for axis in axes))
         spectrum = f if spectrum is None else spectrum * f
-    transformed, spectrum = torch.fft.rfftn(u.to(dtype), s=sizes, dim=axes), spectrum.sum(0)
+    # Channels in front: transforms run along contiguous memory, and compiled programs expect them there.
+    transformed = torch.fft.rfftn(u.to(dtype).movedim(-1, 1).contiguous(), s=sizes, dim=axes)
+    spectrum = spectrum.sum(0)
     if out_channels is None:
         transformed = transformed * spectrum
     else:
-        transformed = torch.einsum("b...h,...oh->b...o", transformed, spectrum.unflatten(-1, (out_channels, -1)))
+        transformed = torch.einsum("bh...,oh...->bo...", transformed, spectrum.unflatten(0, (out_channels, -1)))
     y = torch.fft.irfftn(transformed, s=sizes, dim=axes)
     for axis in axes:
-        y = y.narrow(axis, 0, u.shape[axis])
-    return y.to(u.dtype)
+        y = y.narrow(axis, 0, u.shape[axis - 1])
+    return y.movedim(1, -1).contiguous().to(u.dtype)
+
+
+def _ranked(k, dtype):
+    """``(R, H, l)`` of a kernel ``(H, l)`` or ``(R, H, l)``."""
+    return (k if k.dim() == 3 else k.unsqueeze(0)).to(dtype)

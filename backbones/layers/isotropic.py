@@ -72,6 +72,7 @@ class Isotropic(nn.Module):
         dim: Width.
         depth: Blocks.
         class_token: Whether a class token stands in the middle of the sequence.
+        positions: Whether tokens get learned positions.
         drop_rate: Dropout before the classifier.
 
     Raises:
@@ -92,6 +93,7 @@ class Isotropic(nn.Module):
         dim=192,
         depth=24,
         class_token=True,
+        positions=True,
         drop_rate=0.0,
         device=None,
         dtype=None,
@@ -110,7 +112,7 @@ class Isotropic(nn.Module):
         self.patch_embed = nn.Conv2d(in_chans, dim, patch_size, stride, **dd)
         tokens = self.grid_size[0] * self.grid_size[1] + int(class_token)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **dd)) if class_token else None
-        self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim, **dd))
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim, **dd)) if positions else None
         self.global_pool = self._pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
@@ -123,9 +125,9 @@ class Isotropic(nn.Module):
 
     def init_weights(self, needs_reset=True):
         """Fills the parameters; with `needs_reset` (after `to_empty`) also those that constructors fill."""
-        trunc_normal_(self.pos_embed, std=0.02)
-        if self.cls_token is not None:
-            trunc_normal_(self.cls_token, std=0.02)
+        for table in (self.pos_embed, self.cls_token):
+            if table is not None:
+                trunc_normal_(table, std=0.02)
         self.apply(partial(self._init_weights, needs_reset=needs_reset))
 
     @staticmethod
@@ -135,7 +137,7 @@ class Isotropic(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self):
-        return {"pos_embed", "cls_token"} if self.cls_token is not None else {"pos_embed"}
+        return {name for name in ("pos_embed", "cls_token") if getattr(self, name) is not None}
 
     @torch.jit.ignore
     def group_matcher(self, coarse=False):
@@ -169,6 +171,8 @@ class Isotropic(nn.Module):
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         if self.cls_token is not None:
             x = with_middle(x, self.cls_token.expand(x.shape[0], -1, -1))
+        if self.pos_embed is None:
+            return x, grid
         table = resize_pos_embed(
             self.pos_embed, self.grid_size, grid, self.cls_token is not None, self.antialias_pos_embed
         )

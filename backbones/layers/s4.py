@@ -184,17 +184,19 @@ class LowRankKernel(nn.Module):
             length: Steps.
             true_C: Whether `C` holds the true C now, as after filling it by hand, and not that of `self.length`.
         """
-        A, B, C, P, dt = (torch.view_as_complex(t.double().contiguous()) if t.dim() > 1 else t.double()
-                          for t in self.state_space())  # fmt: skip
-        A, C, P = (torch.cat([t, t.conj()], -1) for t in (A, C, P))
-        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        half = dt[:, None, None] / 2 * (torch.diag_embed(A) - torch.einsum("rhn,rhm->hnm", P, P.conj()))
+        A, _, C, P, dt = (t.double() for t in self.state_space())
+        # Real coordinates (Re x, Im x) of a pair of modes: 2 Re(C x) is (2 Re C, -2 Im C) of them.
+        re, im = (torch.diag_embed(t) for t in A.unbind(-1))
+        matrix = torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
+        P = torch.cat(P.unbind(-1), -1)  # P P^* x of both modes of all pairs is P times 2 Re(P^* x)
+        half = dt[:, None, None] / 2 * (matrix - 2 * torch.einsum("rhn,rhm->hnm", P, P))
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         step = torch.linalg.solve(eye - half, eye + half)
-        C = C.transpose(0, 1)  # (H, channels, N)
+        C = torch.cat([C[..., 0], -C[..., 1]], -1).transpose(0, 1)  # (H, channels, N)
         if not true_C:
             C = torch.linalg.solve(eye - torch.linalg.matrix_power(step, self.length), C, left=False)
-        C = C @ (eye - torch.linalg.matrix_power(step, length))
-        self.C.copy_(as_real(C.transpose(0, 1)[..., : self.C.shape[2]]))
+        real, imag = (C @ (eye - torch.linalg.matrix_power(step, length))).transpose(0, 1).chunk(2, -1)
+        self.C.copy_(torch.stack([real, -imag], -1))
         self.length = length
 
     def state_space(self, rate=1.0):

@@ -28,7 +28,8 @@ def ssm_kernel(A, B, C, dt, length, *, P=None, discretization="zoh"):
 
     With `P`, S4 (arXiv 2111.00396, algorithm 1): the state matrix is diag(A) - P P^*, discretised bilinearly. The
     kernel's generating function is evaluated at the roots of unity by four Cauchy products and transformed back. It is
-    truncated at `length` by `C`, which must be ``C (I - dA^length)`` of the true C.
+    truncated at `length` by `C`, which must be ``C (I - dA^length)`` of the true C. This is computed in float64: modes
+    that hardly decay have poles next to the roots of unity, where float32 keeps few digits.
 
     Args:
         A: Modes ``(H, N, 2)`` of each of H features; real parts negative. float64, float32, bfloat16 or float16.
@@ -51,10 +52,11 @@ def ssm_kernel(A, B, C, dt, length, *, P=None, discretization="zoh"):
     dtype = state_dtype(A.dtype)
     for tensor in (B, C, dt, P):
         dtype = dtype if tensor is None else torch.promote_types(dtype, state_dtype(tensor.dtype))
+    if P is not None:
+        A, B, C, P = (torch.view_as_complex(t.double().contiguous()) for t in (A, B, C, P))
+        return _dplr_kernel(A, B, C, dt.double().unsqueeze(-1), length, P).to(dtype)
     A, B, C = (torch.view_as_complex(t.to(dtype).contiguous()) for t in (A, B, C))
     dt = dt.to(dtype).unsqueeze(-1)
-    if P is not None:
-        return _dplr_kernel(A, B, C, dt, length, torch.view_as_complex(P.to(dtype).contiguous()))
     if discretization == "zoh":
         steps = dt * A
         weights = B * C * _expm1(steps) / A

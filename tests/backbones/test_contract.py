@@ -25,7 +25,11 @@ from linzoo.backbones import list_models
 from linzoo.backbones.layers import fuse_for_inference
 
 # {wildcard of model names: {name of the test: why the family cannot keep this clause}}
-EXCEPTIONS = {}
+EXCEPTIONS = {
+    "s4nd*": {
+        "test_pretrained_with_another_head_and_one_channel": "kernels of the three channels have no kernel as their sum"
+    }
+}
 
 SIZE = (64, 96)  # a multiple of 32, and not square: height and width must not be confused anywhere
 FEW_BLOCKS = dict(depths=(1, 1, 2, 1), depth=4, modules=(1, 1, 1))
