@@ -15,12 +15,14 @@ from .vim2 import ViM2
 from .vm_unet import VMUNet
 from .vmamba import VMamba
 from .vrwkv import VRWKV, VRWKV6
+from .vrwkv_adapter import VRWKVAdapter
 from .vssd import VSSD
 
 __all__ = [
     "KAT",
     "VRWKV",
     "VRWKV6",
+    "VRWKVAdapter",
     "VSSD",
     "EfficientVMamba",
     "GroupMamba",

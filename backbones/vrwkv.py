@@ -244,8 +244,9 @@ def checkpoint_filter_fn(state_dict, model):
     return reshape_as(out, model)
 
 
-def _cfg(**kwargs):
-    return imagenet_cfg(
+def vrwkv_cfg(**kwargs):
+    """timm's pretrained configuration, with `kwargs` in place of what differs."""
+    cfg = dict(
         pool_size=None,
         min_input_size=(3, 16, 16),
         first_conv="patch_embed",
@@ -253,13 +254,13 @@ def _cfg(**kwargs):
         license="apache-2.0",
         origin_url="https://github.com/OpenGVLab/Vision-RWKV",
         paper_ids="arXiv:2403.02308",
-        **kwargs,
     )
+    return imagenet_cfg(**{**cfg, **kwargs})
 
 
 default_cfgs = generate_default_cfgs(
-    {f"{name}.in1k": _cfg() for name in ("vrwkv_t", "vrwkv_s", "vrwkv_b", "vrwkv6_t", "vrwkv6_s", "vrwkv6_b")}
-    | {"vrwkv_l.in22k_ft_in1k_384": _cfg(input_size=(3, 384, 384), crop_pct=1.0)}
+    {f"{name}.in1k": vrwkv_cfg() for name in ("vrwkv_t", "vrwkv_s", "vrwkv_b", "vrwkv6_t", "vrwkv6_s", "vrwkv6_b")}
+    | {"vrwkv_l.in22k_ft_in1k_384": vrwkv_cfg(input_size=(3, 384, 384), crop_pct=1.0)}
 )
 
 
