@@ -40,6 +40,8 @@ _VIM = "README of github.com/hustvl/Vim; FLOPs as quoted in the README of github
 _VIM_NOTE = "beside the matrix products, the quoted FLOPs leave less than half of 9 L D N for the scans"
 _VIM2 = "arXiv 2403.19888v1, quoted second-hand and unverified"
 _VIM2_NOTE = "no configuration was published: the layout, and so the size, is ours"
+_VRWKV = "README of github.com/OpenGVLab/Vision-RWKV"
+_VRWKV_NOTE = "the README rounds to one decimal"
 _VMAMBA = "README and assets/performance.md of github.com/MzeroMiko/VMamba"
 
 PUBLISHED = {
@@ -98,4 +100,11 @@ PUBLISHED = {
     "vmamba_t_v0": Published(23, 5.6, 82.2, _VMAMBA),
     "vmamba_s_v0": Published(44, 11.2, 83.5, _VMAMBA),
     "vmamba_b_v0": Published(76, 18.0, 83.7, _VMAMBA),
+    "vrwkv_t": Published(6.2, 1.2, 75.1, _VRWKV, note=_VRWKV_NOTE),
+    "vrwkv_s": Published(23.8, 4.6, 80.1, _VRWKV),
+    "vrwkv_b": Published(93.7, 18.2, 82.0, _VRWKV),
+    "vrwkv_l": Published(334.9, 189.5, 86.0, _VRWKV, size=384),
+    "vrwkv6_t": Published(7.6, 1.6, 76.6, _VRWKV, note=_VRWKV_NOTE),
+    "vrwkv6_s": Published(27.7, 5.6, 81.1, _VRWKV),
+    "vrwkv6_b": Published(104.9, 20.9, 82.6, _VRWKV),
 }

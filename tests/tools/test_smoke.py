@@ -29,6 +29,7 @@ SMALL = dict(
     routes=("h v_flip w2 w7_flip", "h h_flip v v_flip", "v v_flip w2 w2_flip"),
 )
 SLOW = {"spatialmamba_t"}
+WIDER = dict.fromkeys(("vrwkv_t", "vrwkv6_t"), dict(dim=64))  # heads have 64 channels; both token mixers are tried
 
 
 def first_of_each_family():
@@ -37,7 +38,7 @@ def first_of_each_family():
         list_models() + list_models(adopted=True), key=lambda n: model_entrypoint(n).__code__.co_firstlineno
     ):
         families.setdefault(model_entrypoint(name).__module__, name)
-    return [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(families.values())]
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted({*families.values(), *WIDER})]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_loss_halves(name, digits):
     taken = dict(inspect.signature(kind).parameters)
     if "kwargs" in taken:  # passed on to the class it derives from
         taken |= inspect.signature(kind.__base__).parameters
-    small = {k: v for k, v in SMALL.items() if k in taken}
+    small = {k: v for k, v in SMALL.items() if k in taken} | WIDER.get(name, {})
     if "embed_dim" in small and isinstance(taken["embed_dim"].default, tuple):  # EfficientViM, of three stages
         small |= dict(embed_dim=(64, 96, 128), depths=(1, 1, 1))
     model = timm.create_model(name, num_classes=10, **small)

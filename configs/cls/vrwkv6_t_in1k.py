@@ -1,0 +1,5 @@
+"""Vision-RWKV-6-T on ImageNet-1k by its published recipe: `torchrun --nproc_per_node=8`."""
+
+_base_ = ["../_base_/imagenet.py", "../_base_/adamw_300e.py"]
+
+model = dict(model_name="vrwkv6_t", drop_path_rate=0.0)
