@@ -2,6 +2,7 @@
 
 from timm import list_models as _timm_list_models
 
+from .convs5 import ConvS5Video
 from .efficientvmamba import EfficientVMamba
 from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba
@@ -24,6 +25,7 @@ __all__ = [
     "VRWKV6",
     "VRWKVAdapter",
     "VSSD",
+    "ConvS5Video",
     "EfficientVMamba",
     "GroupMamba",
     "HRVMamba",

@@ -44,6 +44,20 @@ def test_inked(tmp_path):
             assert blue[inside > 0].mean() < 80 < blue[inside == 0].mean()
 
 
+def test_bouncing(tmp_path):
+    """Two digits that move at constant speed but at the borders, other digits in either part, the same every time."""
+    for name in ("one", "two"):
+        make_data.main(["bouncing", "--out", str(tmp_path / name)])
+    for part, count in (("train", 400), ("val", 60)):
+        clips = np.load(tmp_path / "one" / f"{part}.npy")
+        assert np.array_equal(clips, np.load(tmp_path / "two" / f"{part}.npy"))
+        assert clips.shape == (count, 20, 32, 32) and clips.dtype == np.uint8
+        assert (clips.max((2, 3)) > 200).all()
+        assert (np.abs(np.diff(clips.astype(int), axis=1)).max((2, 3)) > 50).all(), "every frame moves"
+        ink = clips.astype(float).sum((2, 3))
+        assert (ink.max(1) / ink.min(1)).max() < 2.5, "what is hidden is hidden behind the other digit"
+
+
 def test_leftovers_and_second_process(tmp_path):
     """A part-written folder of a killed process goes; processes that start together make one folder."""
     (tmp_path / ".digits-killed/train").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The pieces that training configs name: runner, hooks, classifier, segmenter, data sets, metric, optimizer wrapper.
+"""The pieces that training configs name: runner, hooks, the models to train, data sets, metrics, optimizer wrapper.
 
 Importing the package registers them all, so a config only needs
 `custom_imports = dict(imports=["linzoo.backbones", "linzoo.tools.engine"])`.
@@ -17,9 +17,10 @@ with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
 
 from .classifier import Classifier
 from .curves import CurveHook
-from .data import ImageFolder, LoadMask, MaskedImages
+from .data import Clips, ImageFolder, LoadMask, MaskedImages
 from .errors import InputError
 from .export import ExportHook
+from .next_frame import NextFrame, NextFrameMetric
 from .optim import AutocastOptimWrapper, TimmWeightDecay
 from .progress import ProgressHook
 from .resume import ResumeHook
@@ -29,6 +30,7 @@ from .segmenter import MaskMetric, Segmenter
 __all__ = [
     "AutocastOptimWrapper",
     "Classifier",
+    "Clips",
     "CurveHook",
     "ExportHook",
     "ImageFolder",
@@ -36,6 +38,8 @@ __all__ = [
     "LoadMask",
     "MaskMetric",
     "MaskedImages",
+    "NextFrame",
+    "NextFrameMetric",
     "ProgressHook",
     "ResumeHook",
     "Runner",

@@ -1,15 +1,17 @@
-"""Image folders, checked: `root/<class>/<image>`, or `root/images/<image>` with `root/masks/<image>`."""
+"""Data, checked: `root/<class>/<image>`, `root/images/<image>` with `root/masks/<image>`, or clips in one file."""
 
 import os
 from pathlib import Path
 
 import mmengine.registry
 import numpy as np
+import torch
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import BaseDataset
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.registry import DATASETS
 from PIL import Image
+from torch.utils.data import Dataset
 
 from ..make_data import MAKERS
 from .errors import InputError
@@ -87,6 +89,42 @@ class _NamesImages:
             raise InputError(f"cannot read image {path!r}; expected a whole image file ({_first_line(e)})") from e
 
 
+def check_clips(data_root: str, part: str, make: str | None = None) -> None:
+    """Make the clips where `make` says how to and the folder is absent; InputError where they are not there then."""
+    if make and not Path(data_root).exists():
+        MAKERS[make](data_root)
+    path = Path(data_root, f"{part}.npy")
+    if not path.is_file():
+        raise InputError(f"clips {str(path)!r} not found; expected uint8 frames (clips, frames, height, width)")
+    try:
+        clips = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as e:
+        raise InputError(f"cannot read clips {str(path)!r}; expected a whole .npy file ({_first_line(e)})") from e
+    if clips.ndim != 4 or clips.dtype != np.uint8:
+        raise InputError(f"clips {str(path)!r} are {clips.dtype} {clips.shape}; expected uint8 of four axes")
+
+
+@mmengine.registry.DATASETS.register_module()
+class Clips(Dataset):
+    """The clips of a file ``data_root/part.npy``, uint8 ``(clips, frames, height, width)``, as `inputs` (T, 1, H, W).
+
+    Args:
+        data_root: folder of the files.
+        part: name of the file, without its ending.
+        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+    """
+
+    def __init__(self, data_root: str, part: str, make: str | None = None):
+        check_clips(data_root, part, make)
+        self.clips = np.load(Path(data_root, f"{part}.npy"), mmap_mode="r")
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"inputs": torch.from_numpy(self.clips[index].copy()).unsqueeze(1)}
+
+
 @DATASETS.register_module()
 class ImageFolder(_NamesImages, CustomDataset):
     """mmpretrain's folder-per-class dataset that refuses empty classes and names an image it cannot read.
@@ -161,6 +199,9 @@ def prepare_data(cfg) -> None:
     classes = None
     for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
         dataset = (cfg.get(key) or {}).get("dataset", {})
+        if dataset.get("type") == "Clips":
+            check_clips(dataset.data_root, dataset.part, dataset.get("make"))
+            continue
         if dataset.get("type") not in ("ImageFolder", "MaskedImages") or dataset.get("ann_file"):
             continue
         root = Path(dataset.get("data_root", ""))

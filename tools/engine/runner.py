@@ -12,6 +12,7 @@ from mmengine.runner import Runner as MMRunner
 from torch.distributed import init_process_group
 
 from .classifier import Classifier
+from .next_frame import NextFrame
 from .segmenter import Segmenter
 from .weights import check_fit, read_checkpoint
 
@@ -103,7 +104,7 @@ class Runner(MMRunner):
     def resume(self, filename, *args, **kwargs) -> None:
         """As mmengine's, refusing another model's checkpoint; the sampler follows the resumed seed as well."""
         trained = self.model.module if is_model_wrapper(self.model) else self.model
-        if isinstance(trained, (Classifier, Segmenter)):
+        if isinstance(trained, (Classifier, NextFrame, Segmenter)):
             check_fit(trained.model, read_checkpoint(filename)[0], filename)
         super().resume(filename, *args, **kwargs)
         self.train_dataloader.sampler.seed = self.seed
