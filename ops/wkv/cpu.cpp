@@ -83,21 +83,24 @@ inline vdouble log2_from_one(vdouble x) {
 }
 
 // Sums over the steps on one side of a token, sum_i 2^(key_i - distance_i w) (x_i, y_i), where the nearest step has
-// distance 0; all over 2^peak, the largest of the weights.
+// distance 0; all over 2^peak, the largest of the weights: key `top` at distance `age`. Its exponent is computed anew at
+// every step; decaying it step by step would add up one rounding error a step.
 template <class T>
 struct Side {
   using V = typename Simd<T>::vec;
-  V x = {}, y = {}, far_x = {}, far_y = {}, peak = broadcast<T>(T(-1e30));  // far: times the distances
+  V x = {}, y = {}, far_x = {}, far_y = {}, top = broadcast<T>(T(-1e30)), age = {};  // far: times the distances
+  V peak(V w) const { return top - age * w; }
   template <bool kFar>
   void pass(V key, V next_x, V next_y, V w) {
     const V zero = {}, one = broadcast<T>(1);
-    const V decayed = peak - w, gap = key - decayed;
+    const V older = age + T(1), gap = key - (top - older * w);
     const V smaller = exp2(gap > zero ? -gap : gap);
     const V old = gap > zero ? smaller : one, fresh = gap > zero ? one : smaller;
     if (kFar) far_x = old * (far_x + x), far_y = old * (far_y + y);
     x = old * x + fresh * next_x;
     y = old * y + fresh * next_y;
-    peak = gap > zero ? key : decayed;
+    top = gap > zero ? key : top;
+    age = gap > zero ? zero : older;
   }
 };
 
@@ -177,9 +180,10 @@ void bi_forward(Tensor k, Tensor v, Tensor w, Tensor u, std::optional<Tensor> or
           },
           [&](int64_t l, const Side<T>& past, const Side<T>& future) {
             const V own = c.get(keys.at(b, l)) * T(kLog2e) + bonus;
-            V peak = past.peak > future.peak ? past.peak : future.peak;
+            const V past_peak = past.peak(decay), future_peak = future.peak(decay);
+            V peak = past_peak > future_peak ? past_peak : future_peak;
             peak = peak > own ? peak : own;
-            const V before = exp2(past.peak - peak), after = exp2(future.peak - peak), self = exp2(own - peak);
+            const V before = exp2(past_peak - peak), after = exp2(future_peak - peak), self = exp2(own - peak);
             const V den = before * past.y + after * future.y + self;
             const V num = before * past.x + after * future.x + self * c.get(values.at(b, l));
             c.put(out.at(b, l), num / den);
@@ -217,7 +221,7 @@ void bi_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, std::optiona
           [&](int64_t l, const Side<T>& past, const Side<T>& future) {
             const V key = c.get(keys.at(b, l)) * T(kLog2e), value = c.get(values.at(b, l));
             const V g = c.get(grads.at(b, l)), y = c.get(outputs.at(b, l));
-            const V before = exp2(past.peak + key), after = exp2(future.peak + key);
+            const V before = exp2(past.peak(decay) + key), after = exp2(future.peak(decay) + key);
             const V self = exp2(key + bonus - c.get(logs.at(b, l)) * T(kLog2e)) * g;
             const V sum = before * past.x + after * future.x + self;
             c.put(to_value.at(b, l), sum);

@@ -50,16 +50,16 @@ def _past(k, x, y, w, use_scan=False):
     """
 
     def step(state, inputs):
-        (peak, *sums), (key, *values) = state, inputs
-        decayed = peak - w
-        top = torch.maximum(decayed, key)
-        old, new = torch.exp(decayed - top), torch.exp(key - top)
+        (top, age, *sums), (key, *values) = state, inputs
+        gap = key - (top - (age + 1) * w)  # over the largest weight so far, of key `top` at distance `age`
+        old, new = torch.exp(-gap.clamp(min=0)), torch.exp(gap.clamp(max=0))
         near = [old * s + new * value for s, value in zip(sums[:2], values, strict=True)]
         far = [old * (s + d) for s, d in zip(sums[:2], sums[2:], strict=True)]
-        return (top, *near, *far), tuple(s.clone() for s in state)
+        top, after = torch.where(gap > 0, key, top), torch.where(gap > 0, 0, age + 1)
+        return (top, after, *near, *far), (state[0] - age * w, *(s.clone() for s in sums))
 
     zero = torch.zeros_like(k[:, 0])
-    return _walk(step, (zero - torch.inf, *[zero.clone() for _ in range(4)]), (k, x, y), use_scan)
+    return _walk(step, (zero - torch.inf, *[zero.clone() for _ in range(5)]), (k, x, y), use_scan)
 
 
 def bi_wkv(k, v, w, u, order=None, use_scan=False):
