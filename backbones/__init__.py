@@ -8,6 +8,7 @@ from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba
 from .kat import KAT
 from .localmamba import LocalVim, LocalVMamba
+from .restore_rwkv import RestoreRWKV
 from .s4 import PixelS4D, PixelS5
 from .s4nd import S4NDConvNeXt
 from .spatialmamba import SpatialMamba
@@ -33,6 +34,7 @@ __all__ = [
     "LocalVim",
     "PixelS4D",
     "PixelS5",
+    "RestoreRWKV",
     "S4NDConvNeXt",
     "SpatialMamba",
     "VMUNet",
@@ -57,17 +59,25 @@ _FAMILIES = (
     "vrwkv",
     "vssd",
 )
-_DENSE_FAMILIES = ("vm_unet",)
-_ADOPTED_FAMILIES = ("efficientvim",)  # of linear complexity, and in timm already
+_OTHER_FAMILIES = {
+    "adopted": ("efficientvim",),
+    "segmentation": ("vm_unet",),
+    "restoration": ("restore_rwkv",),
+}
 
 
-def list_models(filter="", dense=False, adopted=False):
+def list_models(filter="", kind="backbone"):
     """Names of the zoo's models, sorted.
 
     Args:
         filter: Wildcard pattern or a list of them, as in `timm.list_models`.
-        dense: The models whose output is a map (mask logits) instead of the backbones.
-        adopted: The models that timm itself registers instead.
+        kind: "backbone"; "adopted" for backbones of linear complexity that timm itself registers; "segmentation" for
+            models whose output is mask logits; "restoration" for those whose output is the restored image.
+
+    Raises:
+        ValueError: `kind` is none of these.
     """
-    families = _DENSE_FAMILIES if dense else _ADOPTED_FAMILIES if adopted else _FAMILIES
-    return sorted({name for family in families for name in _timm_list_models(filter, module=family)})
+    kinds = {"backbone": _FAMILIES, **_OTHER_FAMILIES}
+    if kind not in kinds:
+        raise ValueError(f"kind: expected one of {', '.join(kinds)}, got {kind!r}")
+    return sorted({name for family in kinds[kind] for name in _timm_list_models(filter, module=family)})

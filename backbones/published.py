@@ -33,6 +33,7 @@ _KAT = "README of github.com/Adamdad/kat"
 _KAT_NOTE = "the README leaves out the two matrix products of attention"
 _S4ND = "arXiv 2210.06583"
 _S4ND_NOTE = "the Fourier transforms of the long convolutions are not in our count"
+_RESTORE_RWKV = "arXiv 2407.11087, tables of v1; of the light variant, the abstract of v3"
 _SPATIALMAMBA = "README of github.com/EdwardChasel/Spatial-Mamba"
 _VSSD = "README of github.com/YuHengsss/VSSD, without MESA"
 _VSSD_NOTE = "our count has every convolution and matrix product; what the README's leaves out is not said"
@@ -71,6 +72,10 @@ PUBLISHED = {
     "kat_small_patch16_224": Published(22.1, 4.35, 81.2, _KAT, note=_KAT_NOTE),
     "kat_base_patch16_224": Published(86.6, 17.06, 82.3, _KAT, note=_KAT_NOTE),
     "s4nd_convnext_tiny": Published(30, 5.2, 82.2, _S4ND, note=_S4ND_NOTE),
+    "restore_rwkv": Published(27.914, 37.4585, None, _RESTORE_RWKV, 128),
+    "restore_rwkv_light": Published(
+        1.16, None, None, _RESTORE_RWKV, 128, "1.157 M with one kernel per token shift; here are all of its branches"
+    ),
     "spatialmamba_t": Published(27, 4.5, 83.5, _SPATIALMAMBA),
     "spatialmamba_s": Published(43, 7.1, 84.6, _SPATIALMAMBA),
     "spatialmamba_b": Published(96, 15.8, 85.3, _SPATIALMAMBA),

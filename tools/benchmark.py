@@ -359,7 +359,7 @@ def run_ops(args):
 
 def backbones():
     """The zoo's backbones and those of timm that it adopts."""
-    return list_models() + list_models(adopted=True)
+    return list_models() + list_models(kind="adopted")
 
 
 def network(name, size, args):

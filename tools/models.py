@@ -27,6 +27,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
+KINDS = ("backbone", "adopted", "segmentation", "restoration")
+
+
 def family_of(name):
     """The family of a registered model: its file in `linzoo.backbones`, or timm's."""
     return model_entrypoint(name).__module__.rpartition(".")[2]
@@ -98,7 +101,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     names = []
     for pattern in args.filters or ["*"]:
-        found = list_models(pattern) + list_models(pattern, adopted=True) + list_models(pattern, dense=True)
+        found = [name for kind in KINDS for name in list_models(pattern, kind)]
         if not found:
             parser.error(f"no model of the zoo matches {pattern!r}")
         names += [name for name in found if name not in names]

@@ -8,6 +8,7 @@ from .grkan import GRKAN, GroupRational
 from .grouped_linear import GroupedLinear, grouped_linear
 from .isotropic import Isotropic, resize_pos_embed
 from .norm import GroupedLayerNorm, RMSNorm
+from .omni_shift import OmniShift
 from .padding import zero_pad
 from .pyramid import Pyramid, Stage
 from .rwkv import ChannelMix, RWKVBlock, SpatialMix, q_shift
@@ -38,6 +39,7 @@ __all__ = [
     "GroupedLayerNorm",
     "GroupedLinear",
     "Isotropic",
+    "OmniShift",
     "Pyramid",
     "RMSNorm",
     "RWKVBlock",

@@ -11,7 +11,7 @@ from linzoo.backbones.layers import fuse_for_inference
 
 
 def test_the_names_are_timms():
-    names = list_models("efficientvim_m?", adopted=True)
+    names = list_models("efficientvim_m?", kind="adopted")
     assert names == [f"efficientvim_m{i}" for i in (1, 2, 3, 4)]
     assert {timm.model_entrypoint(name).__module__ for name in names} == {"timm.models.efficientvim"}
     assert not set(names) & set(list_models())

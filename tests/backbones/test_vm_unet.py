@@ -34,8 +34,8 @@ def test_parity(path, tmp_path):
 
 
 def test_registered():
-    assert list_models(dense=True) == ["mhs_vm_unet", "vm_unet"]
-    assert not set(list_models()) & set(list_models(dense=True))
+    assert list_models(kind="segmentation") == ["mhs_vm_unet", "vm_unet"]
+    assert not set(list_models()) & set(list_models(kind="segmentation"))
 
 
 @pytest.mark.parametrize("num_heads", (None, 3, 4))

@@ -12,13 +12,14 @@ from linzoo.backbones.published import PUBLISHED
 from linzoo.tools import models
 
 TOLERANCE = 0.03
+ALL = [name for kind in models.KINDS for name in list_models(kind=kind)]
 
 
 def off(measured, published):
     return published is not None and abs(measured - published) > TOLERANCE * published
 
 
-@pytest.mark.parametrize("name", list_models() + list_models(adopted=True))
+@pytest.mark.parametrize("name", ALL)
 def test_costs_agree_with_the_published_ones(name):
     row, published = models.describe(name), PUBLISHED.get(name)
     assert row["params_m"] > 0
@@ -33,7 +34,7 @@ def test_costs_agree_with_the_published_ones(name):
 
 
 def test_published_names_are_registered():
-    assert set(PUBLISHED) <= set(list_models() + list_models(adopted=True))
+    assert set(PUBLISHED) <= set(ALL)
 
 
 def test_known_model():

@@ -35,7 +35,7 @@ WIDER = dict.fromkeys(("vrwkv_t", "vrwkv6_t"), dict(dim=64))  # heads have 64 ch
 def first_of_each_family():
     families = {}
     for name in sorted(
-        list_models() + list_models(adopted=True), key=lambda n: model_entrypoint(n).__code__.co_firstlineno
+        list_models() + list_models(kind="adopted"), key=lambda n: model_entrypoint(n).__code__.co_firstlineno
     ):
         families.setdefault(model_entrypoint(name).__module__, name)
     return [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted({*families.values(), *WIDER})]
@@ -86,7 +86,7 @@ def inked(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list_models(dense=True))
+@pytest.mark.parametrize("name", list_models(kind="segmentation"))
 def test_dice_falls(name, inked):
     small = dict(dims=(32, 64, 128, 256), depths=(1, 1, 1, 1), depths_decoder=(1, 1, 1, 1), drop_path_rate=0.0)
     model = timm.create_model(name, **small)

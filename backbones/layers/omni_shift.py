@@ -1,0 +1,82 @@
+"""Omni-Shift, the token shift of Restore-RWKV."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .conv import Conv2dNHWC
+
+
+class OmniShift(nn.Module):
+    """Re-parameterised depthwise convolution 5x5 (Restore-RWKV, arXiv 2407.11087, section 3.3); ``(B, H, W, C)``.
+
+    ``alpha_0 x + alpha_1 DW1x1(x) + alpha_2 DW3x3(x) + alpha_3 DW5x5(x)``, borders padded with zeros. The sum of the
+    branches is itself one 5x5 kernel: in training it is made from the branches at every step, for evaluation it is
+    made, and kept in `merged`, whenever the module leaves training, loads a state or is initialised. `fuse` gives it as
+    an ordinary convolution. (The paper counts alpha from the largest kernel, the published code as here.)
+
+    Args:
+        dim: Channels C.
+    """
+
+    sizes = (1, 3, 5)
+
+    def __init__(self, dim, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(1 + len(self.sizes), **dd))
+        for size in self.sizes:
+            self.register_parameter(f"kernel{size}", nn.Parameter(torch.empty(dim, 1, size, size, **dd)))
+        self.merged = nn.Parameter(torch.empty(dim, 1, 5, 5, **dd), requires_grad=False)
+        self.register_load_state_dict_post_hook(_refresh)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        nn.init.normal_(self.alpha)
+        for size in self.sizes:
+            nn.init.kaiming_uniform_(self.get_parameter(f"kernel{size}"), a=math.sqrt(5))  # as nn.Conv2d
+        self.refresh()
+
+    def merge(self):
+        """The branches as one kernel ``(C, 1, 5, 5)``."""
+        kernel = F.pad(self.alpha[0].expand(self.merged.shape[0], 1, 1, 1), (2, 2, 2, 2))
+        for alpha, size in zip(self.alpha[1:], self.sizes, strict=True):
+            border = (5 - size) // 2
+            kernel = kernel + alpha * F.pad(self.get_parameter(f"kernel{size}"), (border,) * 4)
+        return kernel
+
+    @torch.no_grad()
+    def refresh(self):
+        """Makes `merged` what the branches say now."""
+        self.merged.copy_(self.merge())
+
+    def train(self, mode=True):
+        if self.training and not mode:
+            self.refresh()
+        return super().train(mode)
+
+    def forward(self, x):
+        kernel = self.merge() if self.training else self.merged
+        return F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=2, groups=x.shape[-1]).permute(0, 2, 3, 1)
+
+    @torch.no_grad()
+    def fuse(self):
+        """The same as one convolution."""
+        dim, dd = self.merged.shape[0], {"device": self.merged.device, "dtype": self.merged.dtype}
+        conv = Conv2dNHWC(dim, dim, 5, padding=2, groups=dim, bias=False, **dd)
+        conv.weight.copy_(self.merge())
+        return conv
+
+
+def _refresh(module, incompatible_keys):
+    module.refresh()
+
+
+# The authors' names of the parts and ours.
+OMNI_SHIFT_NAMES = [
+    (r"\.omni_shift\.conv(\d)x\1\.weight$", r".omni_shift.kernel\1"),
+    (r"\.omni_shift\.conv5x5_reparam\.weight$", ".omni_shift.merged"),
+]
