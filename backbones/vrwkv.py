@@ -258,9 +258,18 @@ def vrwkv_cfg(**kwargs):
     return imagenet_cfg(**{**cfg, **kwargs})
 
 
+HUB = "https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/"
+
 default_cfgs = generate_default_cfgs(
-    {f"{name}.in1k": vrwkv_cfg() for name in ("vrwkv_t", "vrwkv_s", "vrwkv_b", "vrwkv6_t", "vrwkv6_s", "vrwkv6_b")}
-    | {"vrwkv_l.in22k_ft_in1k_384": vrwkv_cfg(input_size=(3, 384, 384), crop_pct=1.0)}
+    {
+        f"{name}.in1k": vrwkv_cfg(url=f"{HUB}{name}_in1k_224.pth")
+        for name in ("vrwkv_t", "vrwkv_s", "vrwkv_b", "vrwkv6_t", "vrwkv6_s", "vrwkv6_b")
+    }
+    | {
+        "vrwkv_l.in22k_ft_in1k_384": vrwkv_cfg(
+            url=f"{HUB}vrwkv_l_22kto1k_384.pth", input_size=(3, 384, 384), crop_pct=1.0
+        )
+    }
 )
 
 

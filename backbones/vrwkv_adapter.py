@@ -11,7 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from .layers import unwrap_state_dict
 from .layers.checkpoint import rename
 from .layers.vit_adapter import ADAPTER_NAMES, ViTAdapter
-from .vrwkv import VRWKV, vrwkv_cfg
+from .vrwkv import HUB, VRWKV, vrwkv_cfg
 from .vrwkv import checkpoint_filter_fn as vrwkv_checkpoint_filter_fn
 
 __all__ = ["VRWKVAdapter"]
@@ -38,7 +38,10 @@ _ADAPTER = re.compile(r"(?:spm|prior|level_embed|interactions|up|norms?\d?)(?:\.
 
 
 def checkpoint_filter_fn(state_dict, model):
-    """Converts the authors' state dict of an adapter, or of a classifier, whose adapter then begins anew."""
+    """Converts the authors' state dict of an adapter, with or without a detector or segmenter around it.
+
+    Of a classifier's the backbone is taken; the adapter then begins anew.
+    """
     state_dict = {key.removeprefix("backbone."): value for key, value in unwrap_state_dict(state_dict).items()}
     adapter = {rename(key, ADAPTER_NAMES): value for key, value in state_dict.items() if _ADAPTER.match(key)}
     rest = {key: value for key, value in state_dict.items() if not _ADAPTER.match(key)}
@@ -50,14 +53,23 @@ def checkpoint_filter_fn(state_dict, model):
     return adapter | backbone
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"vrwkv_{size}_adapter_{task}": vrwkv_cfg(
-            num_classes=0, classifier=None, input_size=(3, 512, 512), first_conv="backbone.patch_embed"
-        )
-        for size in "tsbl"
-        for task in ("det", "seg")
+def _cfg(size, task):
+    name = {"t": "tiny", "s": "small", "b": "base", "l": "large"}[size]
+    file = {
+        "det": f"mask_rcnn_vrwkv_adapter_{name}_fpn_1x_coco",
+        "seg": f"upernet_vrwkv_adapter_{name}_512_160k_ade20k",
     }
+    return vrwkv_cfg(
+        url=f"{HUB}{file[task]}.pth",
+        num_classes=0,
+        classifier=None,
+        input_size=(3, 512, 512),
+        first_conv="backbone.patch_embed",
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {f"vrwkv_{size}_adapter_{task}": _cfg(size, task) for size in "tsbl" for task in ("det", "seg")}
 )
 
 # Those of the classifiers, but for layer scales.

@@ -1,6 +1,6 @@
 """Vision-RWKV-L fine-tuned on ImageNet-1k at 384 px by its published recipe: `torchrun --nproc_per_node=8`.
 
-It begins from weights of ImageNet-22k at 192 px: the authors', or one's own.
+It begins from the authors' weights of ImageNet-22k at 192 px, a file to be downloaded.
 """
 
 _base_ = ["../_base_/imagenet.py", "../_base_/adamw_300e.py"]
@@ -9,7 +9,7 @@ model = dict(
     model_name="vrwkv_l",
     drop_path_rate=0.1,
     pretrained=True,
-    pretrained_cfg_overlay=dict(file="work_dirs/vrwkv_l_in22k/export/model.safetensors", num_classes=21841),
+    pretrained_cfg_overlay=dict(file="work_dirs/vrwkv_l_in22k_192.pth", num_classes=21841),
     train_cfg=dict(augments=[dict(type="Mixup", alpha=0.8)], probs=[0.5]),
 )
 

@@ -14,6 +14,7 @@ from linzoo.backbones.layers.vit_adapter import MSDeformAttention, ViTAdapter, d
 from linzoo.backbones.vrwkv import VRWKV, VRWKV6
 from linzoo.backbones.vrwkv import checkpoint_filter_fn as convert
 from linzoo.backbones.vrwkv_adapter import VRWKVAdapter
+from linzoo.backbones.vrwkv_adapter import checkpoint_filter_fn as convert_adapter
 from linzoo.ops import bi_wkv
 
 CASES = sorted((PARITY / "maps").glob("*.json"))
@@ -187,6 +188,16 @@ def test_adapter_begins_from_a_classifier(tmp_path):
     shared = [key for key in theirs if not key.startswith(("norm.", "head."))]
     assert all(torch.equal(ours[f"backbone.{key}"], theirs[key]) for key in shared)
     assert (ours["backbone.blocks.3.ls1.gamma"] == 1).all()
+
+
+def test_adapter_from_a_segmenters_checkpoint():
+    """Its keys begin with backbone., beside the head's, which are left out."""
+    case = json.loads(CASES[0].read_text())
+    state = {k: torch.from_numpy(v) for k, v in synth.state_dict(case).items()}
+    model = timm.create_model(case["model"], device="meta")
+    whole = {f"backbone.{k}": v for k, v in state.items()} | {"decode_head.conv_seg.weight": torch.zeros(1)}
+    ours = convert_adapter({"state_dict": whole}, model)
+    assert ours.keys() == model.state_dict().keys() == convert_adapter(state, model).keys()
 
 
 def test_adapter_after_to_empty():
