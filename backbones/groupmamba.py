@@ -21,7 +21,17 @@ from torch import nn
 
 from linzoo.ops import scan_order
 
-from .layers import S6, Conv2dNHWC, ConvDownsample, GroupedLayerNorm, GroupedLinear, Pyramid, Stage, unwrap_state_dict
+from .layers import (
+    S6,
+    Conv2dNHWC,
+    ConvDownsample,
+    GroupedLayerNorm,
+    GroupedLinear,
+    Pyramid,
+    Stage,
+    channel_mixer,
+    unwrap_state_dict,
+)
 from .layers.pretrained import imagenet_cfg
 
 __all__ = ["GroupMamba"]
@@ -104,12 +114,13 @@ class DepthwiseMlp(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, mlp_ratio, drop_path=0.0, device=None, dtype=None):
+    def __init__(self, dim, mlp_ratio, mlp="depthwise", drop_path=0.0, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.mixer = GroupMambaMixer(dim, **dd)
         self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = DepthwiseMlp(dim, int(dim * mlp_ratio), **dd)
+        kind = DepthwiseMlp if mlp == "depthwise" else channel_mixer(mlp)
+        self.mlp = kind(dim, int(dim * mlp_ratio), **dd)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
@@ -168,6 +179,8 @@ class GroupMamba(Pyramid):
         dims: Channels of each stage, multiples of 4.
         depths: Blocks of each stage.
         mlp_ratios: Hidden over outer width of each stage's MLPs.
+        mlp: What stands for an MLP in the stages: 'depthwise' (with a convolution in it, as published) or a name of
+            `layers.channel_mixer`: 'mlp', 'grkan', 'bspline_kan', 'fourier_kan'.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
         distillation: Whether a second head learns from a teacher. Its output is averaged with the first head's, unless
@@ -183,6 +196,7 @@ class GroupMamba(Pyramid):
         dims=(64, 128, 348, 448),
         depths=(3, 4, 9, 3),
         mlp_ratios=(8, 8, 4, 4),
+        mlp="depthwise",
         drop_rate=0.0,
         drop_path_rate=0.0,
         distillation=True,
@@ -200,7 +214,7 @@ class GroupMamba(Pyramid):
         drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
         for i, dim in enumerate(dims):
-            blocks = [Block(dim, mlp_ratios[i], rate, **dd) for rate in drop_path[i]]
+            blocks = [Block(dim, mlp_ratios[i], mlp, rate, **dd) for rate in drop_path[i]]
             downsample = ConvDownsample(dims[i - 1], dim, **dd) if i else None
             norm = nn.LayerNorm(dim, eps=1e-6, **dd) if i < len(dims) - 1 else None
             stages.append(Stage(blocks, downsample, norm))

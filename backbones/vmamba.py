@@ -10,12 +10,12 @@ Maps are channel-last (B, H, W, C) throughout.
 
 import re
 
-from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates
+from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
-from .layers import SS2D, Conv2dNHWC, ConvDownsample, Pyramid, Stage
+from .layers import SS2D, Conv2dNHWC, ConvDownsample, Pyramid, Stage, channel_mixer
 from .layers.checkpoint import SS2D_NAMES, VMAMBA_EARLY_NAMES, rename, reshape_as, unwrap_state_dict
 from .layers.pretrained import imagenet_cfg
 
@@ -39,9 +39,9 @@ class ConvStem(nn.Sequential):
 
 
 class Block(nn.Module):
-    """``x += SS2D(LN(x))``, then ``x += MLP(LN(x))`` where `mlp_ratio` is not 0."""
+    """``x += SS2D(LN(x))``, then ``x += MLP(LN(x))`` where `mlp_ratio` is not 0; `mlp` names the MLP."""
 
-    def __init__(self, dim, ratio, d_state, gated, mlp_ratio, drop_path=0.0, device=None, dtype=None):
+    def __init__(self, dim, ratio, d_state, gated, mlp_ratio, mlp="mlp", drop_path=0.0, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd)
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.mlp = None
         if mlp_ratio:
             self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
-            self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+            self.mlp = channel_mixer(mlp)(dim, int(dim * mlp_ratio), **dd)
 
     def forward(self, x):
         x = x + self.drop_path(self.mixer(self.norm1(x)))
@@ -72,6 +72,7 @@ class VMamba(Pyramid):
         d_state: States per channel.
         gated: Gated SS2D, the first version's.
         mlp_ratio: Hidden over outer width of the MLPs; 0 for blocks without.
+        mlp: What stands for an MLP, a name of `layers.channel_mixer`: 'mlp', 'grkan', 'bspline_kan', 'fourier_kan'.
         conv_embed: Overlapping convolutions as stem and between stages; False for 4x4 patches and patch merging.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
@@ -88,6 +89,7 @@ class VMamba(Pyramid):
         d_state=1,
         gated=False,
         mlp_ratio=4.0,
+        mlp="mlp",
         conv_embed=True,
         drop_rate=0.0,
         drop_path_rate=0.0,
@@ -104,7 +106,7 @@ class VMamba(Pyramid):
         drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
         for i, dim in enumerate(dims):
-            blocks = [Block(dim, ssm_ratio, d_state, gated, mlp_ratio, rate, **dd) for rate in drop_path[i]]
+            blocks = [Block(dim, ssm_ratio, d_state, gated, mlp_ratio, mlp, rate, **dd) for rate in drop_path[i]]
             stages.append(Stage(blocks, down(dims[i - 1], dim, **dd) if i else None))
         self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(dims[-1], eps=1e-5, **dd)

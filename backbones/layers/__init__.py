@@ -7,6 +7,7 @@ from .fuse import fuse_for_inference
 from .grkan import GRKAN, GroupRational
 from .grouped_linear import GroupedLinear, grouped_linear
 from .isotropic import Isotropic, resize_pos_embed
+from .kan import KAN, channel_mixer
 from .norm import GroupedLayerNorm, RMSNorm
 from .omni_shift import OmniShift
 from .padding import zero_pad
@@ -20,6 +21,7 @@ from .vim_mixer import CausalConv, VimMixer
 
 __all__ = [
     "GRKAN",
+    "KAN",
     "LSSL",
     "S4",
     "S4D",
@@ -47,6 +49,7 @@ __all__ = [
     "Stage",
     "VimMixer",
     "fuse_for_inference",
+    "channel_mixer",
     "grouped_linear",
     "q_shift",
     "resize_pos_embed",

@@ -1,5 +1,7 @@
 """Group-rational KAN (KAT, arXiv 2409.10594): channel mixers whose activations are learned rational functions."""
 
+import math
+
 import torch
 from timm.models._features_fx import register_notrace_module
 from torch import nn
@@ -56,7 +58,7 @@ class GRKAN(nn.Module):
         in_features: Channels.
         hidden_features: Inner width; None for `in_features`.
         out_features: Channels of the output; None for `in_features`.
-        groups: Groups of each activation.
+        groups: Groups of each activation; the greatest common divisor where they do not divide its channels.
         drop: Dropout after each activation.
         act_layer, norm_layer: Ignored: they are arguments of `timm.layers.Mlp`, whose place this layer takes.
         bias: Whether the linear maps have biases.
@@ -78,9 +80,9 @@ class GRKAN(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         hidden_features = hidden_features or in_features
-        self.act1 = GroupRational(groups, "identity", **dd)
+        self.act1 = GroupRational(math.gcd(groups, in_features), "identity", **dd)
         self.fc1 = nn.Linear(in_features, hidden_features, bias=bias, **dd)
-        self.act2 = GroupRational(groups, "swish", **dd)
+        self.act2 = GroupRational(math.gcd(groups, hidden_features), "swish", **dd)
         self.fc2 = nn.Linear(hidden_features, out_features or in_features, bias=bias, **dd)
         self.drop = nn.Dropout(drop)
         self.keep_variance()

@@ -80,6 +80,8 @@ class Pyramid(nn.Module):
                 nn.init.zeros_(module.bias)
         elif needs_reset and hasattr(module, "reset_parameters"):
             module.reset_parameters()
+        elif hasattr(module, "keep_variance"):  # a GRKAN, whose linear maps came before it
+            module.keep_variance()
 
     @torch.jit.ignore
     def no_weight_decay(self):
