@@ -3,6 +3,7 @@
 from .channel_gate import ChannelGate
 from .checkpoint import unwrap_state_dict
 from .conv import Conv2dNHWC, ConvDownsample
+from .fdconv import FDConv
 from .fuse import fuse_for_inference
 from .grkan import GRKAN, GroupRational
 from .grouped_linear import GroupedLinear, grouped_linear
@@ -11,6 +12,16 @@ from .kan import KAN, channel_mixer
 from .norm import GroupedLayerNorm, RMSNorm
 from .omni_shift import OmniShift
 from .padding import zero_pad
+from .plugins import (
+    SCSE,
+    ChannelPatchEmbed,
+    TVConv,
+    WaRA,
+    WeightedConv1d,
+    WeightedConv2d,
+    WeightedConv3d,
+    sample_channels,
+)
 from .pyramid import Pyramid, Stage
 from .rwkv import ChannelMix, RWKVBlock, SpatialMix, q_shift
 from .s4 import LSSL, S4, S4D, S4ND
@@ -27,16 +38,18 @@ __all__ = [
     "S4D",
     "S4ND",
     "S5",
-    "S5Mixer",
     "S6",
+    "SCSE",
     "SS2D",
     "CausalConv",
     "ChannelGate",
     "ChannelMix",
+    "ChannelPatchEmbed",
     "Conv2dNHWC",
     "ConvDownsample",
     "ConvS5",
     "ConvS5Layer",
+    "FDConv",
     "GroupRational",
     "GroupedLayerNorm",
     "GroupedLinear",
@@ -45,14 +58,21 @@ __all__ = [
     "Pyramid",
     "RMSNorm",
     "RWKVBlock",
+    "S5Mixer",
     "SpatialMix",
     "Stage",
+    "TVConv",
     "VimMixer",
-    "fuse_for_inference",
+    "WaRA",
+    "WeightedConv1d",
+    "WeightedConv2d",
+    "WeightedConv3d",
     "channel_mixer",
+    "fuse_for_inference",
     "grouped_linear",
     "q_shift",
     "resize_pos_embed",
+    "sample_channels",
     "unwrap_state_dict",
     "zero_pad",
 ]
