@@ -43,7 +43,7 @@ def normal_plus_low_rank(measure, size):
 
     Returns:
         Lambda ``(N/2,)`` with the most negative imaginary part first, V^* P and V^* B ``(N/2,)``, and V ``(N, N/2)``.
-        The phases of the modes are arbitrary.
+        The phases of the modes, which are arbitrary, are those that make V^* B real and positive.
 
     Raises:
         ValueError: unknown measure or odd size.
@@ -60,16 +60,15 @@ def normal_plus_low_rank(measure, size):
     if measure == "fourier":  # the constant and an idle state share the frequency 0: as one conjugate pair
         V[:, -1] = 0
         V[0, -1], V[1, -1] = 0.5**0.5, 0.5**0.5 * 1j
-    rows = V.conj().T.resolve_conj()
-    return torch.complex(decay.expand_as(frequencies), frequencies), rows @ (P + 0j), rows @ (B + 0j), V
+    V = V * torch.sgn(V.mH @ (B + 0j))
+    return torch.complex(decay.expand_as(frequencies), frequencies), V.mH @ (P + 0j), V.mH @ (B + 0j), V
 
 
 def diagonal_system(init, size):
     """What S4D begins with (arXiv 2206.11893, section 4): modes A and B ``(N/2,)`` for N = `size` real states.
 
     Args:
-        init: 'lin', 'inv', 'inv2', 'quad', 'real' or 'legs'. The imaginary parts of 'legs' are negative; those of B are
-            clipped to [-2, 2], as published.
+        init: 'lin', 'inv', 'inv2', 'quad', 'real' or 'legs', whose imaginary parts are negative.
         size: N, even.
 
     Raises:
@@ -77,7 +76,7 @@ def diagonal_system(init, size):
     """
     if init == "legs":
         A, _, B, _ = normal_plus_low_rank("legs", size)
-        return A, torch.complex(B.real, B.imag.clamp(-2, 2))
+        return A, B
     if size < 2 or size % 2:
         raise ValueError(f"size: expected an even number of states, got {size}")
     n = torch.arange(size // 2, **CPU)

@@ -169,7 +169,6 @@ class LowRankKernel(nn.Module):
         if self.C.is_meta:
             return
         A, P, B, _ = normal_plus_low_rank(self.init, self.d_state)
-        B = torch.complex(B.real, B.imag.clamp(-2, 2))
         self.A_log.copy_((-A.real).clamp(min=1e-4).log().expand_as(self.A_log))
         self.A_imag.copy_(A.imag.expand_as(self.A_imag))
         self.B.copy_(as_real(B).expand_as(self.B))
