@@ -1,4 +1,4 @@
-"""S5 on handwritten digits as sequences of 64 pixels: a few minutes on one CPU core."""
+"""S5 on handwritten digits as sequences of 64 pixels: two minutes on one CPU core."""
 
 _base_ = ["../_base_/runtime.py", "../_base_/digits.py"]
 

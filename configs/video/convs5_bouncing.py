@@ -1,4 +1,4 @@
-"""A narrow ConvS5 learns how two handwritten digits bounce around, 32 px: some minutes on one CPU core."""
+"""A narrow ConvS5 learns how two handwritten digits bounce around, 32 px: eight minutes on one CPU core."""
 
 _base_ = ["../_base_/runtime.py"]
 
@@ -12,6 +12,8 @@ model = dict(
     d_state=64,
     num_groups=8,
 )
+
+data_preprocessor = dict(type="BaseDataPreprocessor")
 
 train_dataloader = dict(
     batch_size=8,

@@ -1,0 +1,5 @@
+"""S4D on CIFAR-10 as sequences of 1,024 pixels, by the authors' recipe."""
+
+_base_ = ["../_base_/cifar10.py", "../_base_/s4_200e.py"]
+
+model = dict(model_name="s4d_pixel_s")
