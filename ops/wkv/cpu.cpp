@@ -22,6 +22,7 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int kChunk = 32;  // also CHUNK in __init__.py
+constexpr int kFewHeads = 16;
 
 template <class T>
 T* data(const Tensor& x) {
@@ -275,14 +276,6 @@ struct Head {
   const T* row(const Activation<const T>& x, int64_t l) const { return x.at(b, l, h); }
   const T* bonus() const { return p.u && !direction ? p.u + h * p.N : nullptr; }  // counted once
   T* state(int64_t chunk) const { return p.states + (index * p.chunks + chunk) * p.N * p.P; }
-  // Asks for a step's rows, which are too far apart for the hardware to foresee.
-  void prefetch(int64_t t) const {
-    if (t < 0 || t >= p.order.steps) return;
-    const int64_t l = token(t);
-    for (const auto* x : {&p.r, &p.w, &p.k, &p.v, &p.a, &p.b})
-      if (x->rows)
-        for (int64_t n = 0; n < (x == &p.v ? p.P : p.N); n += Simd<T>::width) __builtin_prefetch(row(*x, l) + n);
-  }
   // Sets, or adds to, the value channels from `first` on of a token's row.
   template <class Row>
   void put(Row x, T* y, int64_t l, int64_t first) const {
@@ -294,14 +287,29 @@ struct Head {
   T* out(T* x, int64_t l, int64_t size) const { return x + ((b * p.L + l) * p.H + h) * size; }
 };
 
-// The decays d of a chunk's steps and, for the backward pass, dd/dw = -exp(w) d. Meanwhile the rows of the chunk that is
-// walked next, from step `next` on, are on their way.
+// sum_n x_n y_n z_n
 template <class T>
-struct Decays {
+T dot(const T* x, const T* y, const T* z, int64_t N) {
+  constexpr int W = Simd<T>::width;
+  typename Simd<T>::vec lanes = {};
+  for (int64_t n = 0; n < N; n += W) {
+    const int count = static_cast<int>(std::min<int64_t>(W, N - n));
+    lanes += load<T>(x + n, count) * load<T>(y + n, count) * load<T>(z + n, count);
+  }
+  T sum = 0;
+  for (int i = 0; i < W; ++i) sum += lanes[i];
+  return sum;
+}
+
+// What the steps of a chunk need of the key channels alone: the decays d and, for the backward pass, dd/dw = -exp(w) d;
+// r_t . u k_t, a token's weight for itself.
+template <class T>
+struct Steps {
   using V = typename Simd<T>::vec;
   int64_t padded;
   std::vector<T> factors, slopes;
-  explicit Decays(int64_t N)
+  T own[kChunk];
+  explicit Steps(int64_t N)
       : padded((N + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width),
         factors(kChunk * padded),
         slopes(kChunk * padded) {}
@@ -309,12 +317,12 @@ struct Decays {
   const T* slope(int64_t t) const { return slopes.data() + t * padded; }
 
   template <bool kSlope>
-  void read(const Head<T>& head, int64_t start, int64_t length, int64_t next) {
+  void read(const Head<T>& head, int64_t start, int64_t length) {
     constexpr int W = Simd<T>::width;
     const Problem<T>& p = head.p;
     for (int64_t t = 0; t < length; ++t) {
-      head.prefetch(next + t);
-      const T* w = head.row(p.w, head.token(start + t));
+      const int64_t l = head.token(start + t);
+      const T* w = head.row(p.w, l);
       for (int64_t n = 0; n < p.N; n += W) {
         const V x = load<T>(w + n, static_cast<int>(std::min<int64_t>(W, p.N - n)));
         const V e = exp2((x > T(32) ? broadcast<T>(32) : x) * T(kLog2e));  // beyond, d is 0 in any dtype
@@ -322,6 +330,7 @@ struct Decays {
         store<T>(factors.data() + t * padded + n, d, W);
         if (kSlope) store<T>(slopes.data() + t * padded + n, -e * d, W);
       }
+      if (head.bonus()) own[t] = dot(head.row(p.r, l), head.bonus(), head.row(p.k, l), p.N);
     }
   }
 };
@@ -389,27 +398,18 @@ Wide<T, K> read(const T* row, const Wide<T, K>* S, int64_t N) {
   return sum.total();
 }
 
-// sum_n r_n u_n k_n
-template <class T>
-T own_weight(const T* r, const T* u, const T* k, int64_t N) {
-  T sum = 0;
-  for (int64_t n = 0; n < N; ++n) sum += r[n] * u[n] * k[n];
-  return sum;
-}
-
 // Steps `start` to `end` of a vector of columns with their state S.
 template <bool kDelta, class T>
-void forward_columns(const Head<T>& head, const Decays<T>& decays, int64_t start, int64_t end, int64_t first, Wide<T, 1>* S,
+void forward_columns(const Head<T>& head, const Steps<T>& steps, int64_t start, int64_t end, int64_t first, Wide<T, 1>* S,
                      T* y) {
   using Row = Wide<T, 1>;
   const Problem<T>& p = head.p;
   const int64_t N = p.N, count = p.P - first;
-  const T* u = head.bonus();
   if (p.states)
     for (int64_t n = 0; n < N; ++n) S[n].put(head.state(start / kChunk) + n * p.P + first, count);
   for (int64_t t = start; t < end; ++t) {
     const int64_t l = head.token(t);
-    const T *r = head.row(p.r, l), *k = head.row(p.k, l), *decay = decays.factor(t - start);
+    const T *r = head.row(p.r, l), *k = head.row(p.k, l), *decay = steps.factor(t - start);
     const Row v(head.row(p.v, l) + first, count);
     Sum<T, 1> sum;
     if (kDelta) {
@@ -426,7 +426,7 @@ void forward_columns(const Head<T>& head, const Decays<T>& decays, int64_t start
         sum.add(way, before, r[n]);
         S[n] = (before * decay[n]).add(v, k[n]);
       });
-      if (u) sum.add(0, v, own_weight(r, u, k, N));
+      if (head.bonus()) sum.add(0, v, steps.own[t - start]);
     }
     head.put(sum.total(), y, l, first);
   }
@@ -450,7 +450,7 @@ void backward_columns(const Head<T>& head, const Gradients<T>& o, int64_t first)
   std::vector<Wide<T, K>> states((kChunk + 1) * N), gradient(N);
   std::vector<V> products(kSums * padded, V{});
   std::vector<T> sums(kSums * padded);
-  Decays<T> decays(N);
+  Steps<T> steps(N);
   Wide<T, K> erased[kChunk];
   Wide<T, K>* G = gradient.data();  // of the state after a step
   V* product = products.data();
@@ -462,11 +462,11 @@ void backward_columns(const Head<T>& head, const Gradients<T>& o, int64_t first)
   };
   for (int64_t chunk = p.chunks - 1; chunk >= 0; --chunk) {
     const int64_t start = chunk * kChunk, length = std::min<int64_t>(kChunk, p.order.steps - start);
-    decays.template read<true>(head, start, length, start - kChunk);
+    steps.template read<true>(head, start, length);
     for (int64_t n = 0; n < N; ++n) states[n] = Wide<T, K>(head.state(chunk) + n * p.P + first, count);
     for (int64_t t = 0; t < length; ++t) {  // the states before each step, and the last one's after it
       const int64_t l = head.token(start + t);
-      const T *k = head.row(p.k, l), *decay = decays.factor(t);
+      const T *k = head.row(p.k, l), *decay = steps.factor(t);
       const Wide<T, K> v(head.row(p.v, l) + first, count);
       const Wide<T, K>* before = states.data() + t * N;
       Wide<T, K>* after = states.data() + (t + 1) * N;
@@ -480,7 +480,7 @@ void backward_columns(const Head<T>& head, const Gradients<T>& o, int64_t first)
     }
     for (int64_t t = length - 1; t >= 0; --t) {
       const int64_t l = head.token(start + t);
-      const T *r = head.row(p.r, l), *k = head.row(p.k, l), *decay = decays.factor(t);
+      const T *r = head.row(p.r, l), *k = head.row(p.k, l), *decay = steps.factor(t);
       const Wide<T, K> v(head.row(p.v, l) + first, count), g(o.dy.at(head.b, l, head.h) + first, count);
       const Wide<T, K>* before = states.data() + t * N;
       Sum<T, K> dv;
@@ -509,7 +509,7 @@ void backward_columns(const Head<T>& head, const Gradients<T>& o, int64_t first)
           dv.add(way, G[n], k[n]);
           G[n] = (G[n] * decay[n]).add(g, r[n]);
         });
-        if (u) dv.add(0, g, own_weight(r, u, k, N));
+        if (u) dv.add(0, g, steps.own[t]);
       }
       head.put(dv.total(), o.v, l, first);
       sum_lanes<T>(product, kSums * padded, sums.data());
@@ -523,7 +523,7 @@ void backward_columns(const Head<T>& head, const Gradients<T>& o, int64_t first)
           du[n] += r[n] * k[n] * vg;
         }
       }
-      for (int64_t n = 0; n < N; ++n) sums[padded + n] *= decays.slope(t)[n];
+      for (int64_t n = 0; n < N; ++n) sums[padded + n] *= steps.slope(t)[n];
       put(o.r, l, 0);
       put(o.w, l, 1);
       put(o.k, l, 2);
@@ -532,22 +532,26 @@ void backward_columns(const Head<T>& head, const Gradients<T>& o, int64_t first)
   }
 }
 
+// Where there are few heads, a task is half of one's columns: by the problem's shape alone.
 template <bool kDelta, class T>
 void run_forward(const Problem<T>& p, T* y) {
   constexpr int W = Simd<T>::width;
-  const int64_t steps = p.order.steps;
-  torch::stable::parallel_for(0, p.B * p.H, 1, [&](int64_t begin, int64_t end) {
-    Decays<T> decays(p.N);
-    for (int64_t i = begin * p.directions; i < end * p.directions; ++i) {
-      const Head<T> head(p, i % p.directions, i / p.directions);
-      std::vector<Wide<T, 1>> S((p.P + W - 1) / W * p.N);
-      for (int64_t start = 0; start < steps; start += kChunk) {
-        const int64_t length = std::min<int64_t>(kChunk, steps - start);
-        decays.template read<false>(head, start, length, start + kChunk);
-        for (int64_t first = 0; first < p.P; first += W)
-          forward_columns<kDelta>(head, decays, start, start + length, first, S.data() + first / W * p.N, y);
+  const int64_t blocks = (p.P + W - 1) / W, splits = p.B * p.H < kFewHeads && blocks > 1 ? 2 : 1;
+  const int64_t width = (blocks + splits - 1) / splits * W;
+  torch::stable::parallel_for(0, p.B * p.H * splits, 1, [&](int64_t begin, int64_t end) {
+    Steps<T> steps(p.N);
+    for (int64_t task = begin; task < end; ++task)
+      for (int64_t direction = 0; direction < p.directions; ++direction) {
+        const Head<T> head(p, direction, task / splits);
+        const int64_t left = task % splits * width, right = std::min(p.P, left + width);
+        std::vector<Wide<T, 1>> S(width / W * p.N);
+        for (int64_t start = 0; start < p.order.steps; start += kChunk) {
+          const int64_t length = std::min<int64_t>(kChunk, p.order.steps - start);
+          steps.template read<false>(head, start, length);
+          for (int64_t first = left; first < right; first += W)
+            forward_columns<kDelta>(head, steps, start, start + length, first, S.data() + (first - left) / W * p.N, y);
+        }
       }
-    }
   });
 }
 
