@@ -327,6 +327,52 @@ class S4(S4ND):
         super().__init__(dim, 1, "low_rank", d_state, bidirectional, init=init, length=length, **kwargs)
 
 
+PUBLISHED = {"A_real": "A_log", "log_A_real": "A_log", "inv_dt": "log_dt"}  # names of the authors' parameters, and ours
+
+
+@torch.no_grad()
+def load_published(layer, state_dict):
+    """Loads a layer's weights as the authors' repository stores them (state-spaces/s4) into ours.
+
+    Those of their S4D example, of S4's block with diagonal or low-rank kernels, and of S4ND. Their kernels store -Im A,
+    but for the example's; C belongs to the length in `l_kernel`, or is the true C where that is 0.
+
+    Args:
+        layer: `S4ND`, `S4D` or `S4` of the same sizes.
+        state_dict: ``{name: tensor}`` of the authors' layer.
+
+    Raises:
+        RuntimeError: names or shapes do not fit.
+    """
+    ours, lengths = {}, {}
+    example = any(name.endswith("log_A_real") for name in state_dict)
+    for name, value in state_dict.items():
+        name = name.removeprefix("layer.")
+        *path, leaf = name.split(".")
+        if path[:1] == ["output_linear"]:
+            ours[f"out_proj.{leaf}"] = value.flatten(1) if leaf == "weight" else value
+        elif path[:1] != ["kernel"]:
+            ours[name] = value.view(-1, layer.dim) if leaf == "D" else value
+        else:
+            axis = path[1] if len(path) > 1 else "0"
+            if leaf == "l_kernel":
+                lengths[int(axis)] = int(value)
+                continue
+            kernel = layer.kernel[int(axis)]
+            leaf = PUBLISHED.get(leaf, leaf)
+            value = -value if leaf == "A_imag" and not example else value
+            ours[f"kernel.{axis}.{leaf}"] = value.reshape(getattr(kernel, leaf).shape)
+    for axis, kernel in enumerate(layer.kernel):
+        if f"kernel.{axis}.B" not in ours:  # the example's is 1
+            ours[f"kernel.{axis}.B"] = torch.stack([torch.ones_like(kernel.A_log), torch.zeros_like(kernel.A_log)], -1)
+    layer.load_state_dict(ours)
+    for axis, length in lengths.items():
+        kernel = layer.kernel[axis]
+        if isinstance(kernel, LowRankKernel):
+            wanted, kernel.length = kernel.length, length or kernel.length
+            kernel.attune(wanted, true_C=length == 0)
+
+
 @register_notrace_module
 class LSSL(nn.Module):
     """Linear state-space layer (arXiv 2110.13985): a dense state matrix, HiPPO-LegS, shared by all features.

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from linzoo.backbones.layers import LSSL, S4, S4D, S4ND, S5, ConvS5, ConvS5Layer, S5Mixer, hippo
+from linzoo.backbones.layers.s4 import load_published
 
 PARITY = Path(__file__).parents[1] / "parity"
 sys.path.insert(0, str(PARITY))
@@ -35,18 +36,6 @@ def assert_parity(case, ours, default=2e-4):
         assert error <= case.get("tolerance", default) * out["std"] + 1e-6, f"{name}: {error / out['std']:.1e}"
 
 
-def s4d_names(state, prefix=""):
-    """The authors' names of a diagonal kernel, and ours; they store -Im A."""
-    k = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return {
-        "A_log": k["A_real"],
-        "A_imag": -k["A_imag"],
-        "B": k["B"][0],
-        "C": k["C"],
-        "log_dt": k["inv_dt"][:, 0],
-    }
-
-
 def under(prefix, state):
     return {prefix + name: value for name, value in state.items()}
 
@@ -67,37 +56,46 @@ def test_s4d_initial_matrices():
 def test_s4d_layer():
     case, state, (x,) = load("s4d_layer")
     layer = S4D(32, 64)
-    modes = state["kernel.log_A_real"].shape
-    ours = {
-        "A_log": state["kernel.log_A_real"],
-        "A_imag": state["kernel.A_imag"],
-        "B": torch.stack([torch.ones(modes), torch.zeros(modes)], -1),
-        "C": state["kernel.C"].unsqueeze(0),
-        "log_dt": state["kernel.log_dt"],
-    }
-    proj = {"out_proj.weight": state["output_linear.0.weight"][..., 0], "out_proj.bias": state["output_linear.0.bias"]}
-    layer.load_state_dict({**under("kernel.0.", ours), "D": state["D"].unsqueeze(0), **proj})
+    load_published(layer, state)
     assert_parity(case, {"y": layer(x.transpose(1, 2)).transpose(1, 2), "K": layer.kernel[0](100)[0]})
 
 
 def test_s4d_block_bidirectional():
     case, state, (x,) = load("s4d_block_bidir")
     layer = S4D(32, 16, bidirectional=True, init="inv")
-    ours = under("kernel.0.", s4d_names(state, "layer.kernel."))
-    proj = {f"out_proj.{name}": state[f"output_linear.0.{name}"] for name in ("weight", "bias")}
-    layer.load_state_dict({**ours, "D": state["layer.D"], **proj})
+    load_published(layer, state)
     assert_parity(case, {"y": layer(x.transpose(1, 2)).transpose(1, 2)})
 
 
 def test_s4nd_layer():
     case, state, (x,) = load("s4nd_layer")
     layer = S4ND(8, 2, "diagonal", 16, init="inv")
-    ours = under("kernel.0.", s4d_names(state, "kernel.0.")) | under("kernel.1.", s4d_names(state, "kernel.1."))
-    proj = {f"out_proj.{name}": state[f"output_linear.0.{name}"] for name in ("weight", "bias")}
-    layer.load_state_dict({**ours, "D": state["D"], **proj})
+    load_published(layer, state)
     rows, columns = layer.kernels(x.shape[2:])
     y = layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     assert_parity(case, {"y": y, "K_axis0": rows[:, 0, 0], "K_axis1": columns[:, 0, 0]})
+
+
+@pytest.mark.parametrize("stored", (0, 12, 40))
+def test_published_s4_weights_belong_to_a_length(stored):
+    """Whatever length the authors' C is that of, and where it is the true C, the kernel is the same."""
+    layer = S4(4, 8, length=24, bidirectional=True, dt_min=0.01, dtype=torch.float64)
+    kernel, expected = layer.kernel[0], layer.kernel[0]()
+    if stored:
+        kernel.attune(stored)
+    else:  # very long kernels have C (I - dA^L) = C
+        kernel.attune(10**6)
+    state = {f"layer.kernel.{n}": getattr(kernel, n).detach().clone() for n in ("P", "C")}
+    state |= {"layer.kernel.A_real": kernel.A_log.detach(), "layer.kernel.A_imag": -kernel.A_imag.detach()}
+    state |= {"layer.kernel.B": kernel.B.detach().unsqueeze(0), "layer.kernel.inv_dt": kernel.log_dt.detach()[:, None]}
+    state |= {"layer.D": layer.D.detach(), "layer.kernel.l_kernel": torch.tensor(stored)}
+    state |= {f"output_linear.0.{n}": getattr(layer.out_proj, n).detach() for n in ("weight", "bias")}
+    other = S4(4, 8, length=24, bidirectional=True, dtype=torch.float64)
+    load_published(other, state)
+    torch.testing.assert_close(other.kernel[0](), expected)
+    u = torch.randn(2, 30, 4, dtype=torch.float64)
+    layer.kernel[0].attune(24)
+    torch.testing.assert_close(other(u), layer(u))
 
 
 def s5_state(state, ours):
