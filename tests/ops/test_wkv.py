@@ -412,6 +412,26 @@ def test_export_backend_equals_the_kernel(name):
         torch.testing.assert_close(OPS[name](**inputs, order=scan_order.column(5, 7)), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPS)
+def test_onnx_has_one_scan_a_direction(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    length = torch.export.Dim("length", min=2, max=4096)
+    model, inputs = Program(name), {key: x.detach() for key, x in make_inputs(name, dtype=torch.float32).items()}
+    shapes = {key: {1: length} if x.dim() > 2 else None for key, x in inputs.items()}
+    with use_backend("export"), torch.no_grad():
+        program = torch.onnx.export(model, (inputs, {}), dynamic_shapes=(shapes,), dynamo=True, verbose=False)
+    assert [node.op_type for node in program.model.graph].count("Scan") == (1 if name == "wkv7" else 2)
+    path = tmp_path / "scan.onnx"
+    program.save(path)
+    session = onnxruntime.InferenceSession(path)
+    for L in (35, 61):
+        xs = {key: x.detach() for key, x in make_inputs(name, L=L, dtype=torch.float32).items()}
+        feed = {node.name: x.numpy() for node, x in zip(session.get_inputs(), xs.values(), strict=True)}
+        got = torch.from_numpy(session.run(None, feed)[0])
+        torch.testing.assert_close(got, model(xs), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("name", OPS)
 def test_autocast(name, dtype):
