@@ -11,7 +11,7 @@ from .reference import sign
 
 __all__ = ["rational"]
 
-LANES = 16  # the CPU kernel walks this many channels at once
+LANES = 128  # the CPU kernel walks this many channels at once
 PARALLEL_TASKS = 64  # the CPU kernel splits the rows until it has about so many tasks
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

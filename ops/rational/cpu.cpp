@@ -1,6 +1,7 @@
-// Group-wise rational function on the CPU, forward and backward. Lanes are channels; a task is a vector of channels and a
-// split of the rows. The coefficients, one set per channel, stay in registers, and so do the sums of their gradients, which
-// are gathered over kRows rows and then added to the task's: no atomics, a fixed order.
+// Group-wise rational function on the CPU, forward and backward. Lanes are channels; a task is kVectors vectors of channels
+// and a split of the rows. It goes over tiles of kRows rows, vector by vector: a row's next vector is the next cache line.
+// Within a tile the coefficients, one set per channel, stay in registers, and so do the sums of their gradients, which are
+// then added to the task's: no atomics, a fixed order.
 //
 //   P = a_0 + a_1 x + ... + a_5 x^5;  Q = 1 + |b_1||x| + ... + |b_4||x|^4;  y = P / Q
 
@@ -22,7 +23,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int kNum = 6, kDen = 4, kRows = 64;
+constexpr int kNum = 6, kDen = 4, kRows = 16, kVectors = 8;
 
 template <class T>
 struct Coefficients {
@@ -50,28 +51,41 @@ inline V absolute(V x) {
   return x < zero ? -x : x;
 }
 
-// Calls f(first channel, lanes, first row, last row, split) for every task.
+// Calls f(first channel, channels, first row, last row, split) for every task.
 template <class T, class F>
 void for_tasks(int64_t rows, int64_t D, int64_t split_rows, F f) {
-  constexpr int W = Simd<T>::width;
-  const int64_t blocks = (D + W - 1) / W, splits = (rows + split_rows - 1) / split_rows;
+  constexpr int64_t width = kVectors * Simd<T>::width;
+  const int64_t blocks = (D + width - 1) / width, splits = (rows + split_rows - 1) / split_rows;
   torch::stable::parallel_for(0, blocks * splits, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % blocks * W, split = task / blocks;
-      const int lanes = static_cast<int>(std::min<int64_t>(W, D - first));
-      f(first, lanes, split * split_rows, std::min(rows, (split + 1) * split_rows), split);
+      const int64_t first = task % blocks * width, split = task / blocks;
+      f(first, std::min(width, D - first), split * split_rows, std::min(rows, (split + 1) * split_rows), split);
     }
   });
 }
 
+// Calls f(vector, first channel, lanes, first row, last row) for every vector of every tile of a task.
+template <class T, class F>
+void for_tiles(int64_t first, int64_t channels, int64_t begin, int64_t end, F f) {
+  constexpr int W = Simd<T>::width;
+  for (int64_t start = begin; start < end; start += kRows) {
+    for (int64_t k = 0; k * W < channels; ++k) {
+      const int lanes = static_cast<int>(std::min<int64_t>(W, channels - k * W));
+      f(k, first + k * W, lanes, start, std::min(end, start + kRows));
+    }
+  }
+}
+
 template <class S, class T>
 void run_forward(const S* x, const T* table, S* y, int64_t rows, int64_t D, int64_t split_rows) {
-  for_tasks<T>(rows, D, split_rows, [&](int64_t first, int lanes, int64_t begin, int64_t end, int64_t) {
-    const Coefficients<T> c(table, D, first, lanes);
-    for (int64_t r = begin; r < end; ++r) {
-      const auto v = load<T>(x + r * D + first, lanes);
-      store<T>(y + r * D + first, c.numerator(v) / c.denominator(absolute(v)), lanes);
-    }
+  for_tasks<T>(rows, D, split_rows, [&](int64_t first, int64_t channels, int64_t begin, int64_t end, int64_t) {
+    for_tiles<T>(first, channels, begin, end, [&](int64_t, int64_t channel, int lanes, int64_t from, int64_t to) {
+      const Coefficients<T> c(table, D, channel, lanes);
+      for (int64_t r = from; r < to; ++r) {
+        const auto v = load<T>(x + r * D + channel, lanes);
+        store<T>(y + r * D + channel, c.numerator(v) / c.denominator(absolute(v)), lanes);
+      }
+    });
   });
 }
 
@@ -79,20 +93,20 @@ void run_forward(const S* x, const T* table, S* y, int64_t rows, int64_t D, int6
 template <class S, class T>
 void run_backward(const S* dy, const S* x, const T* table, S* dx, T* sums, int64_t rows, int64_t D, int64_t split_rows) {
   using V = typename Simd<T>::vec;
-  for_tasks<T>(rows, D, split_rows, [&](int64_t first, int lanes, int64_t begin, int64_t end, int64_t split) {
-    const Coefficients<T> c(table, D, first, lanes);
-    V total[kNum + kDen] = {};
-    for (int64_t start = begin; start < end; start += kRows) {
+  for_tasks<T>(rows, D, split_rows, [&](int64_t first, int64_t channels, int64_t begin, int64_t end, int64_t split) {
+    V totals[kVectors][kNum + kDen] = {};
+    for_tiles<T>(first, channels, begin, end, [&](int64_t k, int64_t channel, int lanes, int64_t from, int64_t to) {
+      const Coefficients<T> c(table, D, channel, lanes);
       V da[kNum] = {}, db[kDen] = {};
-      for (int64_t r = start; r < std::min(end, start + kRows); ++r) {
-        const V v = load<T>(x + r * D + first, lanes), g = load<T>(dy + r * D + first, lanes);
+      for (int64_t r = from; r < to; ++r) {
+        const V v = load<T>(x + r * D + channel, lanes), g = load<T>(dy + r * D + channel, lanes);
         const V u = absolute(v), inverse = T(1) / c.denominator(u), value = c.numerator(v) * inverse;
         V slope_p = T(kNum - 1) * c.a[kNum - 1], slope_q = T(kDen) * c.b[kDen - 1];
         for (int i = kNum - 2; i >= 1; --i) slope_p = slope_p * v + T(i) * c.a[i];
         for (int j = kDen - 2; j >= 0; --j) slope_q = slope_q * u + T(j + 1) * c.b[j];
         const V zero = {};
         const V scaled = g * inverse;
-        store<T>(dx + r * D + first, scaled * (slope_p - value * (v < zero ? -slope_q : slope_q)), lanes);
+        store<T>(dx + r * D + channel, scaled * (slope_p - value * (v < zero ? -slope_q : slope_q)), lanes);
         V power = scaled;
         for (int i = 0; i < kNum; ++i) {
           da[i] += power;
@@ -104,10 +118,14 @@ void run_backward(const S* dy, const S* x, const T* table, S* dx, T* sums, int64
           db[j] += power;
         }
       }
-      for (int i = 0; i < kNum; ++i) total[i] += da[i];
-      for (int j = 0; j < kDen; ++j) total[kNum + j] += db[j];
-    }
-    for (int i = 0; i < kNum + kDen; ++i) store<T>(sums + (split * (kNum + kDen) + i) * D + first, total[i], lanes);
+      for (int i = 0; i < kNum; ++i) totals[k][i] += da[i];
+      for (int j = 0; j < kDen; ++j) totals[k][kNum + j] += db[j];
+    });
+    for_tiles<T>(first, channels, 0, 1, [&](int64_t k, int64_t channel, int lanes, int64_t, int64_t) {
+      for (int i = 0; i < kNum + kDen; ++i) {
+        store<T>(sums + (split * (kNum + kDen) + i) * D + channel, totals[k][i], lanes);
+      }
+    });
   });
 }
 
