@@ -8,10 +8,11 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast lint clean
+.PHONY: help setup quickstart denoise test test-fast lint clean
 
 help:
 	@echo "make quickstart  train GroupMamba-T on handwritten digits, then label held-out ones"
+	@echo "make denoise     train Restore-RWKV to remove noise from photographs, then compare it"
 	@echo "make test        the whole test suite      make test-fast  without the slow tests"
 	@echo "make lint        ruff check and format     make clean      remove the environment and what runs wrote"
 
@@ -25,6 +26,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/python tools/quickstart.py
+
+denoise: setup
+	$(BIN)/python tools/denoise.py
 
 test: setup
 	$(PYTEST) tests

@@ -4,6 +4,7 @@ from timm import list_models as _timm_list_models
 
 from .convs5 import ConvS5Video
 from .efficientvmamba import EfficientVMamba
+from .fs_rwkv import FSRWKV
 from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba
 from .kat import KAT
@@ -28,6 +29,7 @@ __all__ = [
     "VSSD",
     "ConvS5Video",
     "EfficientVMamba",
+    "FSRWKV",
     "GroupMamba",
     "HRVMamba",
     "LocalVMamba",
@@ -61,8 +63,9 @@ _FAMILIES = (
 )
 _OTHER_FAMILIES = {
     "adopted": ("efficientvim",),
+    "pyramid": ("vrwkv_adapter",),
     "segmentation": ("vm_unet",),
-    "restoration": ("restore_rwkv",),
+    "restoration": ("fs_rwkv", "restore_rwkv"),
 }
 
 
@@ -71,8 +74,9 @@ def list_models(filter="", kind="backbone"):
 
     Args:
         filter: Wildcard pattern or a list of them, as in `timm.list_models`.
-        kind: "backbone"; "adopted" for backbones of linear complexity that timm itself registers; "segmentation" for
-            models whose output is mask logits; "restoration" for those whose output is the restored image.
+        kind: "backbone"; "adopted" for backbones of linear complexity that timm itself registers; "pyramid" for
+            backbones that give maps alone; "segmentation" for models whose output is mask logits; "restoration" for
+            those whose output is the restored image.
 
     Raises:
         ValueError: `kind` is none of these.

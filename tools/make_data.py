@@ -95,6 +95,43 @@ def bouncing(out: str | os.PathLike) -> None:
     _write_whole(Path(out), write)
 
 
+def noisy(out: str | os.PathLike) -> None:
+    """Grey photographs with Gaussian noise of sigma 25 (of 255), as `out/{train,val}/{input,target}/<name>.tif|png`.
+
+    What scikit-learn and scikit-image ship: seven photographs to train on, and 15 crops of 128 px of two others to
+    validate on. Targets are 8-bit PNGs, inputs float32 TIFFs with white at 1, so that the noise is not clipped. The
+    same every time. The folder appears whole or not at all; an existing one is left as it is.
+    """
+    import numpy as np
+    from PIL import Image
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    def write(folder: Path) -> None:
+        rng = np.random.default_rng(0)
+        china, flower = load_sample_images().images
+        names = ("astronaut", "coffee", "rocket", "brick", "grass")
+        train = {"china": china, "flower": flower, **{name: getattr(data, name)() for name in names}}
+        photos = {name: np.asarray(Image.fromarray(photo).convert("L")) for name, photo in train.items()}
+        held_out = {
+            name: np.asarray(Image.fromarray(getattr(data, name)()).convert("L")) for name in ("camera", "chelsea")
+        }
+        crops = {}
+        for name, photo in held_out.items():
+            for y in range(0, photo.shape[0] - 127, 160):
+                for x in range(0, photo.shape[1] - 127, 160):
+                    crops[f"{name}_{y:03d}_{x:03d}"] = photo[y : y + 128, x : x + 128]
+        for part, targets in (("train", photos), ("val", crops)):
+            for kind in ("input", "target"):
+                (folder / part / kind).mkdir(parents=True)
+            for name, target in targets.items():
+                Image.fromarray(target).save(folder / part / "target" / f"{name}.png")
+                noise = rng.normal(0, 25 / 255, target.shape)
+                Image.fromarray((target / 255 + noise).astype(np.float32)).save(folder / part / "input" / f"{name}.tif")
+
+    _write_whole(Path(out), write)
+
+
 def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
     """Call `write(folder)` on a temporary folder and move it to `out`, unless that is there."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +147,7 @@ def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
         temporary.rename(out)
 
 
-MAKERS = {"bouncing": bouncing, "digits": digits, "inked": inked}
+MAKERS = {"bouncing": bouncing, "digits": digits, "inked": inked, "noisy": noisy}
 
 
 def main(argv: list[str] | None = None) -> None:

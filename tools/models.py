@@ -27,7 +27,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-KINDS = ("backbone", "adopted", "segmentation", "restoration")
+KINDS = ("backbone", "adopted", "pyramid", "segmentation", "restoration")
 
 
 def family_of(name):

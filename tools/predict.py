@@ -1,4 +1,4 @@
-"""Label images, or find masks in them: `python tools/predict.py CONFIG CHECKPOINT IMAGE|FOLDER --out DIR`."""
+"""Label, segment or restore images: `python tools/predict.py CONFIG CHECKPOINT IMAGE|FOLDER --out DIR`."""
 
 import json
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from linzoo.tools.engine.cli import command, config_parser
 from linzoo.tools.engine.config import load_config, without_start
 from linzoo.tools.engine.data import EXTENSIONS
 from linzoo.tools.engine.errors import InputError, existing_file
+from linzoo.tools.engine.restorer import RANGES, read_image, restore_tiled
 from linzoo.tools.engine.runner import write_atomically
 from linzoo.tools.engine.weights import load_weights
 
@@ -141,6 +142,57 @@ def write_masks(masks: list[np.ndarray], images: list[Path], folder: Path, out: 
     return results
 
 
+def restore(cfg: Config, checkpoint: str, images: list[Path], folder: Path, out: Path, tile: int, overlap: int) -> list:
+    """Restore images with a model, and write them below `out/restored`, named and placed as below `folder`.
+
+    Images of 8 or 16 bits become PNG files of as many, float32 images TIFF files. Each is written whole or not at all.
+
+    Args:
+        cfg: training config.
+        checkpoint: .pth of train.py, or .safetensors.
+        images: paths.
+        tile, overlap: of `restore_tiled`.
+
+    Returns:
+        for each image its path and the restored one's.
+    """
+    model = build(cfg)
+    load_weights(model.model, checkpoint)
+    model.to(get_device()).eval()
+    results = []
+    for path in images:
+        image = read_image(path, model.model.in_chans)
+        with torch.inference_mode():
+            restored = restore_tiled(model.model, image.to(get_device()), tile, overlap).cpu()
+        with Image.open(path) as file:
+            dtype = np.asarray(file).dtype
+        whole = RANGES.get(dtype, 65535 if dtype.kind in "iu" else 0)  # 0: floats
+        pixels = restored.permute(1, 2, 0).squeeze(-1).numpy()
+        if whole:
+            pixels = (pixels.clip(0, 1) * whole).round().astype(np.uint8 if whole == 255 else np.uint16)
+        kind = "png" if whole else "tiff"
+        target = out / "restored" / path.relative_to(folder).with_suffix(f".{kind}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, lambda partial, p=pixels, k=kind: Image.fromarray(p).save(partial, format=k))
+        results.append({"path": str(path), "restored": str(target)})
+    return results
+
+
+def draw_restored(results: list[dict], file: Path) -> None:
+    """A contact sheet of up to 8 images beside their restored ones."""
+    shown = results[:: -(-len(results) // 8)]
+    figure, axes = plt.subplots(len(shown), 2, figsize=(6, 3 * len(shown)), squeeze=False, layout="constrained")
+    for line, result in zip(axes, shown, strict=True):
+        for axis, key in zip(line, ("path", "restored"), strict=True):
+            axis.axis("off")
+            with Image.open(result[key]) as image:
+                axis.imshow(np.asarray(image), cmap="gray")
+    axes[0][0].set_title("before")
+    axes[0][1].set_title("after")
+    write_atomically(file, lambda partial: figure.savefig(partial, format="png", dpi=100))
+    plt.close(figure)
+
+
 def draw_labels(results: list[dict], file: Path) -> None:
     """A contact sheet with labels and confidences; red where the image's folder names another class."""
     names = {top["label"] for result in results for top in result["top5"]}
@@ -187,19 +239,23 @@ def _draw_sheet(results: list[dict], file: Path, draw: Callable) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `predict`: writes predictions.json, a contact sheet predictions.png and masks to DIR."""
+    """Command line of `predict`: writes predictions.json, a contact sheet predictions.png, masks or images to DIR."""
     parser = config_parser(__doc__)
     parser.add_argument("checkpoint", help=".pth of train.py, or .safetensors")
     parser.add_argument("image", help="image, or folder of images")
-    parser.add_argument("--out", required=True, help="folder for predictions.json, predictions.png and masks")
+    parser.add_argument("--out", required=True, help="folder for predictions.json, predictions.png, masks and images")
+    parser.add_argument("--tile", type=int, default=256, help="side of the tiles in which images are restored")
+    parser.add_argument("--overlap", type=int, default=32, help="by how much those tiles overlap")
     args = parser.parse_args(argv)
 
     cfg = load_config(args.config, args.cfg_options)
     existing_file("checkpoint", args.checkpoint)
     images, out = find_images(args.image), Path(args.out)
-    if cfg.model.type == "Segmenter":
+    folder = Path(args.image) if Path(args.image).is_dir() else Path(args.image).parent
+    if cfg.model.type == "Restorer":
+        results, draw_sheet = restore(cfg, args.checkpoint, images, folder, out, args.tile, args.overlap), draw_restored
+    elif cfg.model.type == "Segmenter":
         masks = predict_masks(cfg, args.checkpoint, images)
-        folder = Path(args.image) if Path(args.image).is_dir() else Path(args.image).parent
         results, draw_sheet = write_masks(masks, images, folder, out), draw_outlines
     else:
         results, draw_sheet = predict(cfg, args.checkpoint, images), draw_labels

@@ -1,14 +1,16 @@
-"""Restore-RWKV: the authors' values by both paths of Omni-Shift, its kernels, images of any size."""
+"""Restore-RWKV and FS-RWKV: the authors' values by both paths of Omni-Shift, its kernels, images of any size."""
 
 import json
 
 import pytest
+import pywt
 import timm
 import torch
 import torch.nn.functional as F
 from test_parity import PARITY, error, synth
 
 from linzoo.backbones import list_models
+from linzoo.backbones.fs_rwkv import FSOShift, haar, inverse_haar
 from linzoo.backbones.layers import OmniShift, fuse_for_inference
 
 SMALL = dict(dim=8, depths=(1, 1, 1, 1), refinement=1)
@@ -116,6 +118,26 @@ def test_init_weights_after_to_empty(model):
     empty.init_weights()
     assert all(t.isfinite().all() for t in empty.state_dict().values())
     assert empty.eval()(torch.rand(1, 1, 16, 16)).isfinite().all()
+
+
+def test_haar_equals_pywavelets_and_inverts():
+    x = torch.randn(2, 6, 10, 3, dtype=torch.float64)
+    bands = haar(x)
+    ll, (along_columns, along_rows, both) = pywt.dwt2(x.numpy(), "haar", axes=(1, 2))
+    for ours, theirs in zip(bands, (ll, along_rows, along_columns, both), strict=True):
+        torch.testing.assert_close(ours.abs(), torch.from_numpy(theirs).abs())
+    torch.testing.assert_close(inverse_haar(*bands), x)
+    energy = sum(band.square().sum() for band in bands)
+    torch.testing.assert_close(energy, x.square().sum())
+
+
+def test_fso_shift_leaves_the_high_bands_alone():
+    torch.manual_seed(0)
+    shift, x = FSOShift(5), torch.randn(2, 8, 12, 5)
+    before, after = haar(x), haar(shift(x))
+    for band, shifted in zip(before[1:], after[1:], strict=True):
+        torch.testing.assert_close(shifted, band)
+    torch.testing.assert_close(after[0], shift.low(before[0]))
 
 
 @pytest.mark.slow

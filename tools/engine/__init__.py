@@ -23,6 +23,7 @@ from .export import ExportHook
 from .next_frame import NextFrame, NextFrameMetric
 from .optim import AutocastOptimWrapper, TimmWeightDecay
 from .progress import ProgressHook
+from .restorer import PairedImages, RestorationMetric, Restorer
 from .resume import ResumeHook
 from .runner import Runner
 from .segmenter import MaskMetric, Segmenter
@@ -40,7 +41,10 @@ __all__ = [
     "MaskedImages",
     "NextFrame",
     "NextFrameMetric",
+    "PairedImages",
     "ProgressHook",
+    "RestorationMetric",
+    "Restorer",
     "ResumeHook",
     "Runner",
     "Segmenter",

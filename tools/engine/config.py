@@ -165,7 +165,7 @@ def _arguments(of) -> set[str]:
 
 def _check_model(model: ConfigDict) -> None:
     """A timm model must exist and take the keywords that the config gives it: it is built without memory."""
-    if model.get("type") not in ("Classifier", "NextFrame", "Segmenter"):
+    if model.get("type") not in ("Classifier", "NextFrame", "Restorer", "Segmenter"):
         return
     model = copy.deepcopy(model)
     for key, settings in (("model", model), *((f"model.{name}", model.get(name)) for name in ("teacher", "init_from"))):

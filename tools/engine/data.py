@@ -18,6 +18,7 @@ from .errors import InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _ENDINGS = ", ".join(EXTENSIONS)
+PAIRED = {"MaskedImages": ("images", "masks"), "PairedImages": ("input", "target")}  # the folders of data sets of pairs
 
 
 def check_image_folder(root: str | os.PathLike) -> list[str]:
@@ -37,18 +38,18 @@ def check_image_folder(root: str | os.PathLike) -> list[str]:
     return found
 
 
-def pair_masks(root: str | os.PathLike) -> list[tuple[Path, Path]]:
-    """Images of `root/images` with the masks of equal stem in `root/masks`, sorted.
+def pair_files(root: str | os.PathLike, parts: tuple[str, str] = ("images", "masks")) -> list[tuple[Path, Path]]:
+    """Images of `root/images` with the masks of equal stem in `root/masks`, or of two other folders, sorted.
 
-    InputError where a folder is missing or empty, an image or a mask is alone, or two have one stem.
+    InputError where a folder is missing or empty, a file is alone, or two have one stem.
     """
     root, found = Path(root), []
-    for part in ("images", "masks"):
+    for part in parts:
         folder = root / part
         if not folder.is_dir():
             raise InputError(
                 f"data folder {str(folder)!r} not found (looked in {str(folder.absolute())!r}); "
-                f"expected images/ and masks/ with files of equal names in {str(root)!r}; {_remedy(root)}"
+                f"expected {parts[0]}/ and {parts[1]}/ with files of equal names in {str(root)!r}; {_remedy(root)}"
             )
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS)
         if not files:
@@ -58,15 +59,15 @@ def pair_masks(root: str | os.PathLike) -> list[tuple[Path, Path]]:
             twin = next(file for file in files if stems[file.stem] != file)
             raise InputError(f"image {str(twin)!r} has the name of {str(stems[twin.stem])!r}; expected one file a name")
         found.append(stems)
-    images, masks = found
-    for what, files, others, folder in (("image", images, masks, "masks"), ("mask", masks, images, "images")):
+    first, second = found
+    for part, folder, files, others in ((*parts, first, second), (*parts[::-1], second, first)):
         alone = sorted(files.keys() - others.keys())
         if alone:
             raise InputError(
-                f"{what} {str(files[alone[0]])!r} is alone ({len(alone)} such); "
+                f"{part.removesuffix('s')} {str(files[alone[0]])!r} is alone ({len(alone)} such); "
                 f"expected a file named {alone[0]!r} in {str(root / folder)!r}"
             )
-    return [(images[stem], masks[stem]) for stem in images]
+    return [(first[stem], second[stem]) for stem in first]
 
 
 def _remedy(root: Path) -> str:
@@ -156,7 +157,7 @@ class MaskedImages(_NamesImages, BaseDataset):
 
     def load_data_list(self) -> list[dict]:
         """The paths of each image and its mask."""
-        pairs = pair_masks(self.folder)
+        pairs = pair_files(self.folder)
         return [dict(img_path=str(image), seg_map_path=str(mask), seg_fields=[]) for image, mask in pairs]
 
 
@@ -202,14 +203,14 @@ def prepare_data(cfg) -> None:
         if dataset.get("type") == "Clips":
             check_clips(dataset.data_root, dataset.part, dataset.get("make"))
             continue
-        if dataset.get("type") not in ("ImageFolder", "MaskedImages") or dataset.get("ann_file"):
+        if dataset.get("type") not in ("ImageFolder", *PAIRED) or dataset.get("ann_file"):
             continue
         root = Path(dataset.get("data_root", ""))
         if dataset.get("make") and not root.exists():
             MAKERS[dataset["make"]](root)
         folder = root / dataset.get("data_prefix", "")
-        if dataset["type"] == "MaskedImages":
-            pair_masks(folder)
+        if dataset["type"] in PAIRED:
+            pair_files(folder, PAIRED[dataset["type"]])
             continue
         found = check_image_folder(folder)
         if classes is not None and found != classes:

@@ -81,6 +81,8 @@ def export(model, folder: Path, label_names: list[str], data_config: dict, **fac
 
 def _data_config(runner, preprocessor) -> dict:
     size = tuple(runner.val_dataloader.dataset[0]["inputs"].shape)
+    if not hasattr(preprocessor, "mean"):
+        return {"input_size": size, "mean": (0.0,) * size[0], "std": (1.0,) * size[0], "crop_pct": 1.0}
     pipeline = runner.cfg.val_dataloader.dataset.pipeline
     edge = next((step.scale for step in pipeline if step.type == "ResizeEdge"), size[-1])
     mean, std = ((x.flatten() / 255).tolist() for x in (preprocessor.mean, preprocessor.std))

@@ -28,12 +28,13 @@ class ProgressHook(Hook):
 
     Args:
         metric: the validation metric to show.
+        unit: its unit.
     """
 
     priority = "ABOVE_NORMAL"
 
-    def __init__(self, metric: str = "accuracy/top1"):
-        self.metric = metric
+    def __init__(self, metric: str = "accuracy/top1", unit: str = "%"):
+        self.metric, self.unit = metric, unit
         self.bar = None
 
     def before_train(self, runner):
@@ -90,7 +91,7 @@ class ProgressHook(Hook):
         """Print the epoch's line."""
         if self.bar is None or self.metric not in (metrics or {}):
             return
-        score = f"{self.metric.rpartition('/')[2]} {metrics[self.metric]:.2f} %"
+        score = f"{self.metric.rpartition('/')[2]} {metrics[self.metric]:.2f} {self.unit}"
         self.bar.update(self.task, score=score)
         loss = runner.message_hub.get_scalar("train/loss").mean(len(runner.train_dataloader))
         self.bar.console.print(f"epoch {runner.epoch}/{runner.max_epochs}  loss {loss:.4f}  {score}")

@@ -13,6 +13,7 @@ from torch.distributed import init_process_group
 
 from .classifier import Classifier
 from .next_frame import NextFrame
+from .restorer import Restorer
 from .segmenter import Segmenter
 from .weights import check_fit, read_checkpoint
 
@@ -104,7 +105,7 @@ class Runner(MMRunner):
     def resume(self, filename, *args, **kwargs) -> None:
         """As mmengine's, refusing another model's checkpoint; the sampler follows the resumed seed as well."""
         trained = self.model.module if is_model_wrapper(self.model) else self.model
-        if isinstance(trained, (Classifier, NextFrame, Segmenter)):
+        if isinstance(trained, (Classifier, NextFrame, Restorer, Segmenter)):
             check_fit(trained.model, read_checkpoint(filename)[0], filename)
         super().resume(filename, *args, **kwargs)
         self.train_dataloader.sampler.seed = self.seed

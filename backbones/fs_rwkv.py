@@ -1,0 +1,146 @@
+"""FS-RWKV.
+
+Paper: FS-RWKV: Leveraging Frequency Spatial-Aware RWKV for 3T-to-7T MRI Translation
+- https://arxiv.org/abs/2510.08951
+
+Restore-RWKV whose token shift acts on the low band of a wavelet transform (FSO-Shift), and whose skip connections pass
+a block that fuses features of space and frequency (SFEB). No code was published: what the abstract leaves open is ours,
+and the card says what.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from .layers import Conv2dNHWC, OmniShift
+from .layers.rwkv_unet import RWKVUNet
+
+__all__ = ["FSRWKV"]
+
+
+def haar(x):
+    """One level of the orthonormal Haar transform of a map ``(B, H, W, C)``, sides even.
+
+    Returns:
+        The bands LL, LH (changes along rows), HL (along columns) and HH: ``(B, H/2, W/2, C)`` each.
+    """
+    a, b, c, d = x[:, ::2, ::2], x[:, ::2, 1::2], x[:, 1::2, ::2], x[:, 1::2, 1::2]
+    return (a + b + c + d) / 2, (a - b + c - d) / 2, (a + b - c - d) / 2, (a - b - c + d) / 2
+
+
+def inverse_haar(ll, lh, hl, hh):
+    """The inverse of `haar`."""
+    rows = [
+        torch.stack([(ll + lh + hl + hh) / 2, (ll - lh + hl - hh) / 2], 3),
+        torch.stack([(ll + lh - hl - hh) / 2, (ll - lh - hl + hh) / 2], 3),
+    ]
+    return torch.stack(rows, 2).flatten(3, 4).flatten(1, 2)  # (B, H/2, 2, W/2, 2, C) to (B, H, W, C)
+
+
+class FSOShift(nn.Module):
+    """Frequency-spatial omnidirectional shift: Omni-Shift of the low band of a Haar transform, ``(B, H, W, C)``.
+
+    The high bands, which hold fine structure, pass as they are; sides that are odd are padded by repetition.
+    """
+
+    def __init__(self, dim, device=None, dtype=None):
+        super().__init__()
+        self.low = OmniShift(dim, device=device, dtype=dtype)
+
+    def forward(self, x):
+        H, W = x.shape[1:3]
+        if H % 2 or W % 2:
+            x = F.pad(x.permute(0, 3, 1, 2), (0, W % 2, 0, H % 2), mode="replicate").permute(0, 2, 3, 1)
+        ll, *high = haar(x)
+        return inverse_haar(self.low(ll), *high)[:, :H, :W]
+
+
+class SFEB(nn.Module):
+    """Structural fidelity enhancement block on a map ``(B, C, H, W)``: features of space and of frequency, gated.
+
+    ``s = W_s GELU(DWConv(x));  f = IFFT(W_f GELU(W_e FFT(x)));  g = sigmoid(W_g [s, f]);  x + g s + (1 - g) f``. The
+    1x1 convolutions W_e and W_f mix real and imaginary parts of each frequency of the real FFT. The block begins near
+    the identity: W_s and W_f begin small.
+    """
+
+    def __init__(self, dim, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.depthwise = Conv2dNHWC(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.spatial = nn.Linear(dim, dim, **dd)
+        self.enter = nn.Linear(2 * dim, 2 * dim, **dd)
+        self.leave = nn.Linear(2 * dim, 2 * dim, **dd)
+        self.gate = nn.Linear(2 * dim, dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for layer in (self.spatial, self.leave):
+            trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x):
+        x = x.permute(0, 2, 3, 1)
+        s = self.spatial(F.gelu(self.depthwise(x)))
+        f = self.frequency(x)
+        g = torch.sigmoid(self.gate(torch.cat([s, f], -1)))
+        return (x + g * s + (1 - g) * f).permute(0, 3, 1, 2)
+
+    def frequency(self, x):
+        """The frequency branch of a map ``(B, H, W, C)``."""
+        size, wide = x.shape[1:3], x.to(torch.promote_types(x.dtype, torch.float32))
+        spectrum = torch.fft.rfft2(wide, dim=(1, 2), norm="ortho")
+        mixed = self.leave(
+            F.gelu(self.enter(torch.cat([spectrum.real, spectrum.imag], -1).to(self.enter.weight.dtype)))
+        )
+        real, imag = mixed.to(wide.dtype).chunk(2, -1)
+        return torch.fft.irfft2(torch.complex(real, imag), s=size, dim=(1, 2), norm="ortho").to(x.dtype)
+
+
+class FSRWKV(RWKVUNet):
+    """FS-RWKV (arXiv 2510.08951): Restore-RWKV's U-Net with FSO-Shift for its token shift and SFEB on its skips.
+
+    Args:
+        in_chans, dim, depths, refinement: As for `RWKVUNet`.
+    """
+
+    multiple = 16  # the deepest level's low band is of half its size
+
+    def __init__(self, in_chans=1, dim=48, depths=(4, 6, 6, 8), refinement=4, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(in_chans, dim, depths, refinement, FSOShift, **dd)
+        self.enhance = nn.ModuleList(SFEB(dim * 2**i, **dd) for i in range(len(depths) - 1))
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse=False):
+        matcher = super().group_matcher(coarse)
+        return matcher | dict(blocks=[*matcher["blocks"], (r"^enhance\.(\d+)", (9999,))])
+
+    def skip(self, x, level):
+        return self.enhance[level](x)
+
+
+def _cfg(**kwargs):
+    return {
+        "num_classes": 1,
+        "input_size": (1, 128, 128),
+        "pool_size": None,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": (0.0,),
+        "std": (1.0,),
+        "first_conv": "stem",
+        "classifier": "head",
+        "paper_ids": "arXiv:2510.08951",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({"fs_rwkv": _cfg()})
+
+
+@register_model
+def fs_rwkv(pretrained=False, **kwargs):
+    """FS-RWKV in the sizes of Restore-RWKV."""
+    return build_model_with_cfg(FSRWKV, "fs_rwkv", pretrained, kwargs_filter=("num_classes",), **kwargs)
