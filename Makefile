@@ -1,4 +1,4 @@
-# Needs Python >= 3.10, g++, make and git; every target sets up what it needs, once.
+# Needs Python 3.11, g++, make and git; every target sets up what it needs, once.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
