@@ -1,6 +1,8 @@
-"""EfficientViM's recipe, without MESA: 2,048 images a step, learning rate 2e-3, cosine to 2e-5, 10 epochs more."""
+"""EfficientViM's recipe: 2,048 images a step, learning rate 2e-3, cosine to 2e-5, 10 epochs more, MESA."""
 
-_base_ = ["./imagenet.py", "./deit_300e.py"]
+_base_ = ["./imagenet.py", "./deit_300e.py", "./mesa.py"]
+
+model = dict(mesa=1.0)
 
 train_cfg = dict(max_epochs=310)
 train_dataloader = dict(batch_size=256)

@@ -4,6 +4,8 @@ _base_ = ["./efficientvim_m1_in1k.py"]
 
 model = dict(
     model_name="efficientvim_m1_dist",
+    mesa=0.0,
     distillation="hard",
     teacher=dict(model_name="regnety_160.deit_in1k", pretrained=True),
 )
+custom_hooks = []

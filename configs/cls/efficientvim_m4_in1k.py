@@ -1,4 +1,4 @@
-"""EfficientViM-M4 on ImageNet-1k at 256 px by its published recipe (without MESA): `torchrun --nproc_per_node=8`."""
+"""EfficientViM-M4 on ImageNet-1k at 256 px by its published recipe, with MESA: `torchrun --nproc_per_node=8`."""
 
 _base_ = ["../_base_/efficientvim_310e.py"]
 

@@ -1,5 +1,5 @@
-"""Spatial-Mamba-B on ImageNet-1k by its published recipe, but for MESA: `torchrun --nproc_per_node=8`."""
+"""Spatial-Mamba-B on ImageNet-1k by its published recipe, with MESA: `torchrun --nproc_per_node=8`."""
 
-_base_ = ["../_base_/imagenet.py", "../_base_/deit_300e.py"]
+_base_ = ["../_base_/imagenet.py", "../_base_/deit_300e.py", "../_base_/mesa.py"]
 
-model = dict(model_name="spatialmamba_b", drop_path_rate=0.5)
+model = dict(model_name="spatialmamba_b", mesa=2.0, drop_path_rate=0.5)

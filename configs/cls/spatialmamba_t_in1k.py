@@ -1,5 +1,5 @@
-"""Spatial-Mamba-T on ImageNet-1k by its published recipe, but for MESA: `torchrun --nproc_per_node=8`."""
+"""Spatial-Mamba-T on ImageNet-1k by its published recipe, with MESA: `torchrun --nproc_per_node=8`."""
 
-_base_ = ["../_base_/imagenet.py", "../_base_/deit_300e.py"]
+_base_ = ["../_base_/imagenet.py", "../_base_/deit_300e.py", "../_base_/mesa.py"]
 
-model = dict(model_name="spatialmamba_t", drop_path_rate=0.2)
+model = dict(model_name="spatialmamba_t", mesa=1.0, drop_path_rate=0.2)

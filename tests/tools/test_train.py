@@ -17,7 +17,7 @@ from mmpretrain.structures import DataSample
 from torch.nn import functional as F
 
 from linzoo.tools import predict, test, train
-from linzoo.tools.engine import Runner
+from linzoo.tools.engine import InputError, Runner
 from linzoo.tools.engine.classifier import distillation_loss
 from linzoo.tools.engine.config import load_config
 
@@ -111,6 +111,45 @@ def test_distilled_run(config, tmp_path):
     assert kwargs["embed_dim"] == 24
     model = timm.create_model(f"local-dir:{tmp_path / 'w/export'}", pretrained=True)
     assert model.num_classes == 3 and sum(p.numel() for p in model.parameters()) < 50_000
+
+
+def test_mesa(config, tmp_path):
+    """From its epoch on the average teaches the model that it averages; resuming changes nothing."""
+    path = config(
+        f"model = {STUDENT | {'mesa': 2.0}}\n"
+        "model.update(train_cfg=dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]))\n"
+        "model.pop('data_preprocessor')\n"
+        "data_preprocessor.update(to_onehot=True)\n"
+        "default_hooks = dict(ema=dict(type='EMAHook', momentum=0.1, update_buffers=True))\n"
+        "custom_hooks = [dict(type='MesaHook', begin=1)]\n"
+        "train_cfg.update(max_epochs=2)\n"
+    )
+    train.main([path, "--work-dir", str(tmp_path / "whole")])
+    train.main([path, "--work-dir", str(tmp_path / "part"), "--cfg-options", "train_cfg.max_epochs=1"])
+    train.main([path, "--work-dir", str(tmp_path / "part"), "--resume"])
+    runs = [torch.load(tmp_path / run / "epoch_2.pth", weights_only=False) for run in ("whole", "part")]
+    for key in ("state_dict", "ema_state_dict"):
+        assert all(torch.equal(runs[0][key][name], runs[1][key][name]) for name in runs[0][key])
+    scalars = runs[0]["message_hub"]["log_scalars"]
+    steps = {name: len(scalars[f"train/{name}"].data[0]) for name in ("loss", "loss_mesa")}
+    assert steps["loss"] == 2 * steps["loss_mesa"] > 0
+
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        classifier, average = (MODELS.build({**STUDENT, "mesa": 2.0}).eval() for _ in range(2))
+    images, samples = torch.randn(4, 3, 32, 32), [DataSample().set_gt_score(torch.eye(3)[i % 3]) for i in range(4)]
+    classifier.ask_average = lambda x: average.model(x).detach()
+    p = average.model(images).softmax(1)
+    expected = -2.0 * (p * classifier.model(images).log_softmax(1)).sum(1).mean()
+    assert torch.allclose(classifier.loss(images, samples)["loss_mesa"], expected, atol=1e-6)
+
+
+def test_mesa_needs_an_average_and_no_teacher(config, tmp_path):
+    cfg = Config.fromfile(config("custom_hooks = [dict(type='MesaHook', begin=0)]\n"))
+    cfg.work_dir = str(tmp_path)
+    with pytest.raises(InputError, match="expected an EMAHook"):
+        Runner.from_cfg(cfg).call_hook("before_train_epoch")
+    with DefaultScope.overwrite_default_scope("mmpretrain"), pytest.raises(InputError, match="mesa=1.0 with distill"):
+        MODELS.build({**STUDENT, "mesa": 1.0, "distillation": "hard", "teacher": TEACHER})
 
 
 def test_weight_decay_groups(config, tmp_path):

@@ -15,7 +15,7 @@ with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     import mmpretrain.models  # noqa: F401
     import mmseg.datasets  # noqa: F401
 
-from .classifier import Classifier
+from .classifier import Classifier, MesaHook
 from .curves import CurveHook
 from .data import Clips, ImageFolder, LoadMask, MaskedImages
 from .errors import InputError
@@ -39,6 +39,7 @@ __all__ = [
     "LoadMask",
     "MaskMetric",
     "MaskedImages",
+    "MesaHook",
     "NextFrame",
     "NextFrameMetric",
     "PairedImages",

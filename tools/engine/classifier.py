@@ -2,6 +2,9 @@
 
 import timm
 import torch
+from mmengine.hooks import EMAHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
 from mmpretrain.models import TimmClassifier
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
@@ -48,6 +51,7 @@ class Classifier(TimmClassifier):
         distillation: "hard", "soft" or "none".
         alpha: weight of the teacher's term.
         tau: temperature of "soft".
+        mesa: weight of MESA's term, which `MesaHook` switches on; not with a teacher.
     """
 
     def __init__(
@@ -58,14 +62,18 @@ class Classifier(TimmClassifier):
         distillation: str = "none",
         alpha: float = 0.5,
         tau: float = 1.0,
+        mesa: float = 0.0,
         **kwargs,
     ):
         super().__init__(model_name, **kwargs)
+        self.mesa, self.ask_average = mesa, None
         if distillation not in ("hard", "soft", "none"):
             raise InputError(f"distillation={distillation!r}; expected 'hard', 'soft' or 'none'")
         self.distillation, self.alpha, self.tau = distillation, alpha, tau
         if distillation == "none":
             return
+        if mesa:
+            raise InputError(f"mesa={mesa} with distillation={distillation!r}; expected one or the other")
         if teacher is None:
             raise InputError(f"teacher=None with distillation={distillation!r}; expected keywords of timm.create_model")
         if not hasattr(self.model, "set_distilled_training"):
@@ -79,7 +87,11 @@ class Classifier(TimmClassifier):
     def loss(self, inputs: Tensor, data_samples: list, **kwargs) -> dict[str, Tensor]:
         """The losses of a batch of images (B, 3, H, W) with their labels or label scores."""
         if self.distillation == "none":
-            return super().loss(inputs, data_samples, **kwargs)
+            logits = self.model(inputs)
+            losses = self._get_loss(logits, data_samples, **kwargs)
+            if self.ask_average is not None:
+                losses["loss_mesa"] = self.mesa * F.cross_entropy(logits, self.ask_average(inputs).softmax(dim=1))
+            return losses
         logits, dist_logits = self.model(inputs)
         label_loss = self._get_loss(logits, data_samples, **kwargs)["loss"]
         teacher_loss = distillation_loss(dist_logits, self.ask_teacher(inputs), self.distillation, self.tau)
@@ -96,6 +108,33 @@ class Classifier(TimmClassifier):
     def _add_state_dict_prefix(state_dict, prefix, *_):
         for key in [k for k in state_dict if k.startswith(prefix)]:
             state_dict[f"{prefix}model.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+
+@HOOKS.register_module()
+class MesaHook(Hook):
+    """MESA: from epoch `begin` on a `Classifier` also learns from the run's own average (Du et al., 2022, section 3.3).
+
+    loss += mesa CE(logits, softmax(average(images))), on the same mixed images and without gradient to the average. The
+    average is that of the run's EMAHook.
+
+    Args:
+        begin: the first epoch with the term, counted from 0.
+
+    Raises:
+        InputError: the run has no EMAHook.
+    """
+
+    def __init__(self, begin: int):
+        self.begin = begin
+
+    def before_train_epoch(self, runner):
+        """Switch the term on."""
+        average = next((hook for hook in runner.hooks if isinstance(hook, EMAHook)), None)
+        if average is None:
+            raise InputError("MesaHook: the run averages nothing; expected an EMAHook in default_hooks")
+        classifier = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        on = runner.epoch >= self.begin
+        classifier.ask_average = _frozen(average.ema_model.module.model) if on else None
 
 
 def _frozen(teacher: nn.Module):

@@ -1,0 +1,5 @@
+"""VSSD-B on ImageNet-1k by its published recipe with MESA: `torchrun --nproc_per_node=8`."""
+
+_base_ = ["./vssd_b_in1k.py", "../_base_/mesa.py"]
+
+model = dict(mesa=2.0)
