@@ -72,8 +72,8 @@ class Isotropic(nn.Module):
         dim: Width.
         depth: Blocks.
         class_token: Whether a class token stands in the middle of the sequence.
-        positions: Whether tokens get learned positions.
         drop_rate: Dropout before the classifier.
+        positions: Whether tokens get learned positions.
 
     Raises:
         ValueError: unknown pooling, or 'token' without a class token.
@@ -93,8 +93,8 @@ class Isotropic(nn.Module):
         dim=192,
         depth=24,
         class_token=True,
-        positions=True,
         drop_rate=0.0,
+        positions=True,
         device=None,
         dtype=None,
     ):

@@ -59,8 +59,8 @@ def create_small(name, size=SIZE, **kwargs):
     few = {k: v for k, v in FEW_BLOCKS.items() if k in parameters}
     if "routes" in parameters:  # those of every block, or of every block of four stages
         few["routes"] = [r if isinstance(r, str) else r[:1] for r in parameters["routes"].default[:4]]
-    if "depth" in few and kwargs.get("features_only"):
-        kwargs.setdefault("out_indices", (0, 1, few["depth"] - 1))
+    if kwargs.get("features_only") and ("depth" in few or isinstance(few.get("routes", [[]])[0], str)):
+        kwargs.setdefault("out_indices", (0, 1, 3))  # of an isotropic model's four blocks
     return create(name, size, **few, **kwargs)
 
 

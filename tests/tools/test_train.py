@@ -295,4 +295,4 @@ def test_imagenet_recipe(data, tmp_path):
 def test_shipped_config(path):
     """Every shipped config reads, its keys are known, its model exists (built without memory) and so do its parts."""
     cfg = load_config(str(path))
-    assert cfg.model.get("num_classes") == cfg.data_preprocessor.get("num_classes")
+    assert cfg.model.get("num_classes") == cfg.get("data_preprocessor", {}).get("num_classes")
