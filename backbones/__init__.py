@@ -10,6 +10,8 @@ from .hrvmamba import HRVMamba
 from .kat import KAT
 from .localmamba import LocalVim, LocalVMamba
 from .restore_rwkv import RestoreRWKV
+from .rwkvsam import RWKVSAM
+from .rwkvsam_backbone import RWKVSAMBackbone
 from .s4 import PixelS4D, PixelS5
 from .s4nd import S4NDConvNeXt
 from .spatialmamba import SpatialMamba
@@ -23,6 +25,7 @@ from .vssd import VSSD
 
 __all__ = [
     "KAT",
+    "RWKVSAM",
     "VRWKV",
     "VRWKV6",
     "VRWKVAdapter",
@@ -36,6 +39,7 @@ __all__ = [
     "LocalVim",
     "PixelS4D",
     "PixelS5",
+    "RWKVSAMBackbone",
     "RestoreRWKV",
     "S4NDConvNeXt",
     "SpatialMamba",
@@ -52,6 +56,7 @@ _FAMILIES = (
     "hrvmamba",
     "kat",
     "localmamba",
+    "rwkvsam_backbone",
     "s4",
     "s4nd",
     "spatialmamba",
@@ -66,6 +71,7 @@ _OTHER_FAMILIES = {
     "pyramid": ("vrwkv_adapter",),
     "segmentation": ("vm_unet",),
     "restoration": ("fs_rwkv", "restore_rwkv"),
+    "promptable": ("rwkvsam",),
 }
 
 
@@ -76,7 +82,8 @@ def list_models(filter="", kind="backbone"):
         filter: Wildcard pattern or a list of them, as in `timm.list_models`.
         kind: "backbone"; "adopted" for backbones of linear complexity that timm itself registers; "pyramid" for
             backbones that give maps alone; "segmentation" for models whose output is mask logits; "restoration" for
-            those whose output is the restored image.
+            those whose output is the restored image; "promptable" for those whose masks are of what points and boxes
+            ask for.
 
     Raises:
         ValueError: `kind` is none of these.

@@ -27,7 +27,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-KINDS = ("backbone", "adopted", "pyramid", "segmentation", "restoration")
+KINDS = ("backbone", "adopted", "pyramid", "segmentation", "restoration", "promptable")
 
 
 def family_of(name):
