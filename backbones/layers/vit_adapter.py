@@ -202,7 +202,7 @@ class SpatialPrior(nn.Module):
         maps = [self.stem(x)]
         for conv in self.convs:
             maps.append(conv(maps[-1]))
-        return [proj(y) for proj, y in zip(self.projs, maps, strict=True)]
+        return [None if proj is None else proj(y) for proj, y in zip(self.projs, maps, strict=True)]
 
 
 class Interaction(nn.Module):
@@ -293,7 +293,10 @@ class ViTAdapter(nn.Module):
         self.backbone.set_grad_checkpointing(enable)
 
     def forward(self, x):
-        """Images ``(B, 3, H, W)`` to four maps ``(B, C, H / 4, W / 4)`` to ``(B, C, H / 32, W / 32)``, rounded up."""
+        """Images ``(B, 3, H, W)`` to four maps ``(B, C, H / 4, W / 4)`` to ``(B, C, H / 32, W / 32)``, rounded up.
+
+        The first is None where it was pruned.
+        """
         x = pad_to_multiple(x, 32)
         fine, *maps = self.prior(x)
         shapes = [tuple(y.shape[2:]) for y in maps]
@@ -309,9 +312,12 @@ class ViTAdapter(nn.Module):
             tokens.append(x)
         tokens = tokens if self.own_tokens else [x] * self.levels
         maps = as_maps(c, shapes)
-        maps = [self.up(maps[0]) + fine, *maps]
+        maps = [None if self.up is None else self.up(maps[0]) + fine, *maps]
         out = []
         for norm, y, t in zip(self.norms, maps, tokens, strict=True):
+            if y is None:  # pruned
+                out.append(None)
+                continue
             (t,) = as_maps(t, [grid])
             out.append(norm(y + F.interpolate(t, size=y.shape[2:], mode="bilinear", align_corners=False)))
         return out
@@ -333,8 +339,13 @@ class ViTAdapter(nn.Module):
         return taken if intermediates_only else (maps, taken)
 
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
-        """Removes nothing: every map needs the whole network. Returns the indices, normalised."""
-        return feature_take_indices(self.levels, indices)[0]
+        """Removes what the maps `indices` do not need, which is little; returns the indices, normalised."""
+        taken, _ = feature_take_indices(self.levels, indices)
+        for i in set(range(self.levels)) - set(taken):
+            self.norms[i] = nn.Identity()
+        if 0 not in taken:
+            self.up, self.prior.projs[0] = None, None
+        return taken
 
 
 # The authors' names of the adapter's parts and ours.

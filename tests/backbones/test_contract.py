@@ -50,8 +50,8 @@ def create(name, size=SIZE, **kwargs):
     return timm.create_model(name, **kwargs)
 
 
-def create_small(name, size=SIZE, **kwargs):
-    """The model with its widths but fewer blocks: what is the same for every block need not be shown for all."""
+def few_blocks(name, size=SIZE):
+    """Keywords that leave the model its widths but fewer blocks."""
     kind = type(create(name, size, device="meta"))
     parameters = dict(inspect.signature(kind).parameters)
     if "kwargs" in parameters:  # passed on to the class it derives from
@@ -59,6 +59,12 @@ def create_small(name, size=SIZE, **kwargs):
     few = {k: v for k, v in FEW_BLOCKS.items() if k in parameters}
     if "routes" in parameters:  # those of every block, or of every block of four stages
         few["routes"] = [r if isinstance(r, str) else r[:1] for r in parameters["routes"].default[:4]]
+    return few
+
+
+def create_small(name, size=SIZE, **kwargs):
+    """The model with fewer blocks: what is the same for every block need not be shown for all."""
+    few = few_blocks(name, size)
     if kwargs.get("features_only") and ("depth" in few or isinstance(few.get("routes", [[]])[0], str)):
         kwargs.setdefault("out_indices", (0, 1, 3))  # of an isotropic model's four blocks
     return create(name, size, **few, **kwargs)

@@ -1,0 +1,249 @@
+"""The zoo as backbone of OpenMMLab's configs: ``custom_imports = dict(imports=["linzoo.backbones.openmmlab"])``.
+
+This module alone needs mmengine; `linzoo.backbones` does not import it.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from mmengine.runner.checkpoint import get_torch_safe_globals
+from timm.layers import LayerNorm2d
+from timm.models import get_pretrained_cfg_value, group_parameters, model_entrypoint
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .layers.checkpoint import unwrap_state_dict
+from .layers.simple_pyramid import STRIDES, rescale
+from .layers.vit_adapter import ViTAdapter
+
+__all__ = ["LinZooBackbone"]
+
+
+@MODELS.register_module()
+class LinZooBackbone(BaseModule):
+    """Maps of a timm model for mmdet, mmseg and mmpretrain: `type="LinZooBackbone"` in any of their configs.
+
+    A model with stages gives their maps, at the strides that it has (4, 8, 16 and 32 for most). One whose tokens keep
+    one resolution (Vim, Vision-RWKV, KAT ...) gives four maps at strides 4, 8, 16 and 32: the patch tokens after the
+    first to the fourth quarter of its blocks, brought there by the simple pyramid of ViTDet (arXiv 2203.16527).
+
+    Whatever the chosen maps do not need is taken away, so that every parameter gets a gradient.
+
+    The state dict has the timm model's names under ``model.``. State dicts of the authors' own detectors and segmenters
+    (``backbone.*`` in the authors' names, norms of the maps as ``outnorm{i}``) are converted when they are loaded.
+
+    Args:
+        model_name: Name of a model of the zoo or of timm.
+        model_kwargs: Further keywords of `timm.create_model`.
+        pretrained: True for the model's published weights; or a file (.safetensors, .pth) or URL of a checkpoint, in
+            the authors' layout or ours, of the classifier or of a model around it.
+        out_indices: The maps to return, as indices of levels.
+        out_norm: Give each map a LayerNorm of its own in place of the model's final norm. Without it the maps are those
+            of the model's `features_only`.
+        frozen_stages: -1: nothing is frozen; 0: the stem; k: the stem and the first k stages (quarters of the blocks,
+            where there are no stages). What is frozen learns nothing and stays in eval mode.
+        norm_eval: Keep every BatchNorm in eval mode while the rest trains.
+        with_cp: Save memory by gradient checkpointing.
+        drop_path_rate: Stochastic depth of the last block.
+
+    Attributes:
+        channels: Channels of the returned maps.
+        strides: Their strides.
+
+    Raises:
+        ValueError: an unknown model; a level that the model does not have; a checkpoint of another model.
+        FileNotFoundError: `pretrained` names no file.
+    """
+
+    def __init__(
+        self,
+        model_name,
+        model_kwargs=None,
+        pretrained=False,
+        out_indices=(0, 1, 2, 3),
+        out_norm=False,
+        frozen_stages=-1,
+        norm_eval=False,
+        with_cp=False,
+        drop_path_rate=0.0,
+    ):
+        super().__init__()
+        if not timm.is_model(model_name.partition(".")[0]):
+            raise ValueError(f"model_name: expected a model of timm or LinZoo, got {model_name!r}")
+        kwargs = dict(model_kwargs or {}, drop_path_rate=drop_path_rate)
+        if get_pretrained_cfg_value(model_name, "fixed_input_size"):  # timm's ViTs take any size where they are told to
+            kwargs = dict(dynamic_img_size=True, dynamic_img_pad=True) | kwargs
+        model = timm.create_model(model_name, pretrained=pretrained is True, num_classes=0, **kwargs)
+
+        info = [entry if isinstance(entry, dict) else vars(entry) for entry in model.feature_info]
+        strides = [entry["reduction"] for entry in info]
+        self.single_scale = len(set(strides)) == 1
+        # Indices of the model's own maps, and their last groups of layers, level by level.
+        if self.single_scale:
+            taps = [len(info) * (i + 1) // len(STRIDES) - 1 for i in range(len(STRIDES))]
+            ends = [tap + 1 for tap in taps]
+        else:
+            taps = list(range(len(info)))
+            quarter = len(model.backbone.blocks) // len(info) if isinstance(model, ViTAdapter) else 1
+            ends = [(i + 1) * quarter for i in taps]
+        self.out_indices = tuple(out_indices)
+        if not out_indices or len({*out_indices} & {*range(len(taps))}) < len(self.out_indices):
+            raise ValueError(
+                f"out_indices: expected different levels from 0 to {len(taps) - 1} of {model_name!r}, "
+                f"got {out_indices!r}"
+            )
+        if frozen_stages not in range(-1, len(taps) + 1):
+            raise ValueError(f"frozen_stages: expected -1 to {len(taps)} for {model_name!r}, got {frozen_stages!r}")
+        groups = group_parameters(model, model.group_matcher(coarse=True)) if frozen_stages >= 0 else {}
+        last = ends[frozen_stages - 1] if frozen_stages > 0 else 0
+        frozen = {name for group, names in groups.items() if group <= last for name in names}
+        self.norm_eval = norm_eval
+
+        state = _read(pretrained, model) if isinstance(pretrained, (str, Path)) else None
+        self.taps = [taps[i] for i in self.out_indices]
+        # As `features_only`: GroupMamba's last map alone is normed by the model's final norm.
+        self.final_norm = not out_norm and not self.single_scale and _normed_features(model_name)
+        model.prune_intermediate_layers(self.taps, prune_norm=not self.final_norm, prune_head=True)
+        if state is not None:
+            _load(model, state, pretrained)
+        model.set_grad_checkpointing(with_cp)
+        self.model = model
+        self.frozen = {f"model.{name}" for name, _ in model.named_parameters() if name in frozen}
+
+        self.channels = [info[tap]["num_chs"] for tap in self.taps]
+        wanted = STRIDES if self.single_scale else _levels(strides)
+        self.strides = [wanted[i] for i in self.out_indices]
+        self.rescale = nn.ModuleDict(
+            {
+                str(i): rescale(channels, strides[tap], stride)
+                for i, tap, channels, stride in zip(
+                    self.out_indices, self.taps, self.channels, self.strides, strict=True
+                )
+                if strides[tap] != stride
+            }
+        )
+        self.norms = nn.ModuleDict(
+            {
+                str(i): LayerNorm2d(channels, eps=1e-5)
+                for i, channels in zip(self.out_indices, self.channels, strict=True)
+                if out_norm
+            }
+        )
+        self._register_load_state_dict_pre_hook(self._convert_published)
+        self._freeze()
+
+    def init_weights(self):
+        """Nothing: timm initialises or loads in `create_model`, and a second initialisation would undo a loading."""
+
+    def forward(self, x):
+        """Images ``(B, 3, H, W)`` to a tuple of maps ``(B, channels[i], H / strides[i], W / strides[i])``."""
+        maps = self.model.forward_intermediates(
+            x, indices=sorted(self.taps), norm=self.final_norm, stop_early=True, intermediates_only=True
+        )
+        by_tap = dict(zip(sorted(self.taps), maps, strict=True))
+        out = []
+        for i, tap in zip(self.out_indices, self.taps, strict=True):
+            y = by_tap[tap]
+            for part in (self.norms, self.rescale):
+                y = part[str(i)](y) if str(i) in part else y
+            out.append(y)
+        return tuple(out)
+
+    def train(self, mode=True):
+        """As `nn.Module.train`; what is frozen stays in eval mode, and under `norm_eval` every BatchNorm."""
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _freeze(self):
+        if not self.frozen:
+            return
+        for name, parameter in self.named_parameters():
+            if name in self.frozen:
+                parameter.requires_grad_(False)
+        for module in self.model.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+
+    def _convert_published(self, state_dict, prefix, *_):
+        """Gives the entries of an authors' detector or segmenter our names, in place."""
+        names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        if not names or any(name.startswith(("model.", "norms.", "rescale.")) for name in names):
+            return
+        published = {name: state_dict.pop(prefix + name) for name in names}
+        norms = {name for name in published if re.match(r"outnorm\d+\.", name)}
+        for name in norms:
+            state_dict[prefix + name.replace("outnorm", "norms.", 1)] = published.pop(name)
+        ours = self.model.state_dict()
+        for name, value in _filter(published, self.model).items():
+            if name in ours:  # not the classifier, which a published file may still hold
+                state_dict[f"{prefix}model.{name}"] = value
+
+
+def _levels(strides):
+    """Strides of the maps of a model with stages: its own, each at least twice the one before."""
+    levels = list(strides)
+    for i in range(1, len(levels)):
+        levels[i] = max(levels[i], 2 * levels[i - 1])
+    return levels
+
+
+def _normed_features(model_name):
+    """Whether the model's `features_only` gives its last map after the final norm."""
+    with torch.device("meta"):
+        net = timm.create_model(model_name, features_only=True)
+    return bool(getattr(net, "norm", False))
+
+
+def _filter(state, model):
+    """A state dict of any layout in the names of `model`."""
+    family = sys.modules[model_entrypoint(model.pretrained_cfg["architecture"]).__module__]
+    convert = getattr(family, "checkpoint_filter_fn", None)
+    return convert(state, model) if convert else unwrap_state_dict(state)
+
+
+def _read(source, model):
+    """The state dict of a file or URL in the names of `model`; of a larger model's its backbone alone."""
+    source = str(source)
+    if source.startswith(("http://", "https://")):
+        state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
+    elif not Path(source).is_file():
+        raise FileNotFoundError(f"pretrained: expected True, a URL or a file, got {source!r}: no such file")
+    elif source.endswith(".safetensors"):
+        state = safetensors.torch.load_file(source)
+    else:
+        with torch.serialization.safe_globals(get_torch_safe_globals()):
+            state = torch.load(source, map_location="cpu", weights_only=True)
+    state = unwrap_state_dict(state)
+    # A model around LinZooBackbone, or around the authors' class. ViTAdapter has a `backbone.` of its own.
+    for prefix in ("backbone.model.",) if isinstance(model, ViTAdapter) else ("backbone.model.", "backbone."):
+        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if part:
+            state = part
+            break
+    return _filter(state, model)
+
+
+def _load(model, state, source):
+    """Load what `model` needs, every tensor of it."""
+    ours = model.state_dict()
+    wrong = [key for key, value in ours.items() if key not in state or state[key].shape != value.shape]
+    if wrong:
+        key = wrong[0]
+        has = tuple(state[key].shape) if key in state else "absent"
+        raise ValueError(
+            f"pretrained: checkpoint {str(source)!r} does not fit {model.pretrained_cfg['architecture']!r}: "
+            f"{len(wrong)} tensors differ, such as {key!r} (checkpoint {has}, model {tuple(ours[key].shape)})"
+        )
+    model.load_state_dict({key: state[key] for key in ours})
