@@ -21,8 +21,9 @@ from .data import Clips, ImageFolder, LoadMask, MaskedImages
 from .errors import InputError
 from .export import ExportHook
 from .next_frame import NextFrame, NextFrameMetric
-from .optim import AutocastOptimWrapper, TimmWeightDecay
+from .optim import AutocastOptimWrapper, LayerDecay, TimmWeightDecay
 from .progress import ProgressHook
+from .promptable import PromptedMasks, PromptMetric, PromptSegmenter
 from .restorer import PairedImages, RestorationMetric, Restorer
 from .resume import ResumeHook
 from .runner import Runner
@@ -36,6 +37,7 @@ __all__ = [
     "ExportHook",
     "ImageFolder",
     "InputError",
+    "LayerDecay",
     "LoadMask",
     "MaskMetric",
     "MaskedImages",
@@ -44,6 +46,9 @@ __all__ = [
     "NextFrameMetric",
     "PairedImages",
     "ProgressHook",
+    "PromptMetric",
+    "PromptSegmenter",
+    "PromptedMasks",
     "RestorationMetric",
     "Restorer",
     "ResumeHook",

@@ -5,7 +5,10 @@ import contextlib
 import torch
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
+
+from .errors import InputError
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -46,6 +49,52 @@ class TimmWeightDecay(DefaultOptimWrapperConstructor):
             rest = [parameter for parameter in group["params"] if id(parameter) not in taken]
             params.extend([{**group, "params": rest}] if rest else [])
         params.extend({"params": group, **dict(settings)} for settings, group in hinted.items())
+
+
+# Last parts of the names of state spaces' and RWKV's own parameters: states' decay rates, steps and skips.
+UNDECAYED = {"A", "A_log", "A_imag", "D", "Lambda_re", "Lambda_im", "decay", "dt_bias", "log_dt", "log_step"}
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecay(DefaultOptimWrapperConstructor):
+    """Learning rates that fall from the heads to the stem of a `LinZooBackbone`, as BEiT has them (arXiv 2106.08254).
+
+    ``lr(layer) = lr layer_decay^(n + 1 - layer)`` for the n + 1 layers 0 (stem) to n that the model's `group_matcher`
+    tells apart; what is no part of the backbone's model learns at ``lr``. No weight decay for norms, biases and other
+    tensors of rank 0 and 1, the model's `no_weight_decay()`, and `A`, `D`, step and decay parameters of any rank.
+
+    Args:
+        paramwise_cfg: ``dict(layer_decay=1.0)``; 1 for one rate everywhere.
+
+    Raises:
+        InputError: `layer_decay` is not in (0, 1], or `paramwise_cfg` has other keys.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
+        super().__init__(optim_wrapper_cfg, {"bypass_duplicate": True})
+        settings = dict(paramwise_cfg or {})
+        self.layer_decay = settings.pop("layer_decay", 1.0)
+        if settings or not 0 < self.layer_decay <= 1:
+            raise InputError(f"paramwise_cfg={dict(paramwise_cfg)}: expected layer_decay in (0, 1] alone")
+
+    def add_params(self, params, module, prefix="", is_dcn_module=None):
+        scales, undecayed = {}, set()  # of parameters, by their names
+        for name, part in module.named_modules():
+            if hasattr(part, "group_matcher") and not any(key.startswith(f"{name}.") for key in scales):
+                layers = group_parameters(part, part.group_matcher(coarse=False), reverse=True)
+                top = max(layers.values()) + 1
+                scales |= {f"{name}.{key}": self.layer_decay ** (top - layer) for key, layer in layers.items()}
+                undecayed |= {f"{name}.{key}" for key in getattr(part, "no_weight_decay", set)()}
+            if "Norm" in type(part).__name__:
+                undecayed |= {f"{name}.{key}" for key, _ in part.named_parameters(recurse=False)}
+        groups = {}
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            exempt = name in undecayed or parameter.ndim < 2 or name.rpartition(".")[2] in {"bias", *UNDECAYED}
+            settings = (self.base_lr * scales.get(name, 1.0), 0.0 if exempt else self.base_wd)
+            groups.setdefault(settings, []).append(parameter)
+        params.extend({"params": group, "lr": lr, "weight_decay": wd} for (lr, wd), group in groups.items())
 
 
 def _decay(hint: dict) -> dict:
