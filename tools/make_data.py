@@ -132,6 +132,104 @@ def noisy(out: str | os.PathLike) -> None:
     _write_whole(Path(out), write)
 
 
+SCENE_CLASSES = ("photograph", *(str(digit) for digit in range(10)))
+
+
+def scenes(out: str | os.PathLike) -> None:
+    """Handwritten digits on photographs, for detection and segmentation: 400 images of 128 px and 80 held-out ones.
+
+    Two to four of scikit-learn's digits, 32 to 48 px wide, stand apart on a crop of a photograph that scikit-learn or
+    scikit-image ships, dark on light ground and light on dark. Neither digits nor photographs of the validation set are
+    in the training set. The same every time. The folder appears whole or not at all; an existing one is left as it is.
+
+    As ADE20K has it: `images/{training,validation}/<index>.png` and, with the same names, label maps in `annotations/`:
+    0 unlabelled (a digit's blurred edge), 1 photograph, 2 to 11 digits. As COCO has it: `{training,validation}.json`
+    with boxes and masks (run lengths) of categories 1 to 10, named "0" to "9".
+    """
+    import json
+
+    import numpy as np
+    from PIL import Image
+    from skimage import data
+    from sklearn.datasets import load_digits, load_sample_images
+
+    side = 128
+
+    def run_lengths(mask) -> dict:
+        """COCO's uncompressed run lengths: zeros first, down the columns."""
+        flat = np.concatenate([[0], mask.T.ravel(), [0]])
+        starts = np.flatnonzero(np.diff(flat))
+        return {"counts": np.diff([0, *starts, mask.size]).tolist(), "size": list(mask.shape)}
+
+    def place(rng, sizes):
+        """Corners (x, y) of squares of these sizes that do not overlap."""
+        while True:
+            corners = [tuple(int(v) for v in rng.integers(0, side - size + 1, 2)) for size in sizes]
+            taken = np.zeros((side, side), int)
+            for (x, y), size in zip(corners, sizes, strict=True):
+                taken[y : y + size, x : x + size] += 1
+            if taken.max() == 1:
+                return corners
+
+    def draw(rng, photo, digits, labels):
+        """An image, its label map, and for each digit its class and mask."""
+        x, y = (int(rng.integers(length - side + 1)) for length in photo.size)
+        image, ink = photo.crop((x, y, x + side, y + side)), []
+        chosen = rng.integers(len(labels), size=rng.integers(2, 5))
+        sizes = rng.integers(32, 49, len(chosen)).tolist()
+        for i, size, (x, y) in zip(chosen, sizes, place(rng, sizes), strict=True):
+            digit = Image.fromarray((digits[i] * 255 / 16).round().astype("uint8")).resize((size, size), Image.BICUBIC)
+            box = (x, y, x + size, y + size)
+            light = np.asarray(image.crop(box)).mean() < 128
+            colour = rng.integers(*((186, 256) if light else (0, 70)), 3).tolist()
+            image.paste(tuple(colour), box, digit)
+            cover = np.zeros((side, side), np.uint8)
+            cover[y : y + size, x : x + size] = np.asarray(digit)
+            ink.append((int(labels[i]), cover))
+        label_map = np.ones((side, side), np.uint8)
+        for label, cover in ink:
+            label_map[cover > 64] = 0
+            label_map[cover > 127] = label + 2
+        return image, label_map, [(label, cover > 127) for label, cover in ink]
+
+    def write(folder: Path) -> None:
+        china, flower = load_sample_images().images
+        photos = {
+            "training": [china, flower, data.astronaut(), data.rocket()],
+            "validation": [data.coffee(), data.chelsea()],
+        }
+        digits, labels = load_digits(return_X_y=True)
+        digits, rng = digits.reshape(-1, 8, 8), np.random.default_rng(0)
+        for part, count, chosen in (("training", 400, slice(0, 1437)), ("validation", 80, slice(1437, None))):
+            pictures = [Image.fromarray(photo) for photo in photos[part]]
+            for kind in ("images", "annotations"):
+                (folder / kind / part).mkdir(parents=True)
+            coco = {"images": [], "annotations": []}
+            coco["categories"] = [{"id": i, "name": name} for i, name in enumerate(SCENE_CLASSES) if i]
+            for i in range(count):
+                photo = pictures[rng.integers(len(pictures))]
+                image, label_map, found = draw(rng, photo, digits[chosen], labels[chosen])
+                image.save(folder / "images" / part / f"{i:04d}.png")
+                Image.fromarray(label_map).save(folder / "annotations" / part / f"{i:04d}.png")
+                coco["images"].append(dict(id=i, file_name=f"{i:04d}.png", width=side, height=side))
+                for label, mask in found:
+                    (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis))[[0, -1]].tolist() for axis in (1, 0))
+                    coco["annotations"].append(
+                        dict(
+                            id=len(coco["annotations"]) + 1,
+                            image_id=i,
+                            category_id=label + 1,
+                            bbox=[left, top, right - left + 1, bottom - top + 1],
+                            area=int(mask.sum()),
+                            segmentation=run_lengths(mask),
+                            iscrowd=0,
+                        )
+                    )
+            (folder / f"{part}.json").write_text(json.dumps(coco))
+
+    _write_whole(Path(out), write)
+
+
 def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
     """Call `write(folder)` on a temporary folder and move it to `out`, unless that is there."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +245,7 @@ def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
         temporary.rename(out)
 
 
-MAKERS = {"bouncing": bouncing, "digits": digits, "inked": inked, "noisy": noisy}
+MAKERS = {"bouncing": bouncing, "digits": digits, "inked": inked, "noisy": noisy, "scenes": scenes}
 
 
 def main(argv: list[str] | None = None) -> None:

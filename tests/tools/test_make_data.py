@@ -1,5 +1,6 @@
 """The digits: whole, the same every time, safe against a kill and a second process."""
 
+import json
 import multiprocessing
 
 import numpy as np
@@ -56,6 +57,41 @@ def test_bouncing(tmp_path):
         assert (np.abs(np.diff(clips.astype(int), axis=1)).max((2, 3)) > 50).all(), "every frame moves"
         ink = clips.astype(float).sum((2, 3))
         assert (ink.max(1) / ink.min(1)).max() < 2.5, "what is hidden is hidden behind the other digit"
+
+
+def test_scenes(tmp_path):
+    """Label maps, boxes and masks tell the same of every image; digits stand out; the same every time."""
+    for name in ("one", "two"):
+        make_data.main(["scenes", "--out", str(tmp_path / name)])
+    files = sorted(file for file in (tmp_path / "one").rglob("*") if file.is_file())
+    assert len(files) == 2 * (400 + 80) + 2
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
+    for part, count in (("training", 400), ("validation", 80)):
+        coco = json.loads((tmp_path / "one" / f"{part}.json").read_text())
+        assert len(coco["images"]) == count
+        assert [(c["id"], c["name"]) for c in coco["categories"]] == [(i + 1, str(i)) for i in range(10)]
+        assert {a["category_id"] for a in coco["annotations"]} == set(range(1, 11))
+        for image in coco["images"][:: count // 20]:
+            pixels = np.asarray(Image.open(tmp_path / "one/images" / part / image["file_name"])).astype(float)
+            labels = np.asarray(Image.open(tmp_path / "one/annotations" / part / image["file_name"]))
+            assert pixels.shape == (image["height"], image["width"], 3) == (128, 128, 3)
+            digits = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
+            assert 2 <= len(digits) <= 4
+            seen = np.zeros_like(labels)
+            for digit in digits:
+                counts = digit["segmentation"]["counts"]
+                runs = np.repeat(np.arange(len(counts)) % 2, counts)
+                mask = runs.reshape(128, 128).T.astype(bool)
+                assert mask.sum() == digit["area"] and (labels[mask] == digit["category_id"] + 1).all()
+                x, y, width, height = digit["bbox"]
+                rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+                assert (rows[0], rows[-1], columns[0], columns[-1]) == (y, y + height - 1, x, x + width - 1)
+                around = np.zeros_like(mask)
+                around[y : y + height, x : x + width] = labels[y : y + height, x : x + width] == 1
+                assert abs(pixels[mask].mean() - pixels[around].mean()) > 20
+                seen[mask] += 1
+            assert seen.max() == 1 and ((labels > 1) == (seen == 1)).all()
 
 
 def test_leftovers_and_second_process(tmp_path):
