@@ -17,7 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm2d, Mlp
+from timm.layers import LayerNorm2d, Mlp, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from torchvision.transforms.functional import normalize
@@ -306,12 +306,12 @@ class RWKVSAM(nn.Module):
 
     Args:
         backbone: timm name of a backbone with features of strides 4, 8 and 16; the last of a stride is taken.
-        img_size: Side of the square that `predict` scales images into.
+        img_size: Side of the square that `predict` scales images into, a multiple of 16; or twice that number.
         dim: Width of prompts and decoder.
         backbone_args: Further arguments of the backbone, as in `timm.create_model` (`pretrained` among them).
 
     Raises:
-        ValueError: the backbone lacks a stride; `dim` is no multiple of 16.
+        ValueError: the backbone lacks a stride; `dim` or `img_size` is no multiple of 16.
     """
 
     def __init__(
@@ -321,7 +321,9 @@ class RWKVSAM(nn.Module):
         super().__init__()
         if dim % 16:
             raise ValueError(f"dim: expected a multiple of 16, got {dim}")
-        self.img_size = img_size
+        height, self.img_size = to_2tuple(img_size)
+        if height != self.img_size or height % 16:
+            raise ValueError(f"img_size: expected a multiple of 16, the side of a square, got {img_size}")
         self.in_chans, self.num_classes, self.num_features = 3, 1, dim
         self.backbone = timm.create_model(backbone, num_classes=0, **(backbone_args or {}), **dd)
         strides = {info["reduction"]: i for i, info in enumerate(self.backbone.feature_info)}
@@ -385,12 +387,15 @@ class RWKVSAM(nn.Module):
         """
         return self.decode(self.encode(images), points, labels, boxes, index)
 
-    @torch.inference_mode()
-    def encode_image(self, image):
-        """One image for `predict`, scaled until its longer side is `img_size` and padded with 0 at the right and below.
+    def prepare(self, image):
+        """One image for `encode`: scaled until its longer side is `img_size`, normalised, and padded with 0 at the
+        right and below.
 
         Args:
             image: RGB ``(3, H, W)``: uint8, or floats in 0 .. 1.
+
+        Returns:
+            ``(1, 3, img_size, img_size)``, and height and width of the image's part of it.
 
         Raises:
             ValueError: another shape or dtype.
@@ -400,13 +405,18 @@ class RWKVSAM(nn.Module):
             raise ValueError(f"image: expected a tensor (3, H, W), got {got}")
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise ValueError(f"image: expected uint8 or floats in 0 .. 1, got {image.dtype}")
-        size, like = tuple(image.shape[1:]), self.prompt_encoder.frequencies
+        size, like = image.shape[1:], self.prompt_encoder.frequencies
         x = image.to(like.device, torch.float32) / (255 if image.dtype == torch.uint8 else 1)
         height, width = scaled = tuple(max(1, round(n * self.img_size / max(size))) for n in size)
         x = F.interpolate(x[None], scaled, mode="bilinear", antialias=True)
         x = normalize(x, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD).to(like.dtype)
-        x = F.pad(x, (0, self.img_size - width, 0, self.img_size - height))
-        return EncodedImage(self.encode(x), size, scaled)
+        return F.pad(x, (0, self.img_size - width, 0, self.img_size - height)), scaled
+
+    @torch.inference_mode()
+    def encode_image(self, image):
+        """One image, as `prepare` takes it, for `predict`: an `EncodedImage`."""
+        x, scaled = self.prepare(image)
+        return EncodedImage(self.encode(x), tuple(image.shape[1:]), scaled)
 
     @torch.inference_mode()
     def predict(self, image, points=None, labels=None, boxes=None):

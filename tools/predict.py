@@ -252,6 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     existing_file("checkpoint", args.checkpoint)
     images, out = find_images(args.image), Path(args.out)
     folder = Path(args.image) if Path(args.image).is_dir() else Path(args.image).parent
+    if cfg.model.type == "PromptSegmenter":
+        raise InputError(f"model_name={cfg.model.model_name!r} needs points or boxes; expected its predict() in Python")
     if cfg.model.type == "Restorer":
         results, draw_sheet = restore(cfg, args.checkpoint, images, folder, out, args.tile, args.overlap), draw_restored
     elif cfg.model.type == "Segmenter":

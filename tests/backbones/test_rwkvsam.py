@@ -172,6 +172,9 @@ def test_bad_images_and_arguments(model):
             model.predict(image, boxes=[[0, 0, 4, 4]])
     with pytest.raises(ValueError, match="dim: expected a multiple of 16, got 40"):
         RWKVSAM(**{**TINY, "dim": 40})
+    for size in (60, (64, 48)):
+        with pytest.raises(ValueError, match="img_size: expected a multiple of 16, the side of a square, got"):
+            RWKVSAM(**{**TINY, "img_size": size})
     with pytest.raises(ValueError, match="backbone: expected features of strides 4, 8 and 16"):
         RWKVSAM("vrwkv_t", 64)
 

@@ -30,6 +30,7 @@ SMALL = dict(
 )
 SLOW = {"spatialmamba_t"}
 WIDER = dict.fromkeys(("vrwkv_t", "vrwkv6_t"), dict(dim=64))  # heads have 64 channels; both token mixers are tried
+WIDER["rwkvsam_backbone_t"] = dict(dims=(32, 64, 128))
 WIDER["s5_pixel_s"] = dict(dim=128, depth=2)  # the second of its family
 
 

@@ -79,6 +79,8 @@ def load_config(path: str, options: dict | None = None) -> Config:
 def without_start(model: dict) -> dict:
     """The settings of a model that is to load a checkpoint: with nothing to start or learn from."""
     off = {"pretrained": False, "distillation": "none", "init_from": None}
+    if "backbone" in model:
+        model = {**model, "backbone": without_start(model["backbone"])}
     return {**model, **{key: off[key] for key in off.keys() & model.keys()}}
 
 
@@ -165,7 +167,9 @@ def _arguments(of) -> set[str]:
 
 def _check_model(model: ConfigDict) -> None:
     """A timm model must exist and take the keywords that the config gives it: it is built without memory."""
-    if model.get("type") not in ("Classifier", "NextFrame", "Restorer", "Segmenter"):
+    if model.get("backbone", {}).get("type") == "LinZooBackbone":
+        _check_backbone(model.backbone)
+    if model.get("type") not in ("Classifier", "NextFrame", "PromptSegmenter", "Restorer", "Segmenter"):
         return
     model = copy.deepcopy(model)
     for key, settings in (("model", model), *((f"model.{name}", model.get(name)) for name in ("teacher", "init_from"))):
@@ -184,3 +188,22 @@ def _check_model(model: ConfigDict) -> None:
             MODELS.build(model)
     except TypeError as e:
         raise InputError(f"config key model: {model.model_name!r} does not take these keywords: {e}") from e
+
+
+def _check_backbone(backbone: ConfigDict) -> None:
+    """A backbone must exist, take its keywords, and have the levels asked for: it is built without memory."""
+    settings = without_start(backbone)
+    name = str(settings.get("model_name")).partition(".")[0]
+    if not timm.is_model(name):
+        raise InputError(
+            f"config key model.backbone.model_name={name!r}: no such model in timm or LinZoo"
+            f"{did_you_mean(name, timm.list_models())}"
+        )
+    start = backbone.get("pretrained", False)
+    if isinstance(start, str) and not start.startswith("http"):
+        existing_file("config key model.backbone.pretrained", start)
+    try:
+        with torch.device("meta"):
+            MODELS.build(settings)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"config key model.backbone: {e}") from e

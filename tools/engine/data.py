@@ -10,6 +10,7 @@ from mmcv.transforms import BaseTransform
 from mmengine.dataset import BaseDataset
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.registry import DATASETS
+from mmseg.datasets import BaseSegDataset
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -105,6 +106,16 @@ def check_clips(data_root: str, part: str, make: str | None = None) -> None:
         raise InputError(f"clips {str(path)!r} are {clips.dtype} {clips.shape}; expected uint8 of four axes")
 
 
+def check_coco(data_root: str, ann_file: str, data_prefix: str = "") -> Path:
+    """The path of a COCO file. InputError where it or the folder of its images is not there."""
+    path, folder = Path(data_root, ann_file), Path(data_root, data_prefix)
+    if not path.is_file():
+        raise InputError(f"annotations {str(path)!r} not found; expected a COCO file (.json)")
+    if not folder.is_dir():
+        raise InputError(f"data folder {str(folder)!r} not found; expected the images of {str(path)!r}")
+    return path
+
+
 @mmengine.registry.DATASETS.register_module()
 class Clips(Dataset):
     """The clips of a file ``data_root/part.npy``, uint8 ``(clips, frames, height, width)``, as `inputs` (T, 1, H, W).
@@ -161,6 +172,53 @@ class MaskedImages(_NamesImages, BaseDataset):
         return [dict(img_path=str(image), seg_map_path=str(mask), seg_fields=[]) for image, mask in pairs]
 
 
+@mmengine.registry.DATASETS.register_module()
+class LabelMaps(_NamesImages, BaseSegDataset):
+    """mmseg's data set of images with label maps of equal names, which names what it cannot read.
+
+    Args:
+        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+    """
+
+    def __init__(self, make: str | None = None, **kwargs):
+        super().__init__(**kwargs)
+
+    def prepare_data(self, idx):
+        """A prepared image; InputError where its label map holds a label beside the classes'."""
+        item = super().prepare_data(idx)
+        if "gt_sem_seg" in getattr(item["data_samples"], "_data_fields", ()):
+            known = len(self.metainfo["classes"])
+            odd = [int(label) for label in item["data_samples"].gt_sem_seg.data.unique() if known <= label < 255]
+            if odd:
+                path, shift = self.get_data_info(idx)["seg_map_path"], int(self.reduce_zero_label)
+                raise InputError(
+                    f"label map {path!r} holds the label {odd[0] + shift}; expected 0 to {known - 1 + shift} or 255, "
+                    f"as the data set has {known} classes"
+                )
+        return item
+
+
+def check_label_maps(root: Path, prefix: dict, image_suffix: str, map_suffix: str) -> None:
+    """InputError where a folder of a data set of mmseg is missing or empty, or an image has no label map."""
+    folders = [root / prefix.get(key, "") for key in ("img_path", "seg_map_path")]
+    names = []
+    for folder, suffix in zip(folders, (image_suffix, map_suffix), strict=True):
+        if not folder.is_dir():
+            raise InputError(
+                f"data folder {str(folder)!r} not found (looked in {str(folder.absolute())!r}); expected images and "
+                f"label maps of equal names; {_remedy(root / 'x')}"
+            )
+        names.append({name.removesuffix(suffix) for name in os.listdir(folder) if name.endswith(suffix)})
+    if not names[0]:
+        raise InputError(f"data folder {str(folders[0])!r} holds no image; expected files ending in {image_suffix}")
+    alone = sorted(names[0] - names[1])
+    if alone:
+        raise InputError(
+            f"image {str(folders[0] / (alone[0] + image_suffix))!r} has no label map ({len(alone)} such); expected "
+            f"{str(folders[1] / (alone[0] + map_suffix))!r}"
+        )
+
+
 @mmengine.registry.TRANSFORMS.register_module()
 class LoadMask(BaseTransform):
     """Adds the mask of a loaded image, as mmseg's transforms expect it: `gt_seg_map` (H, W) of 0 and 1.
@@ -202,6 +260,16 @@ def prepare_data(cfg) -> None:
         dataset = (cfg.get(key) or {}).get("dataset", {})
         if dataset.get("type") == "Clips":
             check_clips(dataset.data_root, dataset.part, dataset.get("make"))
+            continue
+        if dataset.get("type") == "PromptedMasks":
+            check_coco(dataset.data_root, dataset.ann_file, dataset.get("data_prefix", ""))
+            continue
+        if dataset.get("type") in ("ADE20KDataset", "LabelMaps"):
+            root = Path(dataset.data_root)
+            if dataset.get("make") and not root.exists():
+                MAKERS[dataset["make"]](root)
+            suffixes = dataset.get("img_suffix", ".jpg"), dataset.get("seg_map_suffix", ".png")
+            check_label_maps(root, dataset.data_prefix, *suffixes)
             continue
         if dataset.get("type") not in ("ImageFolder", *PAIRED) or dataset.get("ann_file"):
             continue

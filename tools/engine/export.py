@@ -49,7 +49,7 @@ class ExportHook(Hook):
             model,
             Path(runner.work_dir, FOLDER),
             label_names=list(classes or ()),
-            data_config=_data_config(runner, trained.data_preprocessor),
+            data_config=_data_config(runner, trained),
             config=Path(runner.cfg.filename or "").name,
             **{self.metric.rpartition("/")[2]: info.get("best_score")},
         )
@@ -79,7 +79,10 @@ def export(model, folder: Path, label_names: list[str], data_config: dict, **fac
     partial.rmdir()
 
 
-def _data_config(runner, preprocessor) -> dict:
+def _data_config(runner, trained) -> dict:
+    if hasattr(trained, "data_config"):  # it prepares images itself
+        return trained.data_config
+    preprocessor = trained.data_preprocessor
     size = tuple(runner.val_dataloader.dataset[0]["inputs"].shape)
     if not hasattr(preprocessor, "mean"):
         return {"input_size": size, "mean": (0.0,) * size[0], "std": (1.0,) * size[0], "crop_pct": 1.0}

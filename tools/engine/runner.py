@@ -11,11 +11,14 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner as MMRunner
 from torch.distributed import init_process_group
 
+from linzoo.backbones.openmmlab import LinZooBackbone
+
 from .classifier import Classifier
 from .next_frame import NextFrame
+from .promptable import PromptSegmenter
 from .restorer import Restorer
 from .segmenter import Segmenter
-from .weights import check_fit, read_checkpoint
+from .weights import check_fit, check_parts, read_checkpoint
 
 
 def write_atomically(path: str | os.PathLike, write) -> None:
@@ -43,7 +46,8 @@ def latest_checkpoint(work_dir: str | os.PathLike) -> Path | None:
     named = pointer.with_name(Path(pointer.read_text().strip() or "torn").name)
     if named.is_file():
         return named
-    return max(pointer.parent.glob("epoch_*.pth"), key=lambda p: p.stat().st_mtime, default=None)
+    found = (path for kind in ("epoch", "iter") for path in pointer.parent.glob(f"{kind}_*.pth"))
+    return max(found, key=lambda p: p.stat().st_mtime, default=None)
 
 
 class Runner(MMRunner):
@@ -64,7 +68,9 @@ class Runner(MMRunner):
         return logger
 
     def wrap_model(self, model_wrapper_cfg, model):
-        """As mmengine's; DistributedDataParallel takes no device ids on CPU."""
+        """As mmengine's; on CPU DistributedDataParallel takes no device ids, and BatchNorms are not synchronised."""
+        if not torch.cuda.is_available():
+            self.cfg.sync_bn = None
         if self.distributed and not torch.cuda.is_available():
             model_wrapper_cfg = dict(model_wrapper_cfg or {}, device_ids=None)
             model_wrapper_cfg.setdefault("broadcast_buffers", False)
@@ -105,8 +111,10 @@ class Runner(MMRunner):
     def resume(self, filename, *args, **kwargs) -> None:
         """As mmengine's, refusing another model's checkpoint; the sampler follows the resumed seed as well."""
         trained = self.model.module if is_model_wrapper(self.model) else self.model
-        if isinstance(trained, (Classifier, NextFrame, Restorer, Segmenter)):
+        if isinstance(trained, (Classifier, NextFrame, PromptSegmenter, Restorer, Segmenter)):
             check_fit(trained.model, read_checkpoint(filename)[0], filename)
+        elif isinstance(getattr(trained, "backbone", None), LinZooBackbone):
+            check_parts(trained, read_checkpoint(filename)[0], filename)
         super().resume(filename, *args, **kwargs)
         self.train_dataloader.sampler.seed = self.seed
 

@@ -13,15 +13,17 @@ from .classifier import Classifier
 from .errors import InputError
 
 
-def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """1 - mean over the images of (2 sum p t + 1) / (sum p + sum t + 1), p the sigmoid of the logits.
+def dice_loss(logits: Tensor, masks: Tensor, reduction: str = "mean") -> Tensor:
+    """1 - (2 sum p t + 1) / (sum p + sum t + 1) of each image, p the sigmoid of the logits.
 
     Args:
-        logits: (B, 1, H, W).
-        masks: zeros and ones (B, 1, H, W), of the logits' dtype.
+        logits: (B, ...).
+        masks: zeros and ones (B, ...), of the logits' dtype.
+        reduction: "mean" over the images, or "none".
     """
     p, t = logits.sigmoid().flatten(1), masks.flatten(1)
-    return 1 - ((2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).mean()
+    loss = 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
+    return loss.mean() if reduction == "mean" else loss
 
 
 @MODELS.register_module()
