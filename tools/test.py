@@ -8,7 +8,7 @@ from linzoo.tools.engine.config import load_config, without_start
 from linzoo.tools.engine.data import prepare_data
 from linzoo.tools.engine.errors import existing_file
 from linzoo.tools.engine.runner import Runner
-from linzoo.tools.engine.weights import load_weights
+from linzoo.tools.engine.weights import load_parts, load_weights
 
 
 @command
@@ -25,7 +25,12 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as cfg.work_dir:
         cfg.experiment_name = cfg.work_dir  # mmengine shares loggers and histories between runs of one name
         runner = Runner.from_cfg(cfg)
-        load_weights(runner.model.model, args.checkpoint)
+        if hasattr(runner.model, "backbone"):
+            load_parts(runner.model, args.checkpoint)
+            for handler in runner.logger.handlers:  # the tables of the classes, which training keeps to its log file
+                handler.filters.clear()
+        else:
+            load_weights(runner.model.model, args.checkpoint)
         metrics = runner.test()
     print(json.dumps(metrics))
 

@@ -13,11 +13,15 @@ with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import mmpretrain.datasets
     import mmpretrain.models  # noqa: F401
-    import mmseg.datasets  # noqa: F401
+    import mmseg.datasets
+    import mmseg.evaluation
+    import mmseg.models  # noqa: F401
+
+from linzoo.backbones.openmmlab import LinZooBackbone  # noqa: F401
 
 from .classifier import Classifier, MesaHook
 from .curves import CurveHook
-from .data import Clips, ImageFolder, LoadMask, MaskedImages
+from .data import Clips, ImageFolder, LabelMaps, LoadMask, MaskedImages
 from .errors import InputError
 from .export import ExportHook
 from .next_frame import NextFrame, NextFrameMetric
@@ -37,6 +41,7 @@ __all__ = [
     "ExportHook",
     "ImageFolder",
     "InputError",
+    "LabelMaps",
     "LayerDecay",
     "LoadMask",
     "MaskMetric",

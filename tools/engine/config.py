@@ -61,9 +61,15 @@ def load_config(path: str, options: dict | None = None) -> Config:
         raise InputError(f"config {path!r}: expected a Python file (.py)")
     try:
         cfg = Config.fromfile(path)
+    except ModuleNotFoundError as e:
+        raise InputError(
+            f"config {path!r} cannot be read: {e}; if it detects objects, `make operators` installs what it needs"
+        ) from e
     except Exception as e:  # the config is Python: anything may be wrong with it
         message = (str(e).strip().splitlines() or [""])[-1]
         raise InputError(f"config {path!r} cannot be read: {type(e).__name__}: {message}") from e
+    if cfg.get("default_scope") == "mmdet":
+        importlib.import_module(f"{__package__}.detection")
     for option, value in (options or {}).items():
         _check_option(cfg, option)
         cfg.merge_from_dict({option: value})
@@ -79,7 +85,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
 def without_start(model: dict) -> dict:
     """The settings of a model that is to load a checkpoint: with nothing to start or learn from."""
     off = {"pretrained": False, "distillation": "none", "init_from": None}
-    if "backbone" in model:
+    if isinstance(model.get("backbone"), dict):
         model = {**model, "backbone": without_start(model["backbone"])}
     return {**model, **{key: off[key] for key in off.keys() & model.keys()}}
 
@@ -167,7 +173,7 @@ def _arguments(of) -> set[str]:
 
 def _check_model(model: ConfigDict) -> None:
     """A timm model must exist and take the keywords that the config gives it: it is built without memory."""
-    if model.get("backbone", {}).get("type") == "LinZooBackbone":
+    if isinstance(model.get("backbone"), dict) and model.backbone.get("type") == "LinZooBackbone":
         _check_backbone(model.backbone)
     if model.get("type") not in ("Classifier", "NextFrame", "PromptSegmenter", "Restorer", "Segmenter"):
         return

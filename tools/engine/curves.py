@@ -6,6 +6,7 @@ import matplotlib
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -31,13 +32,14 @@ class CurveHook(Hook):
         """Draw the picture."""
         scalars = {name: buffer.data[0] for name, buffer in runner.message_hub.log_scalars.items()}
         per_epoch = len(runner.train_dataloader)
+        interval = runner.val_interval / (per_epoch if isinstance(runner.train_loop, IterBasedTrainLoop) else 1)
         figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
         for axis, name, label in zip(
             axes, ("train/loss", "train/lr", f"val/{self.metric}"), ("loss", "learning rate", self.metric), strict=True
         ):
             values = scalars.get(name, [])
             if name.startswith("val/"):
-                steps = [step * runner.val_interval for step in range(1, len(values) + 1)]
+                steps = [step * interval for step in range(1, len(values) + 1)]
             else:
                 steps = [step / per_epoch for step in range(1, len(values) + 1)]
             axis.plot(steps, values, marker="." if name.startswith("val/") else None, linewidth=1)

@@ -264,6 +264,12 @@ def prepare_data(cfg) -> None:
         if dataset.get("type") == "PromptedMasks":
             check_coco(dataset.data_root, dataset.ann_file, dataset.get("data_prefix", ""))
             continue
+        if dataset.get("type") == "CocoImages":
+            root = Path(dataset.data_root)
+            if dataset.get("make") and not root.exists():
+                MAKERS[dataset["make"]](root)
+            check_coco(root, dataset.ann_file, dataset.data_prefix.img)
+            continue
         if dataset.get("type") in ("ADE20KDataset", "LabelMaps"):
             root = Path(dataset.data_root)
             if dataset.get("make") and not root.exists():

@@ -35,7 +35,7 @@ class ProgressHook(Hook):
 
     def __init__(self, metric: str = "accuracy/top1", unit: str = "%"):
         self.metric, self.unit = metric, unit
-        self.bar = None
+        self.bar = self.clock = None
 
     def before_train(self, runner):
         """Start the bar on a terminal."""
@@ -66,7 +66,7 @@ class ProgressHook(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         """Start the clock at the first batch of an epoch; loading it counts from then on."""
-        if batch_idx == 0:
+        if batch_idx == 0 or self.clock is None:
             self.clock = time.perf_counter()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):

@@ -67,6 +67,37 @@ def check_fit(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> N
     )
 
 
+def load_parts(model: nn.Module, path: str | Path) -> list[str] | None:
+    """Load a segmenter's or detector's checkpoint, every tensor of it; the class names that the checkpoint knows.
+
+    A checkpoint of the authors' own model is converted (see `LinZooBackbone`).
+
+    Raises:
+        InputError: tensors differ in name or shape.
+    """
+    state, classes = read_checkpoint(path)
+    check_parts(model, state, path)
+    return classes
+
+
+def check_parts(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load `state` into a segmenter or detector; InputError where its tensors are not those of the model."""
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as e:  # shapes
+        wrong = [line.strip() for line in str(e).splitlines()[1:]]
+    else:
+        # Files of old have no step counts of BatchNorms.
+        wrong = [f"no {key!r}" for key in missing if not key.endswith("num_batches_tracked")]
+        wrong += [f"{key!r} is not in the model" for key in unexpected]
+    if wrong:
+        name = model.backbone.model.pretrained_cfg["architecture"]
+        raise InputError(
+            f"checkpoint {str(path)!r} does not fit the config's {type(model).__name__} with {name!r}: "
+            f"{len(wrong)} tensors differ, such as: {wrong[0]}"
+        )
+
+
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in state.items()}
 
