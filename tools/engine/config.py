@@ -4,6 +4,7 @@ import ast
 import copy
 import importlib
 import inspect
+import sys
 from pathlib import Path
 
 import mmengine.registry
@@ -149,6 +150,8 @@ def _resolve(name: str, path: str, scope: str | None):
     for registry in reversed(registries):
         if found := registry.get(name):
             return found
+    if operator := getattr(sys.modules.get("mmcv.ops"), name, None):  # mmdet's configs name some as types
+        return operator
     names = {key for registry in registries for key in registry.module_dict}
     raise InputError(f"config key {path}.type={name!r}: nothing is registered under it{did_you_mean(name, names)}")
 

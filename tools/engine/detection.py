@@ -23,7 +23,10 @@ except ImportError as e:
     ) from e
 
 from mmdet.datasets import CocoDataset
-from mmdet.registry import DATASETS
+from mmdet.registry import DATASETS, MODELS
+from mmengine.model import BaseModule
+from torch import nn
+from torch.nn import functional as F
 
 
 @DATASETS.register_module()
@@ -72,3 +75,40 @@ class CocoImages(_NamesImages, CocoDataset):
         if not found:
             raise InputError(f"annotations {self.ann_file!r} hold no annotated image; expected some to train on")
         return found
+
+
+@MODELS.register_module()
+class FinerFPN(BaseModule):
+    """Feature pyramid network (arXiv 1612.03144) that goes on to finer maps than it is given, as EfficientViM has it.
+
+    Laterals of the maps are summed from coarse to fine; transposed 2x2 convolutions go on from the finest sum; each
+    level ends with a 3x3 convolution. Coarser levels come from the coarsest map by 3x3 convolutions of stride 2.
+
+    Args:
+        in_channels: Channels of the maps, from fine to coarse, each of half the size of the one before.
+        out_channels: Channels of every level.
+        finer: Levels finer than the finest map.
+        coarser: Levels coarser than the coarsest one.
+    """
+
+    def __init__(self, in_channels, out_channels=256, finer=0, coarser=0):
+        super().__init__()
+        self.laterals = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(out_channels, out_channels, 2, 2) for _ in range(finer))
+        levels = finer + len(in_channels)
+        self.convs = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in range(levels))
+        widths = [in_channels[-1]] + [out_channels] * (coarser - 1)
+        self.downs = nn.ModuleList(nn.Conv2d(width, out_channels, 3, 2, 1) for width in widths[:coarser])
+
+    def forward(self, inputs):
+        """Maps ``(B, in_channels[i], H_i, W_i)`` to levels ``(B, out_channels, ...)``, from fine to coarse."""
+        maps = [lateral(x) for lateral, x in zip(self.laterals, inputs, strict=True)]
+        for i in range(len(maps) - 1, 0, -1):
+            maps[i - 1] = maps[i - 1] + F.interpolate(maps[i], size=maps[i - 1].shape[2:])
+        for up in self.ups:
+            maps.insert(0, up(maps[0]))
+        out, x = [conv(y) for conv, y in zip(self.convs, maps, strict=True)], inputs[-1]
+        for down in self.downs:
+            x = down(x)
+            out.append(x)
+        return tuple(out)

@@ -1,0 +1,13 @@
+"""Mask R-CNN with VMamba-T on COCO, 12 epochs."""
+
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco.py", "../_base_/adamw_1x.py"]
+
+model = dict(
+    backbone=dict(
+        model_name="vmamba_t",
+        pretrained=True,
+        out_norm=True,
+        drop_path_rate=0.2,
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

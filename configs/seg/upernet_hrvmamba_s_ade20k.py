@@ -1,0 +1,17 @@
+"""UPerNet with HRVMamba-S on ADE20K at 512 px, 160,000 steps.
+
+The maps are those of the four streams; the paper takes its classifier's neck along.
+"""
+
+_base_ = ["../_base_/upernet.py", "../_base_/ade20k.py", "../_base_/adamw_160k.py"]
+
+model = dict(
+    backbone=dict(
+        model_name="hrvmamba_s",
+        pretrained="weights/hrvmamba_s.pth",
+        out_norm=True,
+        drop_path_rate=0.15,
+    ),
+    decode_head=dict(in_channels=[32, 64, 128, 256]),
+    auxiliary_head=dict(in_channels=128),
+)
