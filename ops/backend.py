@@ -11,6 +11,7 @@ import warnings
 
 import torch
 
+from . import cuda
 from .build import BuildError, build, sources
 
 BACKENDS = ("cpu", "cuda", "reference", "export")
@@ -64,7 +65,7 @@ def _unavailable(op, backend):
     if backend == "cpu":
         return _load(op)
     if backend == "cuda":
-        return f"{op} has no CUDA kernel in this version"
+        return cuda.unavailable(op)
     return None
 
 
@@ -89,6 +90,11 @@ def resolve(op, device):
         reason = f"{op} has no kernel for {device.type} tensors"
     if reason is None:
         return device.type
+    return fall_back(op, reason)
+
+
+def fall_back(op, reason):
+    """'reference', after a warning that says why; an error where a backend is forced or ``LINZOO_STRICT=1``."""
     if _forced:
         raise RuntimeError(f"backend {_forced!r} is forced, but cannot serve {op}: {reason}")
     if os.environ.get("LINZOO_STRICT") == "1":
@@ -103,4 +109,7 @@ def backend_info():
     Returns:
         ``{op: {"cpu": reason, "cuda": reason, "reference": None}}``; a reason is None where the backend can serve.
     """
-    return {op: {backend: _unavailable(op, backend) for backend in ("cpu", "cuda", "reference")} for op in sources()}
+    return {
+        op: {backend: _unavailable(op, backend) for backend in ("cpu", "cuda", "reference")}
+        for op in sorted(sources().keys() | cuda.sources().keys())
+    }

@@ -3,6 +3,7 @@
 import torch
 
 from .backend import use_backend
+from .causal_conv1d import causal_conv1d
 from .deform_conv import deform_conv
 from .diagonal_scan import diagonal_scan
 from .rational import rational
@@ -18,6 +19,12 @@ def _selective_scan(normal):
     inputs |= dict(B=normal(B, H * W, G, N), C=normal(B, H * W, G, N), D=normal(G, D))
     inputs |= dict(dt_weight=normal(G, D, R), dt_bias=normal(G, D) - 3)
     return lambda **x: selective_scan(**x, order=cross(H, W, x["u"].device)), inputs
+
+
+def _causal_conv1d(normal):
+    B, H, W, G, C = 2, 5, 7, 4, 19
+    inputs = dict(x=normal(B, H * W, G, C), weight=normal(G, C, 4), bias=normal(G, C))
+    return lambda **x: causal_conv1d(**x, order=cross(H, W, x["x"].device), activation="silu"), inputs
 
 
 def _deform_conv(normal):
@@ -60,6 +67,7 @@ def _wkv(normal):
 
 
 EXAMPLES = {
+    "causal_conv1d": _causal_conv1d,
     "deform_conv": _deform_conv,
     "diagonal_scan": _diagonal_scan,
     "rational": _rational,

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import forced_backend, resolve
 from ..selective_scan.reference import state_dtype
+from . import cuda
 from .reference import deform_conv as reference
 from .reference import deform_conv_backward as reference_backward
 
@@ -91,10 +92,12 @@ def _dense_taps(offset, weight):
 
 
 def _forward(x, offset, weight, *options):
-    if resolve("deform_conv", x.device) == "reference":
+    backend = resolve("deform_conv", x.device)
+    if backend == "reference":
         return reference(x, offset, weight, *options).contiguous()
     y = x.new_empty(*weight.shape[:3], x.shape[-1])
-    torch.ops.linzoo_cpu.deform_conv_forward(x.contiguous(), *_dense_taps(offset, weight), *options, y)
+    kernel = cuda.forward if backend == "cuda" else torch.ops.linzoo_cpu.deform_conv_forward
+    kernel(x.contiguous(), *_dense_taps(offset, weight), *options, y)
     return y
 
 
@@ -104,15 +107,19 @@ def _forward_fake(x, offset, weight, *options):
 
 
 def _backward(dy, x, offset, weight, *options):
-    if resolve("deform_conv", x.device) == "reference":
+    backend = resolve("deform_conv", x.device)
+    if backend == "reference":
         return tuple(g.contiguous() for g in reference_backward(dy, x, offset, weight, *options))
+    inputs = dy.contiguous(), x.contiguous(), *_dense_taps(offset, weight)
+    if backend == "cuda":
+        dx, doffset, dweight = cuda.backward(*inputs, *options)
+        return dx.to(x.dtype), doffset, dweight
     doffset, dweight = offset.new_empty(offset.shape), weight.new_empty(weight.shape)
     B, rows, _, G, _ = weight.shape
     splits = min(
         max(PARALLEL_TASKS // max(B * G, 1), 1), rows
     )  # from the shape alone: results do not depend on threads
     dx = weight.new_empty(splits, *x.shape)
-    inputs = dy.contiguous(), x.contiguous(), *_dense_taps(offset, weight)
     torch.ops.linzoo_cpu.deform_conv_backward(*inputs, *options, dx, doffset, dweight)
     return dx.sum(0).to(x.dtype), doffset, dweight
 

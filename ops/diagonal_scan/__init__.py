@@ -5,6 +5,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import forced_backend, resolve
 from ..selective_scan.reference import state_dtype
+from . import cuda
 from .reference import diagonal_scan as reference
 from .reference import diagonal_scan_backward as reference_backward
 
@@ -68,11 +69,13 @@ torch.library.define(
 
 
 def _forward(a, b, initial, reverse):
-    if resolve("diagonal_scan", b.device) == "reference":
+    backend = resolve("diagonal_scan", b.device)
+    if backend == "reference":
         return reference(a, b, initial, reverse).contiguous()
     h = torch.empty_like(b, memory_format=torch.contiguous_format)
     initial = None if initial is None else initial.contiguous()
-    torch.ops.linzoo_cpu.diagonal_scan_forward(a.contiguous(), b.contiguous(), initial, reverse, h)
+    kernel = cuda.scan if backend == "cuda" else torch.ops.linzoo_cpu.diagonal_scan_forward
+    kernel(a.contiguous(), b.contiguous(), initial, reverse, h)
     return h
 
 
@@ -82,8 +85,11 @@ def _forward_fake(a, b, initial, reverse):
 
 
 def _backward(dh, a, h, initial, reverse):
-    if resolve("diagonal_scan", h.device) == "reference":
-        grads = reference_backward(dh, a, h, initial, reverse)
+    backend = resolve("diagonal_scan", h.device)
+    if backend != "cpu":
+        grads = (cuda.backward if backend == "cuda" else reference_backward)(
+            dh.contiguous(), a.contiguous(), h, initial, reverse
+        )
         return [g.contiguous() for g in grads if g is not None]
     constant = a.dim() == 2
     da = a.new_empty(h.shape[0], *a.shape) if constant else a.new_empty(a.shape)

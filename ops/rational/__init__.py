@@ -5,6 +5,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import forced_backend, resolve
 from ..selective_scan.reference import state_dtype
+from . import cuda
 from .reference import rational as reference
 from .reference import rational_backward as reference_backward
 from .reference import sign
@@ -67,18 +68,21 @@ def _table(numerator, denominator, channels):
 
 
 def _split_rows(rows, channels):
-    """Rows per task: from the problem's shape alone, so that results do not depend on threads."""
+    """Rows per task of the CPU kernel: from the problem's shape alone, so that results do not depend on threads."""
     splits = max(PARALLEL_TASKS // -(-channels // LANES), 1)
     return max(-(-rows // splits), 1)
 
 
 def _forward(x, numerator, denominator):
-    if resolve("rational", x.device) == "reference":
+    backend = resolve("rational", x.device)
+    if backend == "reference":
         return reference(x, numerator, denominator).contiguous()
     rows = x.contiguous().view(-1, x.shape[-1])
     y = torch.empty_like(rows)
     table = _table(numerator, denominator, x.shape[-1])
-    torch.ops.linzoo_cpu.rational_forward(rows, table, _split_rows(*rows.shape), y)
+    split_rows = cuda.split_rows(*rows.shape, x.device) if backend == "cuda" else _split_rows(*rows.shape)
+    kernel = cuda.forward if backend == "cuda" else torch.ops.linzoo_cpu.rational_forward
+    kernel(rows, table, split_rows, y)
     return y.view(x.shape)
 
 
@@ -88,14 +92,17 @@ def _forward_fake(x, numerator, denominator):
 
 
 def _backward(dy, x, numerator, denominator):
-    if resolve("rational", x.device) == "reference":
+    backend = resolve("rational", x.device)
+    if backend == "reference":
         return tuple(g.contiguous() for g in reference_backward(dy, x, numerator, denominator))
     channels = x.shape[-1]
     rows, dy = x.contiguous().view(-1, channels), dy.contiguous().view(-1, channels)
-    dx, split_rows = torch.empty_like(rows), _split_rows(*rows.shape)
+    dx = torch.empty_like(rows)
+    split_rows = cuda.split_rows(*rows.shape, x.device) if backend == "cuda" else _split_rows(*rows.shape)
     table = _table(numerator, denominator, channels)
     sums = table.new_empty(-(-rows.shape[0] // split_rows), 10, channels)
-    torch.ops.linzoo_cpu.rational_backward(dy, rows, table, split_rows, dx, sums)
+    kernel = cuda.backward if backend == "cuda" else torch.ops.linzoo_cpu.rational_backward
+    kernel(dy, rows, table, split_rows, dx, sums)
     sums = sums.sum(0).t()
     dnum = sums[:, :6].reshape(numerator.shape[0], -1, 6).sum(1)
     dden = sums[:, 6:].reshape(denominator.shape[0], -1, 4).sum(1) * sign(denominator)

@@ -6,13 +6,14 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import forced_backend, resolve
+from . import cuda
 from .reference import selective_scan as reference
 from .reference import selective_scan_backward as reference_backward
 from .reference import state_dtype
 
 __all__ = ["selective_scan", "selective_states"]
 
-CHUNK = 32  # tokens between two stored states; also kChunk in cpu.cpp
+CHUNK = {"cpu": 32, "cuda": 16}  # steps between two stored states; also kChunk in cpu.cpp and cuda.cu
 LANES = 16  # the CPU kernel walks this many channels at once
 PARALLEL_TASKS = 16  # the CPU kernel splits the channels until it has about so many tasks
 
@@ -178,7 +179,8 @@ torch.library.define("linzoo::selective_scan_backward", f"(Tensor dy, {_INPUTS},
 
 def _states_shape(u, A, order, save):
     steps = u.shape[1] if order is None else order.shape[-1]
-    return (u.shape[0], u.shape[2], (steps + CHUNK - 1) // CHUNK, A.shape[2], u.shape[3]) if save else (0,)
+    chunk = CHUNK.get(u.device.type, 1)
+    return (u.shape[0], u.shape[2], (steps + chunk - 1) // chunk, A.shape[2], u.shape[3]) if save else (0,)
 
 
 def _empty_outputs(u, A, order, merge, save):
@@ -205,14 +207,22 @@ def _kernel_inputs(u, dt, A, B, C, D, dt_weight, dt_bias, order):
 
 def _forward(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, save):
     _check_order(order, u.shape[1])
-    if resolve("selective_scan", u.device) == "reference":
+    backend = resolve("selective_scan", u.device)
+    if backend == "reference":
         y, states = reference(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge)
-        states = torch.stack(states[::CHUNK], 2).transpose(3, 4) if save else u.new_empty(0, dtype=A.dtype)
+        states = (
+            torch.stack(states[:: CHUNK.get(u.device.type, 1)], 2).transpose(3, 4)
+            if save
+            else u.new_empty(0, dtype=A.dtype)
+        )
         return y.contiguous(), states.contiguous()
     y, states = _empty_outputs(u, A, order, merge, save)
     *inputs, order = _kernel_inputs(u, dt, A, B, C, D, dt_weight, dt_bias, order)
     if order is not None and order.shape[-1] < u.shape[1] and not merge:
         y.zero_()
+    if backend == "cuda":
+        cuda.forward(*inputs, dt_softplus, order, merge, y, states)
+        return y, states
     split = _split_channels(u, u.shape[0] * (1 if merge else u.shape[2]))
     torch.ops.linzoo_cpu.selective_scan_forward(*inputs, dt_softplus, order, merge, split, y, states)
     return y, states
@@ -225,31 +235,38 @@ def _forward_fake(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, mer
 
 def _backward(dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, states):
     tensors = (u, dt, A, B, C, D, dt_weight, dt_bias)
-    if resolve("selective_scan", u.device) == "reference":
+    backend = resolve("selective_scan", u.device)
+    if backend == "reference":
         grads = reference_backward(dy, *tensors, dt_softplus, order)
         return [g.contiguous() for g in grads if g is not None]
     if states.dim() == 1:
         states = _forward(*tensors, dt_softplus, order, False, True)[1]
     batch, length, groups, channels = u.shape
     new = torch.empty if order is None or order.shape[-1] == length else torch.zeros  # 0 where no step visits a token
-    split = _split_channels(u, batch * groups)
-    splits = -(-channels // split)
+    if backend == "cuda":
+        splits, _, segments, _ = cuda.plan(u, length if order is None else order.shape[-1])
+        parts = batch * segments  # sums over steps
+    else:
+        split, parts = _split_channels(u, batch * groups), batch
+        splits = -(-channels // split)
     sums = dict(dtype=A.dtype, device=u.device)
     du = new(u.shape, dtype=u.dtype, device=u.device)
     dB, dC = (new(splits, batch, length, groups, A.shape[2], **sums) for _ in range(2))
-    dA = torch.empty(batch, groups, A.shape[2], channels, **sums)
-    dD, dbias = (torch.empty(batch, groups, channels, **sums) for _ in range(2))
+    dA = torch.empty(parts, groups, A.shape[2], channels, **sums)
+    dD, dbias = (torch.empty(parts, groups, channels, **sums) for _ in range(2))
     if dt_weight is None:
         ddt, dweight = new(u.shape, dtype=u.dtype, device=u.device), torch.empty(0, **sums)
     else:
         rank = dt_weight.shape[2]
         ddt = new(splits, batch, length, groups, rank, **sums)
-        dweight = torch.empty(batch, groups, rank, channels, **sums)
+        dweight = torch.empty(parts, groups, rank, channels, **sums)
     *inputs, order = _kernel_inputs(u, dt, A, B, C, D, dt_weight, dt_bias, order)
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    torch.ops.linzoo_cpu.selective_scan_backward(
-        dy, *inputs, dt_softplus, order, split, states, du, ddt, dA, dB, dC, dD, dweight, dbias
-    )
+    outputs = du, ddt, dA, dB, dC, dD, dweight, dbias
+    if backend == "cuda":
+        cuda.backward(dy, *inputs, dt_softplus, order, states, *outputs)
+    else:
+        torch.ops.linzoo_cpu.selective_scan_backward(dy, *inputs, dt_softplus, order, split, states, *outputs)
     grads = [du, ddt if dt_weight is None else ddt.sum(0).to(dt.dtype), dA.sum(0).transpose(1, 2).contiguous()]
     grads += [x.sum(0).to(u.dtype) for x in (dB, dC)]
     if D is not None:

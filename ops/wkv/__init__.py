@@ -3,14 +3,14 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backend import forced_backend, resolve
+from ..backend import fall_back, forced_backend, resolve
 from ..selective_scan import _check_order
 from ..selective_scan.reference import state_dtype
-from . import reference
+from . import cuda, reference
 
 __all__ = ["bi_wkv", "wkv6", "wkv7"]
 
-CHUNK = 32  # steps between two stored matrix states; also kChunk in cpu.cpp
+CHUNK = {"cpu": 32, "cuda": 16}  # steps between two stored matrix states; also kChunk in cpu.cpp and cuda.cu
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -210,12 +210,14 @@ torch.library.define(
 
 def _bi_wkv(k, v, w, u, order, save):
     _check_order(order, k.shape[1])
-    if resolve("wkv", k.device) == "reference":
+    backend = resolve("wkv", k.device)
+    if backend == "reference":
         y, log_den = reference.bi_wkv(k, v, w, u, order)
         return y.contiguous(), log_den.contiguous() if save else k.new_empty(0)
     y, log_den = _outputs(k, order, k.shape, k.shape if save else (0,))
     (k, v), order = _kernel_inputs((k, v), order)
-    torch.ops.linzoo_cpu.bi_wkv_forward(k, v, w.contiguous(), u.contiguous(), order, y, log_den)
+    kernel = cuda.bi_forward if backend == "cuda" else torch.ops.linzoo_cpu.bi_wkv_forward
+    kernel(k, v, w.contiguous(), u.contiguous(), order, y, log_den)
     return y, log_den
 
 
@@ -227,13 +229,17 @@ def _bi_wkv_fake(k, v, w, u, order, save):
 def _bi_wkv_backward(dy, k, v, w, u, order, y, log_den):
     if log_den.dim() == 1:
         y, log_den = _bi_wkv(k, v, w, u, order, True)
-    if resolve("wkv", k.device) == "reference":
+    backend, parts = resolve("wkv", k.device), k.shape[0]
+    if backend == "reference":
         return [g.contiguous() for g in reference.bi_wkv_backward(dy, k, v, w, u, order, y, log_den)]
     dk, dv = _outputs(k, order, k.shape, k.shape)
-    dw, du = (k.new_empty(k.shape[0], k.shape[2]) for _ in range(2))
+    if backend == "cuda":
+        parts *= cuda.bi_plan(k, k.shape[1] if order is None else order.shape[-1])[2]
+    dw, du = (k.new_empty(parts, k.shape[2]) for _ in range(2))
     (dy, k, v, y, log_den), order = _kernel_inputs((dy, k, v, y, log_den), order)
     w, u = w.contiguous(), u.contiguous()
-    torch.ops.linzoo_cpu.bi_wkv_backward(dy, k, v, w, u, order, y, log_den, dk, dv, dw, du)
+    kernel = cuda.bi_backward if backend == "cuda" else torch.ops.linzoo_cpu.bi_wkv_backward
+    kernel(dy, k, v, w, u, order, y, log_den, dk, dv, dw, du)
     return [dk, dv, dw.sum(0), du.sum(0)]
 
 
@@ -295,43 +301,61 @@ torch.library.define(
 
 def _states_shape(k, v, order, directions, save):
     steps = k.shape[1] if order is None else order.shape[-1]
-    chunks = (steps + CHUNK - 1) // CHUNK
+    chunk = CHUNK.get(k.device.type, 1)
+    chunks = (steps + chunk - 1) // chunk
     return (directions, k.shape[0], k.shape[2], chunks, k.shape[3], v.shape[3]) if save else (0,)
 
 
 def _stored(states, k, save):
     """The states that a kernel would have stored, of one list entry ``(B, T, H, N, P)`` per direction."""
-    return torch.stack([s[:, ::CHUNK].transpose(1, 2) for s in states]) if save else k.new_empty(0)
+    chunk = CHUNK.get(k.device.type, 1)
+    return torch.stack([s[:, ::chunk].transpose(1, 2) for s in states]) if save else k.new_empty(0)
 
 
-def _run_forward(r, w, k, v, a, b, u, order, directions, save):
+def _resolve(k, v):
+    """As `resolve`; the CUDA kernels hold a column of the state per thread."""
+    backend, widest = resolve("wkv", k.device), max(k.shape[3], v.shape[3])
+    if backend == "cuda" and widest > cuda.MAX_CHANNELS:
+        reason = f"the CUDA kernel takes heads of at most {cuda.MAX_CHANNELS} channels, got {widest}"
+        return fall_back("wkv", reason)
+    return backend
+
+
+def _run_forward(backend, r, w, k, v, a, b, u, order, directions, save):
     present = [x for x in (r, w, k, v, a, b) if x is not None]
-    (y,) = _outputs(v, order, v.shape)
+    kernel = cuda.forward if backend == "cuda" else torch.ops.linzoo_cpu.wkv_forward
+    parts = (directions,) if backend == "cuda" else ()  # a direction writes its own part of the sum
+    (y,) = _outputs(v, order, (*parts, *v.shape))
     states = k.new_empty(_states_shape(k, v, order, directions, save))
     (r, w, k, v, *ab), order = _kernel_inputs(present, order)
     u = None if u is None else u.contiguous()
-    torch.ops.linzoo_cpu.wkv_forward(r, w, k, v, *(ab or (None, None)), u, order, directions, y, states)
-    return y, states
+    kernel(r, w, k, v, *(ab or (None, None)), u, order, directions, y, states)
+    return y.sum(0) if backend == "cuda" else y, states
 
 
-def _run_backward(dy, r, w, k, v, a, b, u, order, directions, states):
+def _run_backward(backend, dy, r, w, k, v, a, b, u, order, directions, states):
     """Gradients of r, w, k, v, a, b and u; empty ones for those that are None."""
     present = [x for x in (r, w, k, v, a, b) if x is not None]
-    grads = _outputs(k, order, *(x.shape for x in present))
-    grads += [k.new_empty(0) for _ in range(6 - len(grads))]
-    du = k.new_empty(0) if u is None else k.new_empty(k.shape[0], *u.shape)
+    parts = (directions,) if backend == "cuda" else ()
+    grads = _outputs(k, order, *((*parts, *x.shape) for x in present))
+    grads += [k.new_empty(*parts, 0) for _ in range(6 - len(grads))]
+    du = k.new_empty(*parts, 0) if u is None else k.new_zeros(*parts, k.shape[0], *u.shape)
     (dy, r, w, k, v, *ab), order = _kernel_inputs((dy, *present), order)
     u = None if u is None else u.contiguous()
-    torch.ops.linzoo_cpu.wkv_backward(dy, r, w, k, v, *(ab or (None, None)), u, order, directions, states, *grads, du)
+    kernel = cuda.backward if backend == "cuda" else torch.ops.linzoo_cpu.wkv_backward
+    kernel(dy, r, w, k, v, *(ab or (None, None)), u, order, directions, states, *grads, du)
+    if backend == "cuda":
+        *grads, du = (x.sum(0) for x in (*grads, du))
     return [*grads, du.sum(0)]
 
 
 def _wkv6(r, k, v, w, u, order, bidirectional, save):
     _check_order(order, k.shape[1])
-    if resolve("wkv", k.device) == "reference":
+    backend = _resolve(k, v)
+    if backend == "reference":
         y, states = reference.wkv6(r, k, v, w, u, order, bidirectional)
         return y.contiguous(), _stored(states, k, save).contiguous()
-    return _run_forward(r, w, k, v, None, None, u, order, 1 + bidirectional, save)
+    return _run_forward(backend, r, w, k, v, None, None, u, order, 1 + bidirectional, save)
 
 
 @torch.library.register_fake("linzoo::wkv6")
@@ -340,11 +364,12 @@ def _wkv6_fake(r, k, v, w, u, order, bidirectional, save):
 
 
 def _wkv6_backward(dy, r, k, v, w, u, order, bidirectional, states):
-    if resolve("wkv", k.device) == "reference":
+    backend = _resolve(k, v)
+    if backend == "reference":
         return [g.contiguous() for g in reference.wkv6_backward(dy, r, k, v, w, u, order, bidirectional)]
     if states.dim() == 1:
         states = _wkv6(r, k, v, w, u, order, bidirectional, True)[1]
-    grads = _run_backward(dy, r, w, k, v, None, None, u, order, 1 + bidirectional, states)
+    grads = _run_backward(backend, dy, r, w, k, v, None, None, u, order, 1 + bidirectional, states)
     dr, dw, dk, dv, _, _, du = grads
     return [dr, dk, dv, dw, du]
 
@@ -366,10 +391,11 @@ def _wkv6_autograd(ctx, dy, _):
 
 def _wkv7(r, w, k, v, a, b, order, save):
     _check_order(order, k.shape[1])
-    if resolve("wkv", k.device) == "reference":
+    backend = _resolve(k, v)
+    if backend == "reference":
         y, states = reference.wkv7(r, w, k, v, a, b, order)
         return y.contiguous(), _stored([states], k, save).contiguous()
-    return _run_forward(r, w, k, v, a, b, None, order, 1, save)
+    return _run_forward(backend, r, w, k, v, a, b, None, order, 1, save)
 
 
 @torch.library.register_fake("linzoo::wkv7")
@@ -378,11 +404,12 @@ def _wkv7_fake(r, w, k, v, a, b, order, save):
 
 
 def _wkv7_backward(dy, r, w, k, v, a, b, order, states):
-    if resolve("wkv", k.device) == "reference":
+    backend = _resolve(k, v)
+    if backend == "reference":
         return [g.contiguous() for g in reference.wkv7_backward(dy, r, w, k, v, a, b, order)]
     if states.dim() == 1:
         states = _wkv7(r, w, k, v, a, b, order, True)[1]
-    return _run_backward(dy, r, w, k, v, a, b, None, order, 1, states)[:6]
+    return _run_backward(backend, dy, r, w, k, v, a, b, None, order, 1, states)[:6]
 
 
 @torch.library.register_fake("linzoo::wkv7_backward")

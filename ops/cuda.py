@@ -1,0 +1,182 @@
+"""Compiles the CUDA kernels with NVRTC and launches them: no nvcc, no host compiler, nothing built at install.
+
+An operator's ``cuda.cu`` holds kernel templates in device code alone; its ``cuda.py`` says with which arguments, and
+on which grid, they run. A template is compiled at its first use for its device and kept on disk as a cubin, under a
+name made of everything that it depends on.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import io
+import os
+
+import filelock
+import torch
+
+from .build import OPS, BuildError, cache_dir
+
+MAX_THREADS = 128  # threads of a block, at most: also the launch bound of the kernels
+REMEDY = "pip install linzoo[cuda]"
+
+
+def sources():
+    """Operators that have CUDA kernels, by name: ``{"selective_scan": Path(".../cuda.cu"), ...}``."""
+    return {path.parent.name: path for path in sorted(OPS.glob("*/cuda.cu"))}
+
+
+@functools.cache
+def unavailable(op):
+    """Why operator `op` has no CUDA kernel here, or None if it has."""
+    if op not in sources():
+        return f"{op} has no CUDA kernel in this version"
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
+        return f"the package cuda-core, which compiles the CUDA kernels, is not installed: {REMEDY}"
+    try:
+        _nvrtc_version()
+    except Exception as error:  # whatever a broken installation raises
+        return f"NVRTC, which compiles the CUDA kernels, does not load ({type(error).__name__}: {error}): {REMEDY}"
+    return None
+
+
+@functools.cache
+def _nvrtc_version():
+    from cuda.bindings import nvrtc
+
+    status, *version = nvrtc.nvrtcVersion()
+    if status:
+        raise BuildError(f"nvrtcVersion failed: {status}")
+    return tuple(version)
+
+
+def compile_kernel(op, name, arch):
+    """Compiles the template instance `name` of operator `op`, like ``"forward<float, float, 1>"``, for `arch` (sm_90).
+
+    Returns:
+        The cubin, its name of the kernel, and the compiler's report of registers and spills.
+
+    Raises:
+        BuildError: the compiler refused.
+    """
+    from cuda.core import Program, ProgramOptions
+
+    report = io.StringIO()
+    options = ProgramOptions(
+        arch=arch, std="c++17", include_path=[str(OPS)], ptxas_options=["-v"], name=f"{op}.cu", use_fast_math=False
+    )
+    try:
+        code = Program(sources()[op].read_text(), "c++", options).compile("cubin", name_expressions=[name], logs=report)
+    except Exception as error:
+        raise BuildError(
+            f"NVRTC failed on {name} of {sources()[op]} for {arch}: {error}\n{report.getvalue()}"
+        ) from error
+    return bytes(code.code), code.symbol_mapping[name], report.getvalue()
+
+
+def cubin_path(op, name, arch):
+    """Path of a compiled kernel: keyed by sources, template instance, architecture and NVRTC."""
+    key = hashlib.sha256(repr([name, arch, _nvrtc_version()]).encode())
+    for path in [sources()[op], *sorted(OPS.glob("*.cuh"))]:
+        key.update(path.read_bytes())
+    return cache_dir() / f"{op}-{arch}-{key.hexdigest()[:16]}.cubin"
+
+
+def cubin(op, name, arch):
+    """The cubin and its name of the kernel; the file on disk is a line with the name, then the cubin."""
+    path = cubin_path(op, name, arch)
+    with filelock.FileLock(f"{path}.lock"):
+        if not path.exists():
+            code, symbol, _ = compile_kernel(op, name, arch)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            try:
+                partial.write_bytes(symbol + b"\n" + code)
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+    symbol, code = path.read_bytes().split(b"\n", 1)
+    return code, symbol
+
+
+@functools.cache
+def _kernel(op, name, arch):
+    from cuda.core import ObjectCode
+
+    code, symbol = cubin(op, name, arch)
+    return ObjectCode.from_cubin(code, symbol_mapping={name: symbol}).get_kernel(name)
+
+
+@functools.cache
+def _arch(index):
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+
+
+@functools.cache
+def multiprocessors(device):
+    """Multiprocessors of a `torch.device`; 132, an H100's, of any that is not CUDA."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _value(argument):
+    """Tensors are passed by their address (None is null), integers as 64 bits, floats as doubles."""
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    return 0 if argument is None else argument
+
+
+def launch(op, name, grid, block, *arguments):
+    """Runs template instance `name` of operator `op` on the current stream of the first tensor's device.
+
+    Args:
+        op: Operator.
+        name: Template instance, like ``"forward<float, float, 1>"``.
+        grid: Blocks, along one dimension. None are launched for 0.
+        block: Threads of a block.
+        arguments: The kernel's: tensors, None, ints (``long long``) and floats (``double``).
+
+    Raises:
+        BuildError: the kernel does not compile.
+        ValueError: more blocks than CUDA allows.
+    """
+    from cuda.core import Device, LaunchConfig, Stream
+    from cuda.core import launch as launch_kernel
+
+    if grid == 0:
+        return
+    if grid >= 2**31:
+        raise ValueError(f"{op}: {grid} blocks are more than CUDA's 2^31 - 1; split the batch")
+    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    with torch.cuda.device(device):
+        Device(device.index).set_current()
+        kernel = _kernel(op, name, _arch(device.index))
+        stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
+        launch_kernel(stream, LaunchConfig(grid=grid, block=block), kernel, *(_value(a) for a in arguments))
+
+
+TYPES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def template(kernel, *parameters):
+    """``template("forward", torch.float32, 4, True)`` is ``"forward<float, 4, true>"``."""
+
+    def text(p):
+        return TYPES[p] if isinstance(p, torch.dtype) else str(p).lower() if isinstance(p, bool) else str(p)
+
+    return f"{kernel}<{', '.join(text(p) for p in parameters)}>"
+
+
+def channel_blocks(channels):
+    """Blocks that share `channels` channels, and the threads of each: a multiple of 32, at most `MAX_THREADS`."""
+    blocks = -(-channels // MAX_THREADS)
+    return blocks, -(-channels // (32 * blocks)) * 32
+
+
+def segments(steps, parallel, device, least=64, multiple=16):
+    """Into how many segments to cut a sequence of `steps` so that `parallel` times as many threads fill the machine.
+
+    Returns:
+        Segments, and the steps of each but the last: at least `least`, and a multiple of `multiple`.
+    """
+    wanted = max(multiprocessors(device) * 1024 // max(parallel, 1), 1)
+    length = max(-(-steps // wanted), least)
+    length = -(-length // multiple) * multiple
+    return -(-steps // length), length

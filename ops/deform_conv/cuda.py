@@ -1,0 +1,45 @@
+"""Arguments and grids of the kernels in cuda.cu."""
+
+import math
+
+import torch
+
+from .. import cuda
+
+NAME = "deform_conv"
+
+
+def _arguments(x, offset, weight, stride, padding, dilation, offset_scale):
+    rows, columns, G, taps = weight.shape[1:]
+    K = math.isqrt(taps)
+    centre = dilation * (K - 1) // 2
+    options = rows, columns, G, K, stride, dilation, centre, centre - padding, offset_scale
+    return offset, *offset.stride()[:4], weight, *weight.stride()[:4], *x.shape, *options
+
+
+def forward(x, offset, weight, *options_and_y):
+    """Writes y ``(B, H', W', C)``."""
+    *options, y = options_and_y
+    grid = -(-y.numel() // cuda.MAX_THREADS)
+    name = cuda.template("forward", x.dtype, offset.dtype)
+    cuda.launch(NAME, name, grid, cuda.MAX_THREADS, x, *_arguments(x, offset, weight, *options), y)
+
+
+def backward(dy, x, offset, weight, *options):
+    """Gradients of x, in the dtype of `offset`, of offset and of weight.
+
+    Raises:
+        RuntimeError: deterministic algorithms are asked for: that of x sums in no fixed order.
+    """
+    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(
+            "deform_conv has no deterministic backward pass on CUDA; "
+            "use torch.use_deterministic_algorithms(True, warn_only=True) or linzoo.ops.use_backend('reference')"
+        )
+    dx = offset.new_zeros(x.shape)
+    doffset, dweight = offset.new_empty(offset.shape), weight.new_empty(weight.shape)
+    grid = -(-weight.shape[:4].numel() // (cuda.MAX_THREADS // 32))
+    name = cuda.template("backward", x.dtype, offset.dtype)
+    arguments = _arguments(x, offset, weight, *options)
+    cuda.launch(NAME, name, grid, cuda.MAX_THREADS, dy, x, *arguments, dx, doffset, dweight)
+    return dx, doffset, dweight

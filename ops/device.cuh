@@ -1,0 +1,90 @@
+// What the CUDA kernels share. Compiled by NVRTC without any header, one cubin per template instance; the tests compile the
+// same sources with a C++ compiler against tests/ops/emulator.h, which runs a block's threads as coroutines.
+
+#pragma once
+
+typedef long long i64;
+
+struct bfloat16 { unsigned short bits; };
+struct float16 { unsigned short bits; };
+
+#ifdef __CUDACC_RTC__
+__device__ __forceinline__ float widen(bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+__device__ __forceinline__ float widen(float16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+__device__ __forceinline__ void narrow(float x, bfloat16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+__device__ __forceinline__ void narrow(float x, float16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+#endif
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ void narrow(float x, float& y) { y = x; }
+__device__ __forceinline__ void narrow(double x, double& y) { y = x; }
+
+// The storage type S of a tensor has float as its type of sums, double for double.
+template <class T, class S>
+__device__ __forceinline__ T get(const S* p) {
+  return T(widen(*p));
+}
+template <class T, class S>
+__device__ __forceinline__ void put(S* p, T x) {
+  narrow(x, *p);
+}
+
+__device__ __forceinline__ float exp2_(float x) { return exp2f(x); }
+__device__ __forceinline__ double exp2_(double x) { return exp2(x); }
+__device__ __forceinline__ float exp_(float x) { return expf(x); }
+__device__ __forceinline__ double exp_(double x) { return exp(x); }
+__device__ __forceinline__ float expm1_(float x) { return expm1f(x); }
+__device__ __forceinline__ double expm1_(double x) { return expm1(x); }
+__device__ __forceinline__ float log1p_(float x) { return log1pf(x); }
+__device__ __forceinline__ double log1p_(double x) { return log1p(x); }
+__device__ __forceinline__ float log2_(float x) { return log2f(x); }
+__device__ __forceinline__ double log2_(double x) { return log2(x); }
+__device__ __forceinline__ float floor_(float x) { return floorf(x); }
+__device__ __forceinline__ double floor_(double x) { return floor(x); }
+
+template <class T>
+__device__ __forceinline__ T softplus(T x) {
+  return x > T(20) ? x : log1p_(exp_(x));
+}
+
+template <class T>
+__device__ __forceinline__ T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+__device__ __forceinline__ T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
+// Rows of channels, (batch, token, group) with any strides; the channels of a row are contiguous.
+template <class S>
+struct Rows {
+  S* data;
+  i64 batch, token, group;
+  __device__ __forceinline__ S* at(i64 b, i64 l, i64 g) const { return data + b * batch + l * token + g * group; }
+};
+
+// Sums of K values over a warp, K a power of two up to 32: lane i returns the sum of value i K / 32. Halving what each lane
+// still carries takes K - 1 exchanges, not 5 K.
+template <int K, int kOffset = 16, class T>
+__device__ __forceinline__ T warp_sums(const T (&x)[K]) {
+  if constexpr (kOffset == 0) {
+    return x[0];
+  } else if constexpr (K == 1) {
+    const T sum[1] = {x[0] + __shfl_xor_sync(0xffffffffu, x[0], kOffset)};
+    return warp_sums<1, kOffset / 2>(sum);
+  } else {
+    const bool upper = threadIdx.x & kOffset;
+    T half[K / 2];
+#pragma unroll
+    for (int i = 0; i < K / 2; ++i) {
+      const T sent = upper ? x[i] : x[i + K / 2], stays = upper ? x[i + K / 2] : x[i];
+      half[i] = stays + __shfl_xor_sync(0xffffffffu, sent, kOffset);
+    }
+    return warp_sums<K / 2, kOffset / 2>(half);
+  }
+}

@@ -1,0 +1,77 @@
+// Complex diagonal recurrence on CUDA: h_t = a_t h_{t-1} + b_t. A thread is a state of a batch item and a segment of its
+// steps. Where there are several segments, `ends` scans each from zero and multiplies its gains, `carry` joins the segments
+// one after the other, and `scan` starts each from the state so found.
+//
+// Layouts: b, h (B, L, M), gains (M) or (B, L, M), states at segments' boundaries (B, segments, M), all complex as (re, im).
+
+#include "device.cuh"
+
+constexpr int kThreads = 128;
+
+template <class T>
+struct Complex {
+  T re, im;
+  template <class S>
+  static __device__ __forceinline__ Complex load(const S* p, i64 i) {
+    return {get<T>(p + 2 * i), get<T>(p + 2 * i + 1)};
+  }
+  template <class S>
+  __device__ __forceinline__ void store(S* p, i64 i) const {
+    put(p + 2 * i, re);
+    put(p + 2 * i + 1, im);
+  }
+  __device__ __forceinline__ Complex operator*(Complex o) const { return {re * o.re - im * o.im, re * o.im + im * o.re}; }
+  __device__ __forceinline__ Complex operator+(Complex o) const { return {re + o.re, im + o.im}; }
+};
+
+// kConstant: one gain per state. The gain of time t is that of t + shift, conjugated if `conjugate`; of a time outside, 0.
+template <class S, class O, class T, bool kConstant, bool kEnds>
+__global__ void __launch_bounds__(kThreads)
+    scan(const T* gains, i64 shift, i64 conjugate, const S* b, const T* initial, i64 reverse, i64 B, i64 L, i64 M,
+         i64 segments, i64 segment_steps, T* boundary, T* products, O* h_) {
+  const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= B * segments * M) return;
+  const i64 m = i % M, segment = i / M % segments, batch = i / (M * segments);
+  const i64 first = segment * segment_steps, end = smaller(first + segment_steps, L);
+  Complex<T> h{0, 0}, product{1, 0}, gain{0, 0};
+  if (!kEnds && segments > 1) h = Complex<T>::load(boundary, i);
+  if (!kEnds && segments == 1 && initial) h = Complex<T>::load(initial, batch * M + m);
+  if (kConstant) gain = Complex<T>::load(gains, m);
+  if (kConstant && conjugate) gain.im = -gain.im;
+#pragma unroll 8
+  for (i64 step = first; step < end; ++step) {
+    const i64 t = reverse ? L - 1 - step : step;
+    if (!kConstant) {
+      const i64 at = t + shift;
+      gain = {0, 0};
+      if (at >= 0 && at < L) gain = Complex<T>::load(gains, (batch * L + at) * M + m);
+      if (conjugate) gain.im = -gain.im;
+    }
+    h = gain * h + Complex<T>::load(b, (batch * L + t) * M + m);
+    if (kEnds) {
+      product = product * gain;
+    } else {
+      h.store(h_, (batch * L + t) * M + m);
+    }
+  }
+  if (!kEnds) return;
+  h.store(boundary, i);
+  product.store(products, i);
+}
+
+// `boundary` becomes the state that each segment begins with.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    carry(T* boundary, const T* products, const T* initial, i64 B, i64 M, i64 segments) {
+  const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= B * M) return;
+  Complex<T> h{0, 0};
+  if (initial) h = Complex<T>::load(initial, i);
+#pragma unroll 4
+  for (i64 segment = 0; segment < segments; ++segment) {
+    const i64 at = (i / M * segments + segment) * M + i % M;
+    const Complex<T> end = Complex<T>::load(boundary, at);
+    h.store(boundary, at);
+    h = Complex<T>::load(products, at) * h + end;
+  }
+}

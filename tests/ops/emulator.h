@@ -1,0 +1,147 @@
+// Runs the CUDA kernels on the CPU, to check their values where there is no GPU. The threads of a block are coroutines that
+// take turns: each runs until it meets a barrier or a shuffle, then the next one. Every thread of a block must therefore
+// meet the same barriers and shuffles, which is what the kernels promise anyway; where one does not, the run aborts.
+
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __restrict__
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+static Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+constexpr int kMaxThreads = 1024, kStack = 256 * 1024;
+static ucontext_t scheduler, threads[kMaxThreads];
+static bool finished[kMaxThreads];
+static int meeting[kMaxThreads];  // what the thread waits at
+static double exchange[2][kMaxThreads];
+static int parity[kMaxThreads], current;
+
+inline void wait_at(int what) {
+  meeting[current] = what;
+  swapcontext(&threads[current], &scheduler);
+}
+
+template <class T>
+T shuffle(T x, int source) {
+  const int self = current, p = parity[self] ^= 1;
+  exchange[p][self] = static_cast<double>(x);
+  wait_at(2);
+  return static_cast<T>(exchange[p][source]);
+}
+
+using Call = void (*)(void**);
+static Call call;
+static void** arguments;
+
+inline void body() {
+  call(arguments);
+  finished[current] = true;
+  swapcontext(&threads[current], &scheduler);
+}
+
+inline void run_block(std::vector<char>& stacks) {
+  const int count = blockDim.x;
+  for (int i = 0; i < count; ++i) {
+    finished[i] = false;
+    parity[i] = 0;
+    getcontext(&threads[i]);
+    threads[i].uc_stack.ss_sp = stacks.data() + static_cast<size_t>(i) * kStack;
+    threads[i].uc_stack.ss_size = kStack;
+    threads[i].uc_link = nullptr;
+    makecontext(&threads[i], body, 0);
+  }
+  for (int running = count; running > 0;) {
+    running = 0;
+    int met = 0;
+    for (int i = 0; i < count; ++i) {
+      if (finished[i]) continue;
+      current = i;
+      threadIdx.x = i;
+      meeting[i] = 0;
+      swapcontext(&scheduler, &threads[i]);
+      if (finished[i]) continue;
+      ++running;
+      if (met && met != meeting[i]) std::fprintf(stderr, "threads meet different barriers\n"), std::abort();
+      met = meeting[i];
+    }
+    if (running && running != count) std::fprintf(stderr, "some threads have left before a barrier\n"), std::abort();
+  }
+}
+
+template <class... P, std::size_t... I>
+void apply(void (*kernel)(P...), void** a, std::index_sequence<I...>) {
+  kernel(*static_cast<std::remove_reference_t<P>*>(a[I])...);
+}
+template <class... P>
+void apply(void (*kernel)(P...), void** a) {
+  apply(kernel, a, std::index_sequence_for<P...>{});
+}
+
+inline void launch(Call c, long long grid, int block, void** a) {
+  if (block > kMaxThreads) std::abort();
+  std::vector<char> stacks(static_cast<size_t>(block) * kStack);
+  call = c;
+  arguments = a;
+  blockDim = {static_cast<unsigned>(block), 1, 1};
+  gridDim = {static_cast<unsigned>(grid), 1, 1};
+  for (long long b = 0; b < grid; ++b) {
+    blockIdx.x = static_cast<unsigned>(b);
+    run_block(stacks);
+  }
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::wait_at(1); }
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+  return emulator::shuffle(x, emulator::current ^ mask);
+}
+template <class T>
+T atomicAdd(T* p, T x) {
+  const T old = *p;
+  *p += x;
+  return old;
+}
+
+#include "device.cuh"
+
+inline float widen(bfloat16 x) {
+  const unsigned bits = static_cast<unsigned>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+inline void narrow(float x, bfloat16& y) {
+  unsigned bits;
+  std::memcpy(&bits, &x, 4);
+  y.bits = static_cast<unsigned short>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline float widen(float16 x) {
+  _Float16 y;
+  std::memcpy(&y, &x.bits, 2);
+  return static_cast<float>(y);
+}
+inline void narrow(float x, float16& y) {
+  const _Float16 rounded = static_cast<_Float16>(x);
+  std::memcpy(&y.bits, &rounded, 2);
+}

@@ -1,0 +1,464 @@
+"""The CUDA kernels: compiled for every architecture, run by an emulator, and (``-m gpu``) on a GPU.
+
+Without a GPU NVRTC compiles what the operators dispatch, whose registers and spills must stay within a budget, and the
+same sources run on the CPU, a block's threads as coroutines, for values and every gradient.
+"""
+
+import math
+import re
+
+import pytest
+import torch
+
+from linzoo.ops import (
+    bi_wkv,
+    causal_conv1d,
+    cuda,
+    deform_conv,
+    diagonal_scan,
+    rational,
+    scan_order,
+    selective_scan,
+    use_backend,
+    wkv6,
+    wkv7,
+)
+from linzoo.ops.cuda import template
+
+TYPES = ((torch.float64,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.float16, torch.float32))
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+
+
+def instances():
+    """What the operators dispatch, as (operator, template instance).
+
+    Numbers of states and ranks are template parameters, compiled as a model asks for them; those here are VMamba's,
+    Vim's and a full-rank one.
+    """
+    out = []
+    for types in TYPES:
+        for shape in ((1, 0), (1, 6), (16, 12)) if types[0] != torch.float64 else ((1, 6),):
+            kernels = [("forward", False), ("forward", True), ("adjoint_ends",), ("backward",)]
+            out += [("selective_scan", template(k, *types, *shape, True, *ends)) for k, *ends in kernels]
+        for kernel in ("forward", "backward"):
+            out += [(op, template(kernel, *types)) for op in ("rational", "deform_conv")]
+            out += [("causal_conv1d", template(kernel, *types, 4, silu)) for silu in (False, True)]
+        for constant in (False, True):
+            for written, ends in ((types[0], False), (types[1], False), (types[0], True)):
+                out.append(("diagonal_scan", template("scan", types[0], written, types[1], constant, ends)))
+    for dtype in (torch.float32, torch.float64):
+        out += [("selective_scan", template("carry", dtype, reverse)) for reverse in (False, True)]
+        out.append(("diagonal_scan", template("carry", dtype)))
+        channels = 64 if dtype == torch.float32 else 32
+        for flag in (False, True):
+            out += [("wkv", template(kernel, dtype, flag)) for kernel in ("bi_ends", "bi_carry", "bi_sweep")]
+            out += [("wkv", template(kernel, dtype, channels, flag)) for kernel in ("forward", "backward")]
+    return sorted(set(out))
+
+
+def budget(name):
+    """Bytes that a template instance may spill, stores and loads together."""
+    if "double" in name:
+        return 4096  # twice the registers; nobody trains in float64
+    if name.startswith("backward<") and "16, 12" in name:
+        return 1024  # 16 states, 12 ranks and 16 steps of a chunk
+    if name.startswith("backward<float, 64"):
+        return 2048  # 64 states and their adjoints
+    return 64  # a value or two, where the compiler rounds the registers down for one more block
+
+
+def spills(report):
+    """Bytes of spill stores and loads, and registers, of the compiler's report."""
+    stores, loads = (int(re.search(rf"(\d+) bytes spill {kind}", report)[1]) for kind in ("stores", "loads"))
+    return stores + loads, int(re.search(r"Used (\d+) registers", report)[1])
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    (("selective_scan", "forward<bfloat16, float, 1, 6, true, false>"), ("wkv", "bi_sweep<float, true>")),
+)
+def test_nvrtc_compiles(op, name):
+    code, symbol, report = cuda.compile_kernel(op, name, "sm_90")
+    assert code[:4] == b"\x7fELF" and symbol
+    assert spills(report)[0] <= budget(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nvrtc_compiles_every_kernel_within_its_budget(arch):
+    """On sm_90 all of them; elsewhere those of float32 and bfloat16 that compile within a second."""
+    failures = []
+    for op, name in instances():
+        if (
+            arch != "sm_90"
+            and any(part in name for part in ("double", "float16,", "16, 12"))
+            and "bfloat16" not in name
+        ):
+            continue
+        spilled, registers = spills(cuda.compile_kernel(op, name, arch)[2])
+        if spilled > budget(name):
+            failures.append(f"{op} {name}: {spilled} bytes of spills, {registers} registers")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("states", (1, 16))
+def test_nvrtc_forward_scan_has_no_spills(states):
+    name = template("forward", torch.float32, torch.float32, states, 12, True, False)
+    assert spills(cuda.compile_kernel("selective_scan", name, "sm_90")[2])[0] == 0
+
+
+def test_nvrtc_error_names_the_kernel():
+    with pytest.raises(cuda.BuildError, match=r"NVRTC failed on forward<nothing> of .*cuda.cu for sm_90"):
+        cuda.compile_kernel("rational", "forward<nothing>", "sm_90")
+
+
+def test_cuda_compile_is_kept_on_disk(monkeypatch, tmp_path):
+    """The second process reads the cubin; another architecture is another file."""
+    monkeypatch.setattr(cuda, "cache_dir", lambda: tmp_path)
+    name = template("forward", torch.float32, torch.float32)
+    compiled = cuda.cubin("rational", name, "sm_90")
+    path = cuda.cubin_path("rational", name, "sm_90")
+    assert path.exists() and path != cuda.cubin_path("rational", name, "sm_80")
+    monkeypatch.setattr(cuda, "compile_kernel", None)
+    assert cuda.cubin("rational", name, "sm_90") == compiled
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_segments_cover_every_step():
+    device = torch.device("cpu")
+    for steps in (1, 63, 64, 65, 1000, 3136, 16384):
+        for parallel in (32, 4096, 10**7):
+            count, length = cuda.segments(steps, parallel, device)
+            assert (count - 1) * length < steps <= count * length and length % 16 == 0
+    assert cuda.segments(16384, 32, device)[0] > 100 and cuda.segments(16384, 10**7, device)[0] == 1
+
+
+# --- values and gradients: by the emulator here, by `on_gpu` below ----------------------------------------------------
+
+
+def normal(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def order_of(*shape, length):
+    """Orders that visit ``shape[-1]`` of `length` tokens."""
+    rows = torch.stack([torch.randperm(length)[: shape[-1]] for _ in range(math.prod(shape[:-1]))])
+    return rows.view(shape).to(torch.int32)
+
+
+def scan_case(B, L, G, D, N, R, steps=None, batched=False, **options):
+    x = dict(u=normal(B, L, G, D), dt=normal(B, L, G, R or D), A=-normal(G, D, N).abs() - 0.1, B=normal(B, L, G, N))
+    x |= dict(C=normal(B, L, G, N), D=normal(G, D), dt_bias=normal(G, D) - 1)
+    x |= dict(dt_weight=normal(G, D, R)) if R else {}
+    order = order_of(*((B, G, steps) if batched else (G, steps)), length=L) if steps else None
+    return selective_scan, x, dict(order=order, **options)
+
+
+def bare_scan(B, L, G, D, N):
+    x = dict(u=normal(B, L, 1, D).expand(B, L, G, D), dt=normal(B, L, G, D).abs(), A=-normal(G, D, N).abs())
+    return selective_scan, x | dict(B=normal(B, L, G, N), C=normal(B, L, G, N)), dict(dt_softplus=False)
+
+
+def wkv_case(run, B, L, H, N, P, steps=None, **options):
+    names = dict(r=N, k=N, v=P, w=N) | (dict(a=N, b=N) if run is wkv7 else {})
+    x = {name: normal(B, L, H, size) / size**0.5 for name, size in names.items()}
+    x |= dict(u=normal(H, N)) if run is wkv6 else {}
+    return run, x, dict(order=order_of(steps, length=L) if steps else None, **options)
+
+
+def bi_case(B, L, C, steps=None, **options):
+    x = dict(k=normal(B, L, C), v=normal(B, L, C), w=normal(C), u=normal(C))
+    return bi_wkv, x, dict(order=order_of(B, steps, length=L) if steps else None, **options)
+
+
+def conv_case(B, L, G, C, K, bias=True, order=False, activation=None):
+    x = dict(x=normal(B, L, G, C), weight=normal(G, C, K)) | (dict(bias=normal(G, C)) if bias else {})
+    order = order_of(*torch.Size((G, L)), length=L) if order else None
+
+    def run(x, weight, bias=None, order=None):  # the operator: the public function calls it for CUDA tensors alone
+        weight, bias = weight.to(sums_dtype(x)), None if bias is None else bias.to(sums_dtype(x))
+        return torch.ops.linzoo.causal_conv1d(x, weight, bias, order, activation == "silu")
+
+    run.__name__ = "causal_conv1d"
+    return run, x, dict(order=order)
+
+
+def sums_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def deform_case(B, H, W, G, D, K=3, **options):
+    padding, stride, dilation = (options.get(k, 1) for k in ("padding", "stride", "dilation"))
+    rows, columns = ((n + 2 * padding - dilation * (K - 1) - 1) // stride + 1 for n in (H, W))
+    offset = (8 * normal(B, rows, columns, G, K * K, 2)).floor() / 8 + 1 / 16  # no point on a pixel, where slopes jump
+    x = dict(x=normal(B, H, W, G * D), offset=offset)
+    return deform_conv, x | dict(weight=normal(B, rows, columns, G, K * K)), options
+
+
+def diagonal_case(shape, inner, initial=True, **options):
+    B, L = shape[:2]
+    x = dict(a=0.5 * normal(*inner, 2).tanh(), b=normal(*shape, 2))
+    return diagonal_scan, x | (dict(initial=normal(B, *shape[2:], 2)) if initial else {}), options
+
+
+def rational_case(rows, C, numerators, denominators):
+    return rational, dict(x=normal(rows, C), numerator=normal(numerators, 6), denominator=normal(denominators, 4)), {}
+
+
+CASES = {
+    "selective_scan": [
+        lambda: scan_case(2, 150, 2, 37, 1, 3, steps=141),
+        lambda: scan_case(1, 150, 3, 40, 1, 0, merge=True),
+        lambda: scan_case(2, 20, 2, 140, 2, 2, steps=19, batched=True, merge=True),
+        lambda: scan_case(1, 70, 1, 33, 5, 2, merge=True),
+        lambda: bare_scan(1, 97, 2, 9, 3),
+    ],
+    "wkv": [
+        lambda: bi_case(2, 150, 37, steps=141),
+        lambda: bi_case(1, 300, 130, divide_by_length=True),
+        lambda: bi_case(3, 7, 5),
+        lambda: wkv_case(wkv6, 2, 37, 2, 19, 19, steps=30),
+        lambda: wkv_case(wkv6, 1, 20, 1, 40, 33, bidirectional=False),
+        lambda: wkv_case(wkv7, 2, 37, 2, 19, 19, steps=30),
+        lambda: wkv_case(wkv7, 1, 17, 1, 33, 40),
+    ],
+    "rational": [lambda: rational_case(130, 87, 1, 3), lambda: rational_case(5, 48, 8, 8)],
+    "deform_conv": [
+        lambda: deform_case(2, 7, 5, 2, 9),
+        lambda: deform_case(1, 9, 8, 1, 40, stride=2, dilation=2, padding=2, offset_scale=0.7),
+    ],
+    "diagonal_scan": [
+        lambda: diagonal_case((2, 70, 3, 19), (19,), reverse=True),
+        lambda: diagonal_case((2, 70, 19), (2, 70, 19), initial=False),
+        lambda: diagonal_case((1, 33, 7), (1, 33, 7), reverse=True),
+    ],
+    "causal_conv1d": [
+        lambda: conv_case(2, 70, 2, 37, 4, order=True, activation="silu"),
+        lambda: conv_case(1, 33, 1, 130, 3, bias=False),
+    ],
+}
+IDS = [(op, i) for op, cases in CASES.items() for i in range(len(cases))]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def results(run, inputs, options, dtype=None):
+    y = run(**inputs, **options)
+    torch.manual_seed(1)
+    g = torch.randn(y.shape, dtype=torch.float64).to(dtype or y.dtype).to(y)
+    return [y, *torch.autograd.grad(y, list(inputs.values()), g)]
+
+
+def prepare(inputs, dtype, device="cpu"):
+    """Leaves in `dtype`, parameters too: the operators read those in the dtype of their sums."""
+    return {name: x.detach().to(device, dtype).requires_grad_() for name, x in inputs.items()}
+
+
+def assert_case(case, dtype, compute, device="cpu"):
+    """`compute(run, inputs, options)` against the reference on the CPU in float64, on the same rounded inputs."""
+    torch.manual_seed(0)
+    run, inputs, options = case()
+    inputs = {name: x.to(dtype).double() for name, x in inputs.items()}
+    with use_backend("reference"):
+        expected = results(run, prepare(inputs, torch.float64), options, dtype)
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    got = compute(run, prepare(inputs, dtype, device), options)
+    for name, a, b in zip(("y", *inputs), got, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == dtype
+        error = (a.double().cpu() - b).abs().max() / b.abs().max()
+        assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("op", "case"), IDS)
+def test_emulated(emulated_cuda, op, case, dtype):
+    if dtype in (torch.float64, torch.float16) and case:
+        pytest.skip("the first case of each operator covers these types")
+    emulated_cuda(op)
+    assert_case(CASES[op][case], dtype, results)
+
+
+def test_emulated_without_saved_states(emulated_cuda):
+    """Without gradients nothing is saved; a backward pass by hand computes the states anew."""
+    torch.manual_seed(0)
+    emulated_cuda("selective_scan")
+    _, x, options = scan_case(1, 40, 1, 5, 2, 0)
+    x = {k: v.float() for k, v in x.items()}
+    arguments = [x.get(k) for k in ("u", "dt", "A", "B", "C", "D", "dt_weight", "dt_bias")]
+    y, states = torch.ops.linzoo.selective_scan(*arguments, True, None, False, False)
+    assert states.numel() == 0
+    dy, again = torch.randn_like(y), torch.ops.linzoo.selective_scan(*arguments, True, None, False, True)
+    assert torch.equal(y, again[0])
+    grads = [torch.ops.linzoo.selective_scan_backward(dy, *arguments, True, None, s) for s in (states, again[1])]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_emulated_deterministic_merge(emulated_cuda):
+    torch.manual_seed(0)
+    emulated_cuda("selective_scan")
+    run, x, options = scan_case(1, 40, 3, 5, 1, 0, merge=True)
+    merged = run(**x, **options)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.testing.assert_close(run(**x, **options), merged)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_emulated_empty_batch(emulated_cuda):
+    cases = {
+        "selective_scan": scan_case(0, 20, 2, 5, 1, 2, merge=True),
+        "wkv": wkv_case(wkv6, 0, 20, 2, 5, 5),
+        "rational": rational_case(0, 6, 1, 2),
+        "deform_conv": deform_case(0, 4, 4, 1, 3),
+        "diagonal_scan": diagonal_case((0, 5, 3), (3,)),
+        "causal_conv1d": conv_case(0, 9, 1, 4, 3),
+    }
+    for op, (run, x, options) in cases.items():
+        emulated_cuda(op)
+        y, *grads = results(run, prepare(x, torch.float32), options)
+        assert y.shape[0] == 0 and all(g.eq(0).all() for g in grads)
+
+
+def test_deform_conv_says_that_it_is_not_deterministic(emulated_cuda):
+    emulated_cuda("deform_conv")
+    run, x, options = deform_case(1, 4, 4, 1, 4)
+    x = {k: v.requires_grad_() for k, v in x.items()}
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="deform_conv has no deterministic backward pass on CUDA"):
+            results(run, x, options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_wide_heads_fall_back_aloud(emulated_cuda):
+    emulated_cuda("wkv")
+    run, x, options = wkv_case(wkv6, 1, 3, 1, 130, 4)
+    with pytest.warns(RuntimeWarning, match="wkv runs on its slow PyTorch reference: .* at most 128 channels, got 130"):
+        run(**x, **options)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+
+def on_gpu(run, inputs, options):
+    torch.cuda.synchronize()
+    return results(run, inputs, options)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("op", "case"), IDS)
+def test_gpu_equals_reference(op, case, dtype):
+    assert_case(CASES[op][case], dtype, on_gpu, "cuda")
+
+
+def gpu_scan():
+    torch.manual_seed(0)
+    _, x, _ = scan_case(2, 96, 4, 48, 1, 3)
+    x = {k: v.float().cuda().requires_grad_() for k, v in x.items()}
+    return x, dict(order=scan_order.cross(8, 12, torch.device("cuda")), merge=True)
+
+
+@gpu
+@pytest.mark.parametrize(("op", "case"), [(op, 0) for op in CASES])
+def test_gpu_opcheck(op, case):
+    torch.manual_seed(0)
+    run, x, options = CASES[op][case]()
+    if op == "causal_conv1d":
+        x = {k: v.float().cuda().requires_grad_() for k, v in x.items()}
+        arguments = (x["x"], x["weight"], x["bias"], options["order"].cuda(), True)
+        torch.library.opcheck(torch.ops.linzoo.causal_conv1d.default, arguments)
+    elif op == "selective_scan":
+        x, options = gpu_scan()
+        arguments = [x.get(k) for k in ("u", "dt", "A", "B", "C", "D", "dt_weight", "dt_bias")]
+        # without `merge`: atomic additions differ from run to run in the last bit
+        torch.library.opcheck(
+            torch.ops.linzoo.selective_scan.default, (*arguments, True, options["order"], False, True)
+        )
+    elif op == "rational":
+        arguments = [v.float().cuda().requires_grad_() for v in x.values()]
+        torch.library.opcheck(torch.ops.linzoo.rational.default, arguments)
+
+
+@gpu
+def test_gpu_compile_and_graph_capture():
+    x, options = gpu_scan()
+    expected = selective_scan(**x, **options)
+    compiled = torch.compile(selective_scan, fullgraph=True)
+    torch.testing.assert_close(compiled(**x, **options), expected)
+    x = {k: v.detach() for k, v in x.items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = selective_scan(**x, **options)
+    x["u"].mul_(2)
+    graph.replay()
+    torch.testing.assert_close(y, selective_scan(**x, **options))
+
+
+@gpu
+def test_gpu_stream_and_autocast():
+    x, options = gpu_scan()
+    expected = selective_scan(**x, **options)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = selective_scan(**x, **options)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.testing.assert_close(y, expected)
+    half = {k: v.bfloat16() if k in ("u", "dt", "B", "C") else v for k, v in x.items()}
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = selective_scan(**half, **options)
+    assert y.dtype == torch.bfloat16 and (y.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@gpu
+def test_gpu_deterministic_gradients():
+    x, options = gpu_scan()
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [results(selective_scan, x, options) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpu_second_device():
+    x, options = gpu_scan()
+    expected = selective_scan(**x, **options)
+    x = {k: v.detach().to("cuda:1") for k, v in x.items()}
+    y = selective_scan(**x, order=options["order"].to("cuda:1"), merge=True)
+    torch.testing.assert_close(y.to("cuda:0"), expected)
+
+
+@gpu
+def test_gpu_more_than_2_31_elements():
+    elements = 2**31 + 2**20
+    if torch.cuda.mem_get_info()[0] < 12 * elements:
+        pytest.skip("needs 26 GB of GPU memory")
+    channels, dtype = 4096, torch.bfloat16
+    length = elements // channels
+    u = torch.ones(1, length, 1, channels, dtype=dtype, device="cuda")
+    dt = torch.ones(1, length, 1, 1, dtype=dtype, device="cuda")
+    ones = torch.ones(1, length, 1, 1, dtype=dtype, device="cuda")
+    A = -torch.ones(1, channels, 1, device="cuda")
+    y = selective_scan(u, dt, A, ones, ones, dt_weight=torch.ones(1, channels, 1, device="cuda"), dt_softplus=False)
+    limit = 1 / (1 - torch.exp(torch.tensor(-1.0)))  # of h = exp(-1) h + 1
+    torch.testing.assert_close(y[0, -1, 0].float().cpu(), limit.expand(channels), rtol=1e-2, atol=0)
+    assert y[0, 0, 0].eq(1).all()
+
+
+@gpu
+def test_gpu_public_causal_conv1d():
+    torch.manual_seed(0)
+    x, weight, bias = normal(2, 30, 2, 9).float(), normal(2, 9, 4).float(), normal(2, 9).float()
+    expected = causal_conv1d(x, weight, bias, activation="silu")
+    got = causal_conv1d(x.cuda(), weight.cuda(), bias.cuda(), activation="silu")
+    torch.testing.assert_close(got.cpu(), expected)
