@@ -1,4 +1,4 @@
-"""Label, segment or restore images: `python tools/predict.py CONFIG CHECKPOINT IMAGE|FOLDER --out DIR`."""
+"""Label, segment or restore images, or find objects: `python tools/predict.py CONFIG CHECKPOINT IMAGE --out DIR`."""
 
 import json
 from collections.abc import Callable
@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from linzoo.tools.engine.cli import command, config_parser
 from linzoo.tools.engine.config import load_config, without_start
 from linzoo.tools.engine.data import EXTENSIONS
+from linzoo.tools.engine.dense import predict_dense
 from linzoo.tools.engine.errors import InputError, existing_file
 from linzoo.tools.engine.restorer import RANGES, read_image, restore_tiled
 from linzoo.tools.engine.runner import write_atomically
-from linzoo.tools.engine.weights import load_weights
+from linzoo.tools.engine.weights import load_parts, load_weights
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -53,7 +54,7 @@ def check_readable(images: list[Path]) -> None:
 def build(cfg: Config) -> torch.nn.Module:
     """The model of a training config, with nothing to start or learn from loaded."""
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope")):
-        return MODELS.build(dict(without_start(cfg.model), data_preprocessor=cfg.get("data_preprocessor")))
+        return MODELS.build({"data_preprocessor": cfg.get("data_preprocessor"), **without_start(cfg.model)})
 
 
 def predict(cfg: Config, checkpoint: str, images: list[Path], batch_size: int = 32) -> list[dict]:
@@ -114,6 +115,15 @@ def predict_masks(cfg: Config, checkpoint: str, images: list[Path], batch_size: 
                 p = F.interpolate(sample.seg_logits.data.sigmoid()[None], sample.ori_shape, mode="bilinear")
                 masks.append((p[0, 0] >= 0.5).to("cpu", torch.uint8).numpy() * 255)
     return masks
+
+
+def predict_parts(cfg: Config, checkpoint: str, images: list[Path], folder: Path, out: Path, threshold: float) -> list:
+    """`predict_dense` with the model of a config of mmseg or mmdet and the weights of a checkpoint."""
+    model = build(cfg)
+    load_parts(model, checkpoint)
+    model.to(get_device()).eval()
+    check_readable(images)
+    return predict_dense(cfg, model, images, folder, out, threshold)
 
 
 def _prepare(pipeline: Compose, path: Path) -> dict:
@@ -205,6 +215,11 @@ def draw_labels(results: list[dict], file: Path) -> None:
     _draw_sheet(results, file, draw)
 
 
+def draw_drawn(results: list[dict], file: Path) -> None:
+    """A contact sheet of the pictures of what was found."""
+    _draw_sheet([dict(path=result["drawn"]) for result in results], file, lambda axis, result: None)
+
+
 def draw_outlines(results: list[dict], file: Path) -> None:
     """A contact sheet with the outline of each image's mask and its share of the image."""
 
@@ -245,6 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("image", help="image, or folder of images")
     parser.add_argument("--out", required=True, help="folder for predictions.json, predictions.png, masks and images")
     parser.add_argument("--tile", type=int, default=256, help="side of the tiles in which images are restored")
+    parser.add_argument("--threshold", type=float, default=0.5, help="score under which objects are left out")
     parser.add_argument("--overlap", type=int, default=32, help="by how much those tiles overlap")
     args = parser.parse_args(argv)
 
@@ -252,9 +268,13 @@ def main(argv: list[str] | None = None) -> None:
     existing_file("checkpoint", args.checkpoint)
     images, out = find_images(args.image), Path(args.out)
     folder = Path(args.image) if Path(args.image).is_dir() else Path(args.image).parent
+    if cfg.model.type == "SceneCompleter":
+        raise InputError(f"model_name={cfg.model.model_name!r} takes voxels, not images; expected a model of images")
     if cfg.model.type == "PromptSegmenter":
         raise InputError(f"model_name={cfg.model.model_name!r} needs points or boxes; expected its predict() in Python")
-    if cfg.model.type == "Restorer":
+    if hasattr(cfg.model, "backbone"):
+        results, draw_sheet = predict_parts(cfg, args.checkpoint, images, folder, out, args.threshold), draw_drawn
+    elif cfg.model.type == "Restorer":
         results, draw_sheet = restore(cfg, args.checkpoint, images, folder, out, args.tile, args.overlap), draw_restored
     elif cfg.model.type == "Segmenter":
         masks = predict_masks(cfg, args.checkpoint, images)

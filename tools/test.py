@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             load_weights(runner.model.model, args.checkpoint)
         metrics = runner.test()
-    print(json.dumps(metrics))
+    print(json.dumps(metrics, default=float))
 
 
 if __name__ == "__main__":
