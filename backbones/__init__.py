@@ -9,6 +9,7 @@ from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba
 from .kat import KAT
 from .localmamba import LocalVim, LocalVMamba
+from .occrwkv import OccRWKV
 from .restore_rwkv import RestoreRWKV
 from .rwkvsam import RWKVSAM
 from .rwkvsam_backbone import RWKVSAMBackbone
@@ -37,6 +38,7 @@ __all__ = [
     "HRVMamba",
     "LocalVMamba",
     "LocalVim",
+    "OccRWKV",
     "PixelS4D",
     "PixelS5",
     "RWKVSAMBackbone",
@@ -72,6 +74,7 @@ _OTHER_FAMILIES = {
     "segmentation": ("vm_unet",),
     "restoration": ("fs_rwkv", "restore_rwkv"),
     "promptable": ("rwkvsam",),
+    "occupancy": ("occrwkv",),
 }
 
 
@@ -83,7 +86,7 @@ def list_models(filter="", kind="backbone"):
         kind: "backbone"; "adopted" for backbones of linear complexity that timm itself registers; "pyramid" for
             backbones that give maps alone; "segmentation" for models whose output is mask logits; "restoration" for
             those whose output is the restored image; "promptable" for those whose masks are of what points and boxes
-            ask for.
+            ask for; "occupancy" for those that take voxels and tell their classes.
 
     Raises:
         ValueError: `kind` is none of these.

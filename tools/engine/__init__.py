@@ -25,6 +25,7 @@ from .data import Clips, ImageFolder, LabelMaps, LoadMask, MaskedImages
 from .errors import InputError
 from .export import ExportHook
 from .next_frame import NextFrame, NextFrameMetric
+from .occupancy import OccupancyMetric, SceneCompleter, VoxelScenes
 from .optim import AutocastOptimWrapper, LayerDecay, TimmWeightDecay
 from .progress import ProgressHook
 from .promptable import PromptedMasks, PromptMetric, PromptSegmenter
@@ -49,6 +50,7 @@ __all__ = [
     "MesaHook",
     "NextFrame",
     "NextFrameMetric",
+    "OccupancyMetric",
     "PairedImages",
     "ProgressHook",
     "PromptMetric",
@@ -58,6 +60,8 @@ __all__ = [
     "Restorer",
     "ResumeHook",
     "Runner",
+    "SceneCompleter",
     "Segmenter",
     "TimmWeightDecay",
+    "VoxelScenes",
 ]

@@ -36,6 +36,8 @@ TOP_LEVEL = _parameters(Runner.__init__) - {"cfg"} | {
 }
 _LOADER = _parameters(DataLoader.__init__) | {"num_batch_per_epoch"}
 ANY = "**"
+# The kinds of `model` that are made by `timm.create_model(model_name, ...)`.
+TIMM_MODELS = ("Classifier", "NextFrame", "PromptSegmenter", "Restorer", "SceneCompleter", "Segmenter")
 # Dictionaries without a `type` of their own.
 SECTIONS = {
     "train_dataloader": _LOADER,
@@ -178,7 +180,7 @@ def _check_model(model: ConfigDict) -> None:
     """A timm model must exist and take the keywords that the config gives it: it is built without memory."""
     if isinstance(model.get("backbone"), dict) and model.backbone.get("type") == "LinZooBackbone":
         _check_backbone(model.backbone)
-    if model.get("type") not in ("Classifier", "NextFrame", "PromptSegmenter", "Restorer", "Segmenter"):
+    if model.get("type") not in TIMM_MODELS:
         return
     model = copy.deepcopy(model)
     for key, settings in (("model", model), *((f"model.{name}", model.get(name)) for name in ("teacher", "init_from"))):

@@ -106,6 +106,25 @@ def check_clips(data_root: str, part: str, make: str | None = None) -> None:
         raise InputError(f"clips {str(path)!r} are {clips.dtype} {clips.shape}; expected uint8 of four axes")
 
 
+def find_scenes(data_root: str, sequences: list[str], labelled: bool = True) -> list[Path]:
+    """SemanticKITTI's voxel files `sequences/<sequence>/voxels/<scene>.bin`, sorted.
+
+    InputError where a sequence is missing or empty, or a scene lacks the `.label` and `.invalid` that it should have.
+    """
+    found = []
+    for sequence in sequences:
+        folder = Path(data_root, "sequences", str(sequence).zfill(2), "voxels")  # a command line makes 8 of "08"
+        scenes = sorted(folder.glob("*.bin"))
+        if not scenes:
+            raise InputError(f"voxel folder {str(folder)!r} not found or empty; expected SemanticKITTI's <scene>.bin")
+        for scene in scenes if labelled else ():
+            for ending in (".label", ".invalid"):
+                if not scene.with_suffix(ending).is_file():
+                    raise InputError(f"voxels {str(scene)!r} are alone; expected {scene.stem + ending!r} beside them")
+        found += scenes
+    return found
+
+
 def check_coco(data_root: str, ann_file: str, data_prefix: str = "") -> Path:
     """The path of a COCO file. InputError where it or the folder of its images is not there."""
     path, folder = Path(data_root, ann_file), Path(data_root, data_prefix)
@@ -260,6 +279,9 @@ def prepare_data(cfg) -> None:
         dataset = (cfg.get(key) or {}).get("dataset", {})
         if dataset.get("type") == "Clips":
             check_clips(dataset.data_root, dataset.part, dataset.get("make"))
+            continue
+        if dataset.get("type") == "VoxelScenes":
+            find_scenes(dataset.data_root, dataset.sequences, dataset.get("labelled", True))
             continue
         if dataset.get("type") == "PromptedMasks":
             check_coco(dataset.data_root, dataset.ann_file, dataset.get("data_prefix", ""))

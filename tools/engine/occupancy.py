@@ -1,0 +1,268 @@
+"""Semantic occupancy: SemanticKITTI's voxels, a timm model that completes and labels them, to train, its metrics."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import mmengine.registry
+import numpy as np
+import timm
+import torch
+from mmengine.evaluator import BaseMetric
+from mmengine.model import BaseModel
+from mmengine.registry import METRICS, MODELS
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from .classifier import Classifier
+from .data import find_scenes
+from .errors import InputError
+
+IGNORE = 255
+# SemanticKITTI's labels of each class of scene completion, from 1 on; moving objects are what they are standing still.
+CLASSES = {
+    "car": (10, 252),
+    "bicycle": (11,),
+    "motorcycle": (15,),
+    "truck": (18, 258),
+    "other-vehicle": (13, 16, 20, 256, 257, 259),
+    "person": (30, 254),
+    "bicyclist": (31, 253),
+    "motorcyclist": (32, 255),
+    "road": (40, 60),
+    "parking": (44,),
+    "sidewalk": (48,),
+    "other-ground": (49,),
+    "building": (50,),
+    "fence": (51,),
+    "vegetation": (70,),
+    "trunk": (71,),
+    "terrain": (72,),
+    "pole": (80,),
+    "traffic-sign": (81,),
+}
+UNLABELLED = (1, 52, 99)  # outliers, other structures and objects: nothing is learnt from them
+
+
+def learning_map() -> np.ndarray:
+    """What to learn from each of SemanticKITTI's labels ``(65536,)``: 0 for empty, a class, 255; -1 where unknown."""
+    table = np.full(65536, -1, np.int16)
+    table[0], table[list(UNLABELLED)] = 0, IGNORE
+    for index, labels in enumerate(CLASSES.values(), 1):
+        table[list(labels)] = index
+    return table
+
+
+@mmengine.registry.DATASETS.register_module()
+class VoxelScenes(Dataset):
+    """SemanticKITTI's scenes, `sequences/<sequence>/voxels/<scene>.{bin,label,invalid}`.
+
+    An item is `inputs`, float32 ``(1, X, Y, Z)``, 1 where the sweep hit a voxel, `path`, and where labelled `targets`,
+    uint8 ``(X, Y, Z)``: 0 for empty voxels, 1 to 19 for `CLASSES`, 255 for those that are unknown or out of sight.
+
+    Args:
+        data_root: folder of `sequences`.
+        sequences: names of those to read.
+        grid: voxels along x, y and z.
+        labelled: whether labels are read; the hidden test sequences have none.
+
+    Raises:
+        InputError: a sequence or a file is missing, of the wrong size, empty, or holds an unknown label.
+    """
+
+    METAINFO = {"classes": ("empty", *CLASSES)}
+
+    def __init__(
+        self, data_root: str, sequences: Sequence[str], grid: Sequence[int] = (256, 256, 32), labelled: bool = True
+    ):
+        self.files = find_scenes(data_root, sequences, labelled)
+        self.grid, self.labelled, self.learning_map = tuple(grid), labelled, learning_map()
+        self.metainfo = self.METAINFO
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict:
+        path = self.files[index]
+        occupied = self.read_bits(path)
+        if not occupied.any():
+            raise InputError(f"voxels {str(path)!r} are all empty; expected some that the sweep hit")
+        item = {"inputs": torch.from_numpy(occupied.astype(np.float32))[None], "path": str(path)}
+        if self.labelled:
+            file = path.with_suffix(".label")
+            labels = self.read(file, np.uint16)
+            targets = self.learning_map[labels]
+            if (targets < 0).any():
+                odd = int(labels[targets < 0][0])
+                raise InputError(f"labels {str(file)!r} hold {odd}; expected labels of SemanticKITTI")
+            targets[self.read_bits(path.with_suffix(".invalid"))] = IGNORE
+            item["targets"] = torch.from_numpy(targets.astype(np.uint8))
+        return item
+
+    def read(self, path: Path, dtype, per_byte: int = 1) -> np.ndarray:
+        """A file's values, in as many as the grid has voxels, `per_byte` in a byte."""
+        expected = int(np.prod(self.grid)) // per_byte * np.dtype(dtype).itemsize
+        try:
+            size = path.stat().st_size
+            if size != expected:
+                raise InputError(f"voxels {str(path)!r} have {size} bytes; expected {expected} of {self.grid} voxels")
+            values = np.fromfile(path, dtype)
+        except OSError as e:
+            raise InputError(f"cannot read voxels {str(path)!r} ({e})") from e
+        return values if per_byte > 1 else values.reshape(self.grid)
+
+    def read_bits(self, path: Path) -> np.ndarray:
+        """A file of a bit a voxel, the first one the highest of its byte, as bool ``(X, Y, Z)``."""
+        return np.unpackbits(self.read(path, np.uint8, per_byte=8)).reshape(self.grid).astype(bool)
+
+
+def coarse_labels(targets: Tensor, stride: int, classes: int) -> Tensor:
+    """Labels of cells of `stride` voxels a side: the most frequent class of their occupied voxels; else 0 if one is
+    known to be empty, else 255.
+
+    Args:
+        targets: ``(B, X, Y, Z)``, 0 for empty, 255 for unknown.
+        classes: number of classes, 0 among them.
+
+    Returns:
+        ``(B, X / stride, Y / stride, Z / stride)``.
+    """
+    size = targets.shape[0], *(n // stride for n in targets.shape[1:])
+    cells = math.prod(size)
+    cell = torch.arange(cells, device=targets.device).view(size)
+    for axis in (1, 2, 3):
+        cell = cell.repeat_interleave(stride, axis)
+    known = targets != IGNORE
+    votes = torch.bincount(cell[known] * classes + targets[known].long(), minlength=cells * classes)
+    votes = votes.view(-1, classes)
+    most, label = votes[:, 1:].max(1)
+    label = torch.where(most > 0, label + 1, torch.where(votes[:, 0] > 0, 0, IGNORE))
+    return label.view(size)
+
+
+def occupancy_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and Lovasz-softmax loss (Berman et al., 2018) over all voxels but those of label 255.
+
+    Args:
+        logits: ``(N, K)``.
+        labels: ``(N,)``.
+        weights: of the classes in the cross-entropy ``(K,)``.
+    """
+    from mmseg.models.losses import LovaszLoss
+
+    known = labels != IGNORE
+    logits, labels = logits[known].float(), labels[known].long()
+    if not len(labels):
+        return logits.sum(), logits.sum()
+    lovasz = LovaszLoss(reduction="none")
+    maps = logits.t()[None, :, :, None]  # (1, K, N, 1)
+    return F.cross_entropy(logits, labels, weights), lovasz(maps, labels[None, :, None])
+
+
+@MODELS.register_module()
+class SceneCompleter(BaseModel):
+    """A semantic occupancy model of timm's registry, to train. The state dict has the timm model's own names.
+
+    The loss is cross-entropy plus Lovasz-softmax: thrice that of the voxels; that of the classes of occupied cells at
+    strides 2, 4 and 8; that of empty and occupied cells at the same strides.
+
+    Args:
+        model_name: timm name of a model such as `linzoo.backbones.OccRWKV`; other arguments go to `timm.create_model`.
+        class_counts: how many voxels of each class a data set has, the first empty ones. Classes weigh
+            ``1 / log(count + 0.001)`` in the cross-entropies; None for equal weights.
+        data_preprocessor: settings of mmengine's preprocessor.
+
+    Raises:
+        InputError: the model has no branches, or another number of classes than counts.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        *args,
+        class_counts: Sequence[float] | None = None,
+        data_preprocessor: dict | None = None,
+        **kwargs,
+    ):
+        super().__init__(data_preprocessor)
+        self.model = timm.create_model(model_name, *args, **kwargs)
+        if not hasattr(self.model, "branches"):
+            raise InputError(f"model_name={model_name!r} takes no voxels; expected a model such as 'occrwkv'")
+        if class_counts is not None and (len(class_counts) != self.model.num_classes or min(class_counts) <= 1):
+            raise InputError(f"class_counts={class_counts}; expected {self.model.num_classes} numbers above 1")
+        self.class_counts = class_counts
+        self._register_state_dict_hook(Classifier._remove_state_dict_prefix)
+        self._register_load_state_dict_pre_hook(Classifier._add_state_dict_prefix)
+
+    def init_weights(self):
+        """Nothing: timm initialises or loads in `create_model`, and a second initialisation would undo a loading."""
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None, path=None, mode: str = "tensor"):
+        """Voxels ``(B, 1, X, Y, Z)`` to logits, to the losses, or to a list of pairs (classes, targets) on the CPU."""
+        if mode == "loss":
+            return self.losses(*self.model.branches(inputs), targets)
+        logits = self.model(inputs)
+        return logits if mode == "tensor" else list(zip(logits.argmax(1).cpu(), targets.cpu(), strict=True))
+
+    def losses(self, logits, semantic, completion, targets) -> dict[str, Tensor]:
+        """The losses of what the model's `branches` gives, and of targets ``(B, X, Y, Z)``."""
+        weights = None
+        if self.class_counts is not None:
+            weights = 1 / torch.log(torch.tensor(self.class_counts, device=logits.device) + 0.001)
+        total = sum(occupancy_loss(logits.movedim(1, -1).flatten(0, 3), targets.flatten(), weights))
+        losses = {"loss_voxels": 3 * total}
+        for i, ((of_cells, where), of_grid) in enumerate(zip(semantic, completion, strict=True)):
+            stride = 2 ** (i + 1)
+            labels = coarse_labels(targets, stride, logits.shape[1])
+            # Cells that the sweep hit have a class, or none is known; 0 is not among the classes there.
+            classes = labels[tuple(where.t())] - 1
+            classes = classes.where((classes >= 0) & (classes < IGNORE - 1), IGNORE)
+            losses[f"loss_semantic{stride}"] = sum(
+                occupancy_loss(of_cells, classes, None if weights is None else weights[1:])
+            )
+            occupied = torch.where(labels == IGNORE, IGNORE, (labels > 0).long())
+            losses[f"loss_completion{stride}"] = sum(
+                occupancy_loss(of_grid.movedim(1, -1).flatten(0, 3), occupied.flatten())
+            )
+        return losses
+
+
+@METRICS.register_module()
+class OccupancyMetric(BaseMetric):
+    """Scene completion's metrics in percent, from one confusion matrix over all known voxels of all scenes.
+
+    "IoU", "precision" and "recall" of occupied voxels whatever their class, and "mIoU", the mean of the IoU of the
+    classes but "empty"; one that neither the labels nor the predictions have counts as 0, as in the benchmark.
+
+    Args:
+        num_classes: number of classes, 0 for empty voxels among them.
+    """
+
+    default_prefix = "occupancy"
+
+    def __init__(self, num_classes: int = 20, **kwargs):
+        super().__init__(**kwargs)
+        self.num_classes = num_classes
+
+    def process(self, data_batch, data_samples) -> None:
+        """Count the voxels of each scene."""
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+        for predicted, true in data_samples:
+            counts = multiclass_confusion_matrix(predicted, true.long(), self.num_classes, ignore_index=IGNORE)
+            self.results.append(counts.double())
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """The metrics of the summed counts."""
+        counts = torch.stack(results).sum(0)  # true class, predicted class
+        both, true, found = counts[1:, 1:].sum(), counts[1:].sum(), counts[:, 1:].sum()
+        hits = counts.diag()[1:]
+        classes = hits / (counts.sum(0) + counts.sum(1) - counts.diag())[1:].clamp(min=1)
+        values = {
+            "IoU": both / (true + found - both).clamp(min=1),
+            "mIoU": classes.mean(),
+            "precision": both / found.clamp(min=1),
+            "recall": both / true.clamp(min=1),
+        }
+        return {name: 100 * value.item() for name, value in values.items()}
