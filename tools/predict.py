@@ -270,8 +270,6 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.image) if Path(args.image).is_dir() else Path(args.image).parent
     if cfg.model.type == "SceneCompleter":
         raise InputError(f"model_name={cfg.model.model_name!r} takes voxels, not images; expected a model of images")
-    if cfg.model.type == "SceneCompleter":
-        raise InputError(f"model_name={cfg.model.model_name!r} takes voxels, not images; expected a model of images")
     if cfg.model.type == "PromptSegmenter":
         raise InputError(f"model_name={cfg.model.model_name!r} needs points or boxes; expected its predict() in Python")
     if hasattr(cfg.model, "backbone"):
