@@ -6,6 +6,7 @@ median counts. The first line says what was timed on what.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -23,6 +24,7 @@ from rich.table import Table
 from linzoo.backbones import list_models
 from linzoo.ops import (
     bi_wkv,
+    causal_conv1d,
     deform_conv,
     diagonal_scan,
     nc_ssd,
@@ -35,6 +37,7 @@ from linzoo.ops import (
     wkv6,
     wkv7,
 )
+from linzoo.ops.selective_scan.reference import tokens_in_order, tokens_in_place
 from linzoo.tools.models import create, family_of, measure
 
 BASELINES = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit_small_patch16_224")
@@ -113,13 +116,24 @@ def print_rows(title, facts, rows, columns, file):
 # --- operators ------------------------------------------------------------------------------------------------------
 
 # A case of an operator: `shape -> (call, leaves, floor)`. `call()` runs it as a model does, `leaves` are the tensors
-# that receive gradients, and `floor()` does what no implementation can do without.
+# that receive gradients, and `floor()` does what no implementation can do without. Rivals of an operator on CUDA are
+# other ways to its result: `shape -> {name: (call, leaves)}`.
 
 
 def selective_scan_case(device, B, L, G, D, N):
     """Cross-scan of a square map: G routes over the same channels, low-rank steps, outputs merged.
 
     The floor is the exponential of B L G D N elements: each state decays by one at each step.
+    """
+    call, leaves, _ = cross_scan(device, B, L, G, D, N)
+    decays = torch.randn(B * L * G * D * N, device=device)
+    out = torch.empty_like(decays)
+    return call, leaves, lambda: torch.exp(decays, out=out)
+
+
+def cross_scan(device, B, L, G, D, N, composed=False):
+    """Two ways from the projections to the merged output, for `selective_scan_case`: by the operator alone, or
+    `composed` of copies into scan order, 1-D scans, and a merge of what they give.
     """
     side, rank = math.isqrt(L), math.ceil(D / 16)
     order = scan_order.cross(side, side).to(device)[:G]
@@ -129,15 +143,52 @@ def selective_scan_case(device, B, L, G, D, N):
     skip, bias = torch.ones(G, D, device=device), torch.full((G, D), -4.0, device=device)
     weight = torch.randn(G, D, rank, device=device) * rank**-0.5
     leaves = [t.requires_grad_() for t in (u, projected, A, skip, weight, bias)]
-    decays = torch.randn(B * L * G * D * N, device=device)
-    out = torch.empty_like(decays)
 
     def call():
+        wide, parameters = u.unsqueeze(2).expand(B, L, G, D), dict(dt_weight=weight, dt_bias=bias)
+        if composed:
+            wide = tokens_in_order(wide, order)
+            dt, b, c = (x.contiguous() for x in tokens_in_order(projected, order).split([rank, N, N], -1))
+            y = selective_scan(wide, dt, A, b, c, skip, **parameters)
+            return tokens_in_place(y, order, L).sum(2)
         dt, b, c = projected.split([rank, N, N], -1)
-        wide = u.unsqueeze(2).expand(B, L, G, D)
-        return selective_scan(wide, dt, A, b, c, skip, dt_weight=weight, dt_bias=bias, order=order, merge=True)
+        return selective_scan(wide, dt, A, b, c, skip, **parameters, order=order, merge=True)
 
-    return call, leaves, lambda: torch.exp(decays, out=out)
+    return call, leaves, order
+
+
+def selective_scan_rivals(device, B, L, G, D, N):
+    """The composition around our own 1-D scan, and the `mamba-ssm` package's scan of copies that lie in order."""
+    rivals = {"composition": cross_scan(device, B, L, G, D, N, composed=True)[:2]}
+    with contextlib.suppress(ImportError):
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        u, delta = (torch.randn(B, G * D, L, device=device) for _ in range(2))
+        b, c = (torch.randn(B, G, N, L, device=device) for _ in range(2))
+        A, skip, bias = -torch.rand(G * D, N, device=device), *(torch.ones(G * D, device=device) for _ in range(2))
+        leaves = [t.requires_grad_() for t in (u, delta, A, b, c, skip, bias)]
+        rivals["mamba_ssm"] = functools.partial(selective_scan_fn, *leaves[:-1], None, bias, True), leaves
+    return rivals
+
+
+def causal_conv1d_case(device, B, L, G, C):
+    """Vim's short convolution along both directions, 4 taps. The floor: a copy of the tokens."""
+    x, order = torch.randn(B, L, G, C, device=device), torch.arange(L, device=device).expand(G, L).clone()
+    order[1::2] = order[1::2].flip(1)
+    leaves = [t.requires_grad_() for t in (x, torch.randn(G, C, 4, device=device), torch.randn(G, C, device=device))]
+    values, out = x.detach(), torch.empty_like(x)
+    return lambda: causal_conv1d(*leaves, order=order, activation="silu"), leaves, lambda: out.copy_(values)
+
+
+def causal_conv1d_rivals(device, B, L, G, C):
+    """The `causal-conv1d` package on tokens that lie in order."""
+    with contextlib.suppress(ImportError):
+        from causal_conv1d import causal_conv1d_fn
+
+        x, weight = torch.randn(B, G * C, L, device=device), torch.randn(G * C, 4, device=device)
+        leaves = [t.requires_grad_() for t in (x, weight, torch.randn(G * C, device=device))]
+        return {"causal_conv1d": (lambda: causal_conv1d_fn(*leaves, activation="silu"), leaves)}
+    return {}
 
 
 def ssd_case(device, B, L, H, P, N, causal):
@@ -265,6 +316,27 @@ OPS = {
     "wkv7": (functools.partial(matrix_state_case, wkv7, 1), [{"B": 1, "L": 4096, "C": 192, "N": 64}]),
 }
 
+# What fills a GPU; other operators are timed there as on the CPU.
+CUDA_OPS = OPS | {
+    "bi_wkv": (bi_wkv_case, [{"B": 1, "L": 16384, "C": 192}, {"B": 64, "L": 196, "C": 768}]),
+    "causal_conv1d": (causal_conv1d_case, [{"B": 64, "L": 197, "G": 2, "C": 768}]),
+    "deform_conv": (deform_conv_case, [{"B": 32, "H": 64, "W": 64, "C": 64, "G": 4}]),
+    "diagonal_scan": (diagonal_scan_case, [{"B": 32, "L": 1024, "P": 384}]),
+    "rational": (rational_case, [{"B": 128, "L": 197, "C": 3072}]),
+    "selective_scan": (
+        selective_scan_case,
+        [
+            {"B": 64, "L": 3136, "G": 4, "D": 96, "N": 1},
+            {"B": 64, "L": 784, "G": 4, "D": 192, "N": 1},
+            {"B": 1, "L": 3136, "G": 4, "D": 96, "N": 1},
+            {"B": 8, "L": 3136, "G": 4, "D": 192, "N": 16},
+        ],
+    ),
+    "wkv6": (OPS["wkv6"][0], [{"B": 32, "L": 1024, "C": 768, "N": 64}]),
+    "wkv7": (OPS["wkv7"][0], [{"B": 32, "L": 1024, "C": 768, "N": 64}]),
+}
+RIVALS = {"causal_conv1d": causal_conv1d_rivals, "selective_scan": selective_scan_rivals}
+
 # Operators of linear cost whose first shape is also timed, on the device's backend alone, at these lengths.
 LENGTHS = dict.fromkeys(("bi_wkv", "wkv6", "wkv7"), (1024, 2048, 4096, 8192, 16384))
 
@@ -313,6 +385,74 @@ def op_row(case, shape, device, budget):
     return {"shape": shape, "error": error, **{f"{name}_ms": t * 1e3 for name, t in times.items()}}
 
 
+COPY_BYTES = 2**30  # of the copy that measures the memory's bandwidth: read and written
+
+
+def cuda_op_row(case, rivals, shape, device, budget):
+    """As `op_row`, with the bandwidth that the forward pass reaches: each input read once and each output written once,
+    against a copy of 1 GiB; the peak memory of forward and backward; and the rivals.
+    """
+    call, leaves, floor = case(device, **shape)
+    with torch.no_grad():
+        y = call()
+    ways = {"": (call, leaves)} | {f"{name}_": way for name, way in rivals(device, **shape).items()}
+    source = torch.empty(COPY_BYTES // (1 if device == "cuda" else 64), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    calls = {"floor": floor, "copy": lambda: target.copy_(source)}
+    for prefix, (way, inputs) in ways.items():
+        with torch.no_grad():
+            gradient = torch.randn_like(way())
+        calls[f"{prefix}forward"] = torch.no_grad()(way)
+        calls[f"{prefix}both"] = functools.partial(
+            lambda f, x, g: torch.autograd.grad(f(), x, g), way, inputs, gradient
+        )
+    times = medians(calls, device, budget)
+
+    def by_reference(backward):
+        with use_backend("reference"):
+            return calls["both"]() if backward else calls["forward"]()
+
+    slow = {f"reference_{k}": functools.partial(by_reference, k == "both") for k in ("forward", "both")}
+    times |= medians(slow, device, 0, least=1)
+    expected = slow["reference_forward"]()
+    moved = sum(t.nbytes for t in (*leaves, y))
+    row = {"shape": shape, "error": ((y - expected).abs().max() / expected.std()).item(), "bytes": moved}
+    row |= {f"{name}_ms": t * 1e3 for name, t in times.items()}
+    row["copy_gb_s"] = 2 * source.nbytes / times["copy"] / 1e9
+    row["gb_s"] = moved / times["forward"] / 1e9
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        row |= {f"{prefix}peak_bytes": peak_memory(calls[f"{prefix}both"]) - before for prefix in ways}
+    return row
+
+
+CUDA_COLUMNS = {
+    "shape": OP_COLUMNS["shape"],
+    "forward ms": lambda r: f"{r['forward_ms']:.3f}",
+    "GB/s": lambda r: f"{r['gb_s']:.0f}",
+    "of a copy": lambda r: f"{r['gb_s'] / r['copy_gb_s']:.0%}",
+    "/ floor": OP_COLUMNS["/ floor"],
+    "forward + backward ms": lambda r: f"{r['both_ms']:.3f}",
+    "backward / forward": OP_COLUMNS["backward / forward"],
+    "peak MiB": lambda r: f"{r['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in r else "-",
+    "reference / ours": lambda r: f"{r['reference_forward_ms'] / r['forward_ms']:.0f}x",
+    "largest error / std": OP_COLUMNS["largest error / std"],
+}
+
+
+def rival_columns(rows):
+    """For each rival of `rows`: its times and memory over ours."""
+    names = sorted(
+        {key.removesuffix("_both_ms") for r in rows for key in r if key.endswith("_both_ms")} - {"reference"}
+    )
+    fields = {"forward": "forward_ms", "both": "both_ms", "peak": "peak_bytes"}
+    return {
+        f"{name} / ours, {what}": lambda r, n=name, f=field: f"{r[f'{n}_{f}'] / r[f]:.1f}x" if f"{n}_{f}" in r else "-"
+        for name in names
+        for what, field in fields.items()
+    }
+
+
 LENGTH_COLUMNS = {
     "shape": OP_COLUMNS["shape"],
     "forward ms": lambda r: f"{r['forward_ms']:.2f}",
@@ -341,13 +481,19 @@ def length_rows(case, shape, lengths, device, budget):
 
 def run_ops(args):
     """The `ops` part."""
-    names = args.op or list(OPS)
+    table = CUDA_OPS if args.device == "cuda" else OPS
+    names = args.op or list(table)
     for name in names:
-        case, shapes = OPS[name]
-        facts = environment(args.device)
-        rows = [op_row(case, shape, args.device, args.budget) for shape in shapes]
+        case, shapes = table[name]
+        facts, columns = environment(args.device), OP_COLUMNS
+        if args.device == "cuda":
+            rivals = RIVALS.get(name, lambda device, **shape: {})
+            rows = [cuda_op_row(case, rivals, shape, args.device, args.budget) for shape in shapes]
+            columns = CUDA_COLUMNS | rival_columns(rows)
+        else:
+            rows = [op_row(case, shape, args.device, args.budget) for shape in shapes]
         file = args.json if len(names) == 1 or not args.json else args.json.with_stem(f"{args.json.stem}_{name}")
-        print_rows(f"{name}: {args.device} backend against the reference", facts, rows, OP_COLUMNS, file)
+        print_rows(f"{name}: {args.device} backend against the reference", facts, rows, columns, file)
         if name in LENGTHS:
             rows = length_rows(case, shapes[0], LENGTHS[name], args.device, args.budget)
             file = file and file.with_stem(f"{file.stem}_lengths")
@@ -362,15 +508,16 @@ def backbones():
     return list_models() + list_models(kind="adopted")
 
 
-def network(name, size, args):
+def network(name, size, args, compiled=False):
     """A pass of model `name` over a batch of random images: `(model, call)`."""
     model = create(name, size).to(args.device).train(args.train)
+    run = torch.compile(model) if compiled else model
     x = torch.randn(args.batch, model.in_chans, size, size, device=args.device)
     half = args.dtype != "float32"
 
     def call():
         with torch.set_grad_enabled(args.train), torch.autocast(args.device, DTYPES[args.dtype], enabled=half):
-            y = model(x)
+            y = run(x)
         if args.train:
             sum(out.float().mean() for out in (y if isinstance(y, tuple) else (y,))).backward()
 
@@ -405,10 +552,12 @@ def peak_memory(call):
 def model_rows(names, size, args):
     """Times `names` in turns on images of one size."""
     networks = {name: network(name, size, args) for name in names}
+    if args.compile:
+        networks |= {f"{name} (compiled)": network(name, size, args, compiled=True) for name in names}
     times = medians({name: call for name, (_, call) in networks.items()}, args.device, args.budget)
     rows = []
     for name, (model, call) in networks.items():
-        params, macs = measure(name, size)
+        params, macs = measure(name.removesuffix(" (compiled)"), size)
         stride = model.feature_info[0]["reduction"]
         row = {"model": name, "size": size, "tokens": math.ceil(size / stride) ** 2, "params": params, "macs": macs}
         row |= {"seconds": times[name], "images_per_s": args.batch / times[name]}
@@ -450,6 +599,7 @@ def run_models(args):
         names += [n for n in BASELINES if n not in names]
     facts = environment(args.device, args.dtype) | {"batch": args.batch, "pass": "train" if args.train else "inference"}
     rows = [row for size in args.sizes for row in model_rows(names, size, args)]
+    names = [n for n in names for n in ((n, f"{n} (compiled)") if args.compile else (n,))]
     for name in names if len(args.sizes) > 1 else ():
         own = [r for r in rows if r["model"] == name]
         slope = exponent([r["tokens"] for r in own], [r["seconds"] for r in own])
@@ -466,7 +616,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     ops = parts.add_parser("ops", help="operators, against the reference and against a floor")
-    ops.add_argument("--op", nargs="+", action="extend", choices=list(OPS), help="default: all of them")
+    ops.add_argument("--op", nargs="+", action="extend", choices=list(CUDA_OPS), help="default: all of them")
     models = parts.add_parser("models", help="networks: images/s, share of our operators, parameters, MACs")
     models.add_argument("--models", nargs="+", default=[], metavar="NAME", help="names registered with timm")
     models.add_argument(
@@ -474,8 +624,9 @@ def parse(argv):
     )
     models.add_argument("--sizes", "--size", nargs="+", type=int, default=[224], help="sides of the square images")
     models.add_argument("--batch", type=int, default=4)
-    models.add_argument("--dtype", choices=list(DTYPES), help="autocast to it (default: float32; on CUDA float16)")
+    models.add_argument("--dtype", choices=list(DTYPES), help="autocast to it (default: float32; on CUDA bfloat16)")
     models.add_argument("--train", action="store_true", help="forward and backward in training mode")
+    models.add_argument("--compile", action="store_true", help="also time what torch.compile makes of each")
     for part in (ops, models):
         part.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
         part.add_argument("--budget", type=float, default=2.0, metavar="S", help="seconds that each timing may take")
@@ -494,7 +645,9 @@ def parse(argv):
             parser.error("name models by --models or --family")
         if args.batch < 1 or min(args.sizes) < 1:
             parser.error("--batch and --sizes must be positive")
-        args.dtype = args.dtype or ("float16" if args.device == "cuda" else "float32")
+        args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    elif args.device == "cpu" and (alien := set(args.op or ()) - OPS.keys()):
+        parser.error(f"--op: {', '.join(sorted(alien))} has a kernel on CUDA alone; add --device cuda")
     return args
 
 

@@ -93,6 +93,42 @@ def test_wkv_cases_are_complete(name):
         torch.testing.assert_close(call(), y, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", sorted(benchmark.CUDA_OPS.keys() - {"ssm_kernel"}))
+def test_cuda_row(name):
+    """What a table of `ops --device cuda` holds, run on the CPU: every shape's keys fit its case."""
+    case, shapes = benchmark.CUDA_OPS[name]
+    sizes = {"B": 1, "L": 16, "G": 2, "H": 4, "W": 4, "C": 16, "D": 16, "P": 8, "N": 8}
+    shape = {k: sizes[k] if isinstance(v, int) and not isinstance(v, bool) else v for k, v in shapes[0].items()}
+    rivals = benchmark.RIVALS.get(name, lambda device, **shape: {})
+    row = benchmark.cuda_op_row(case, rivals, shape, "cpu", 0)
+    assert row["error"] < 1e-3 and row["gb_s"] == pytest.approx(row["bytes"] / row["forward_ms"] / 1e6)
+    columns = benchmark.CUDA_COLUMNS | benchmark.rival_columns([row])
+    cells = {heading: cell(row) for heading, cell in columns.items()}
+    assert ("composition / ours, both" in cells) == (name == "selective_scan")
+    assert cells["peak MiB"] == "-" and cells["of a copy"].endswith("%")
+
+
+def test_composition_of_copies_and_scans_is_the_same_map():
+    results = []
+    for composed in (False, True):
+        torch.manual_seed(0)
+        call, leaves, _ = benchmark.cross_scan("cpu", **SMALL, composed=composed)
+        y = call()
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_models_stand_beside_eager_ones(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    file = tmp_path / "models.json"
+    command = ["models", "--models", "test_mambaout", "--size", "32", "--batch", "1", "--budget", "0", "--compile"]
+    benchmark.main([*command, "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert [r["model"] for r in rows] == ["test_mambaout", "test_mambaout (compiled)"]
+    assert rows[0]["params"] == rows[1]["params"]
+
+
 def test_operator_share():
     call, _, _ = benchmark.selective_scan_case("cpu", **SMALL)
     x = torch.randn(8, 8)
@@ -145,6 +181,7 @@ def test_family_stands_beside_the_baselines(monkeypatch, tmp_path):
         ("models --family no_such_family", "no_such_family"),
         ("models --models test_mambaout --batch 0", "must be positive"),
         ("ops --op no_such_op", "no_such_op"),
+        ("ops --op causal_conv1d", "causal_conv1d has a kernel on CUDA alone"),
     ],
 )
 def test_bad_input(command, message, capsys):
