@@ -148,8 +148,9 @@ def launch(op, name, grid, block, *arguments):
     with torch.cuda.device(device):
         Device(device.index).set_current()
         kernel = _kernel(op, name, _arch(device.index))
-        stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-        launch_kernel(stream, LaunchConfig(grid=grid, block=block), kernel, *(_value(a) for a in arguments))
+        handle = torch.cuda.current_stream(device).cuda_stream or 1  # 0 and 1 both mean the default stream
+        stream, config = Stream.from_handle(handle), LaunchConfig(grid=grid, block=block)
+        launch_kernel(stream, config, kernel, *(_value(a) for a in arguments))
 
 
 TYPES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
