@@ -221,7 +221,7 @@ def _read(source, model):
     elif not Path(source).is_file():
         raise FileNotFoundError(f"pretrained: expected True, a URL or a file, got {source!r}: no such file")
     elif source.endswith(".safetensors"):
-        state = safetensors.torch.load_file(source)
+        state = safetensors.torch.load_file(source, device="cpu")
     else:
         with torch.serialization.safe_globals(get_torch_safe_globals()):
             state = torch.load(source, map_location="cpu", weights_only=True)

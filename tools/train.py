@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from linzoo.tools.engine.cli import command, config_parser
-from linzoo.tools.engine.config import load_config
+from linzoo.tools.engine.config import check_start, load_config
 from linzoo.tools.engine.data import prepare_data
 from linzoo.tools.engine.errors import InputError
 from linzoo.tools.engine.runner import Runner
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg.randomness = dict(cfg.get("randomness", {}), seed=args.seed)
     if args.amp:
         cfg.optim_wrapper.type = "AutocastOptimWrapper"
+    check_start(cfg)
     prepare_data(cfg)
     Runner.from_cfg(cfg).train()
     if torch.distributed.is_initialized():  # gloo's threads may outlive the interpreter otherwise, and abort it

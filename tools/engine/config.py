@@ -5,6 +5,7 @@ import copy
 import importlib
 import inspect
 import sys
+import warnings
 from pathlib import Path
 
 import mmengine.registry
@@ -203,18 +204,28 @@ def _check_model(model: ConfigDict) -> None:
 
 def _check_backbone(backbone: ConfigDict) -> None:
     """A backbone must exist, take its keywords, and have the levels asked for: it is built without memory."""
-    settings = without_start(backbone)
-    name = str(settings.get("model_name")).partition(".")[0]
+    name = str(backbone.get("model_name")).partition(".")[0]
     if not timm.is_model(name):
         raise InputError(
             f"config key model.backbone.model_name={name!r}: no such model in timm or LinZoo"
             f"{did_you_mean(name, timm.list_models())}"
         )
+    _build_backbone(without_start(backbone))
+
+
+def check_start(cfg: Config) -> None:
+    """InputError where the file that a backbone is to start from is missing or another model's."""
+    backbone = cfg.model.get("backbone", {})
     start = backbone.get("pretrained", False)
     if isinstance(start, str) and not start.startswith("http"):
         existing_file("config key model.backbone.pretrained", start)
+        _build_backbone(backbone)
+
+
+def _build_backbone(settings: dict) -> None:
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing is copied to where there is no memory
             MODELS.build(settings)
     except (TypeError, ValueError) as e:
         raise InputError(f"config key model.backbone: {e}") from e
