@@ -68,12 +68,14 @@ class PromptEncoder(nn.Module):
 
         Args:
             points: ``(N, P, 2)``, x and y.
-            labels: ``(N, P)``: 1 for points of the object, 0 for points outside of it, -1 for none (padding).
+            labels: ``(N, P)``: 1 for points of the object, 0 for points outside of it, -1 for none (padding). All
+                1 where it is None.
             boxes: ``(N, 4)``: x0, y0, x1, y1. Where there are none, a point that is none takes their place.
         """
         scale = torch.tensor([size[1], size[0]], dtype=torch.float32, device=self.frequencies.device)
         tokens = []
         if points is not None:
+            labels = torch.ones_like(points[..., 0]) if labels is None else labels
             if boxes is None:
                 points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
             kind = self.point[labels.clamp(0).long()]
@@ -249,17 +251,17 @@ def check_prompts(size, points=None, labels=None, boxes=None, device=None):
     """Prompts as tensors, checked against an image of `size` (height, width); see `RWKVSAM.predict`.
 
     Raises:
-        ValueError: neither points nor boxes; points without labels or labels without points; wrong shapes; labels other
+        ValueError: neither points nor boxes; labels without points; wrong shapes; labels other
             than 1, 0 and -1, or no point of the image; points outside of the image; boxes that are empty or outside.
     """
     height, width = size
     if points is None and boxes is None:
         raise ValueError("points, boxes: expected at least one of them, got neither")
-    if (points is None) != (labels is None):
-        given, missing = ("labels", "points") if points is None else ("points", "labels")
-        raise ValueError(f"{missing}: expected with {given}, got None")
+    if points is None and labels is not None:
+        raise ValueError("points: expected with labels, got None")
     if points is not None:
         points = _tensor("points", points, (None, None, 2), device)
+        labels = torch.ones_like(points[..., 0]) if labels is None else labels
         labels = _tensor("labels", labels, tuple(points.shape[:2]), device)
         if points.shape[1] == 0:
             raise ValueError("points: expected at least one a prompt, got (N, 0, 2)")
@@ -305,7 +307,7 @@ class RWKVSAM(nn.Module):
     """RWKV-SAM (arXiv 2406.19369): images and prompts to masks.
 
     Args:
-        backbone: timm name of a backbone with features of strides 4, 8 and 16; the last of a stride is taken.
+        backbone_name: timm name of a backbone with features of strides 4, 8 and 16; the last of a stride is taken.
         img_size: Side of the square that `predict` scales images into, a multiple of 16; or twice that number.
         dim: Width of prompts and decoder.
         backbone_args: Further arguments of the backbone, as in `timm.create_model` (`pretrained` among them).
@@ -315,7 +317,7 @@ class RWKVSAM(nn.Module):
     """
 
     def __init__(
-        self, backbone="rwkvsam_backbone_s", img_size=1024, dim=256, backbone_args=None, device=None, dtype=None
+        self, backbone_name="rwkvsam_backbone_s", img_size=1024, dim=256, backbone_args=None, device=None, dtype=None
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
@@ -325,14 +327,15 @@ class RWKVSAM(nn.Module):
         if height != self.img_size or height % 16:
             raise ValueError(f"img_size: expected a multiple of 16, the side of a square, got {img_size}")
         self.in_chans, self.num_classes, self.num_features = 3, 1, dim
-        self.backbone = timm.create_model(backbone, num_classes=0, **(backbone_args or {}), **dd)
-        strides = {info["reduction"]: i for i, info in enumerate(self.backbone.feature_info)}
+        self.backbone = timm.create_model(backbone_name, num_classes=0, **(backbone_args or {}), **dd)
+        self.feature_info = self.backbone.feature_info
+        strides = {info["reduction"]: i for i, info in enumerate(self.feature_info)}
         if not {4, 8, 16} <= strides.keys():
             raise ValueError(
-                f"backbone: expected features of strides 4, 8 and 16, got {sorted(strides)} of {backbone!r}"
+                f"backbone_name: expected features of strides 4, 8 and 16, got {sorted(strides)} of {backbone_name!r}"
             )
         self.taps = [strides[s] for s in (4, 8, 16)]
-        fine, middle, coarse = (self.backbone.feature_info[i]["num_chs"] for i in self.taps)
+        fine, middle, coarse = (self.feature_info[i]["num_chs"] for i in self.taps)
         self.neck = nn.Sequential(
             nn.Conv2d(coarse, dim, 1, bias=False, **dd),
             LayerNorm2d(dim, **dd),
@@ -370,13 +373,18 @@ class RWKVSAM(nn.Module):
         places = self.prompt_encoder.grid(*image.shape[2:])
         return self.mask_decoder(image, places, prompts, fine, middle, index)
 
+    def forward_intermediates(self, images, *prompts, **kwargs):
+        """The backbone's maps: its own `forward_intermediates`. Prompts, as `forward` takes them, change nothing."""
+        return self.backbone.forward_intermediates(images, **kwargs)
+
     def forward(self, images, points=None, labels=None, boxes=None, index=None):
         """Mask logits at a quarter of the images' sides ``(N, H / 4, W / 4)`` and scores ``(N,)`` of N prompts.
 
         Args:
             images: ``(B, 3, H, W)``, normalised by ImageNet's mean and standard deviation, sides multiples of 16.
             points: ``(N, P, 2)``, x and y in pixels.
-            labels: ``(N, P)``: 1 for points of the object, 0 for points outside of it, -1 for none (padding).
+            labels: ``(N, P)``: 1 for points of the object, 0 for points outside of it, -1 for none (padding). All
+                1 where it is None.
             boxes: ``(N, 4)``: x0, y0, x1, y1 in pixels.
             index: The prompts' images ``(N,)``; None where there is one image.
 
@@ -428,7 +436,8 @@ class RWKVSAM(nn.Module):
             image: RGB ``(3, H, W)``: uint8, or floats in 0 .. 1; or what `encode_image` made of it, where the same
                 image is asked several times.
             points: ``(N, P, 2)``, x and y in pixels of the image.
-            labels: ``(N, P)``: 1 for points of the object, 0 for points outside of it, -1 for none (padding).
+            labels: ``(N, P)``: 1 for points of the object, 0 for points outside of it, -1 for none (padding). All
+                1 where it is None.
             boxes: ``(N, 4)``: x0, y0, x1, y1 in pixels of the image; with points, both describe one object.
 
         Returns:

@@ -10,7 +10,7 @@ from test_parity import PARITY, error, synth
 from linzoo.backbones.rwkvsam import RWKVSAM
 
 TINY = dict(
-    backbone="rwkvsam_backbone_t", img_size=64, dim=32, backbone_args=dict(dims=(8, 16, 32), depths=(1, 1, 1, 1))
+    backbone_name="rwkvsam_backbone_t", img_size=64, dim=32, backbone_args=dict(dims=(8, 16, 32), depths=(1, 1, 1, 1))
 )
 # Authors' parameters that nothing reads: the encoder of masks as prompts, three mask tokens, three scores.
 UNUSED = (16 + 4 + 8) + (16 * 4 * 4 + 16 + 32) + (256 * 16 + 256) + 3 * 256 + 3 * 257
@@ -103,6 +103,11 @@ def test_init_weights_after_to_empty():
 def test_registered():
     model = timm.create_model("rwkvsam", **TINY)
     assert isinstance(model, RWKVSAM)
+    x = torch.rand(1, 3, 64, 64)
+    for ours, backbone in zip(
+        model.forward_intermediates(x)[1], model.backbone.forward_intermediates(x)[1], strict=True
+    ):
+        assert torch.equal(ours, backbone)
     assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
     with pytest.raises(ValueError, match="in_chans: .* expected 3"):
         timm.create_model("rwkvsam", in_chans=1, **TINY)
@@ -118,6 +123,8 @@ def test_prompts_are_read_one_by_one(model):
         torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
     turned = model.predict(image, points, 1 - labels).logits
     assert all((turned - together).abs().amax((1, 2)) > 1e-3)
+    of_object = model.predict(image, points, torch.ones(3, 2)).logits
+    assert torch.equal(model.predict(image, points).logits, of_object), "the default"
     swapped = model.predict(image, points.flip(1), labels.flip(1)).logits
     torch.testing.assert_close(swapped, together, rtol=1e-4, atol=1e-4)
 
@@ -140,7 +147,6 @@ def test_several_images(model):
 
 BAD = {
     "points, boxes: expected at least one": dict(),
-    "labels: expected with points, got None": dict(points=[[[1, 1]]]),
     "points: expected with labels, got None": dict(labels=[[1]], boxes=[[1, 1, 2, 2]]),
     r"points: expected \(N, P, 2\), got \(1, 2\)": dict(points=[[1, 1]], labels=[[1]]),
     r"labels: expected \(1, 1\), got \(1, 2\)": dict(points=[[[1, 1]]], labels=[[1, 1]]),
@@ -175,7 +181,7 @@ def test_bad_images_and_arguments(model):
     for size in (60, (64, 48)):
         with pytest.raises(ValueError, match="img_size: expected a multiple of 16, the side of a square, got"):
             RWKVSAM(**{**TINY, "img_size": size})
-    with pytest.raises(ValueError, match="backbone: expected features of strides 4, 8 and 16"):
+    with pytest.raises(ValueError, match="backbone_name: expected features of strides 4, 8 and 16"):
         RWKVSAM("vrwkv_t", 64)
 
 

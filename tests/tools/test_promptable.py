@@ -21,7 +21,7 @@ from linzoo.tools.engine.promptable import mask_box, mask_iou, sample, uncertain
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = dict(
-    backbone="rwkvsam_backbone_t", img_size=64, dim=32, backbone_args=dict(dims=(8, 16, 32), depths=(1, 1, 1, 1))
+    backbone_name="rwkvsam_backbone_t", img_size=64, dim=32, backbone_args=dict(dims=(8, 16, 32), depths=(1, 1, 1, 1))
 )
 
 
