@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import timm
 import torch
@@ -23,6 +24,9 @@ from .layers.simple_pyramid import STRIDES, rescale
 from .layers.vit_adapter import ViTAdapter
 
 __all__ = ["LinZooBackbone"]
+
+# What a checkpoint of mmengine holds beside tensors and plain data; mmseg's metrics are NumPy's float32.
+SAFE_GLOBALS = [*get_torch_safe_globals(), np.dtypes.Float32DType]
 
 
 @MODELS.register_module()
@@ -223,7 +227,7 @@ def _read(source, model):
     elif source.endswith(".safetensors"):
         state = safetensors.torch.load_file(source, device="cpu")
     else:
-        with torch.serialization.safe_globals(get_torch_safe_globals()):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             state = torch.load(source, map_location="cpu", weights_only=True)
     state = unwrap_state_dict(state)
     # A model around LinZooBackbone, or around the authors' class. ViTAdapter has a `backbone.` of its own.

@@ -258,3 +258,17 @@ def test_checkpoint_of_another_model(classifier, tmp_path):
         LinZooBackbone("vmamba_t", dict(TINY, dims=(16, 32, 64, 128)), pretrained=str(tmp_path / "w.safetensors"))
     with pytest.raises(FileNotFoundError, match="no such file"):
         tiny(pretrained=str(tmp_path / "absent.pth"))
+
+
+# --- another toolkit ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ("groupmamba_t", "vmamba_t", "vssd_m"))
+def test_encoder_of_segmentation_models(name):
+    """segmentation_models_pytorch takes any of timm's models as encoder `tu-<name>`: maps, masks, gradients."""
+    toolkit = pytest.importorskip("segmentation_models_pytorch")
+    unet = toolkit.Unet(f"tu-{name}", encoder_weights=None, classes=3, **few_blocks(name))
+    masks = unet(torch.randn(2, 3, *SIZE))
+    assert masks.shape == (2, 3, *SIZE)
+    masks.square().mean().backward()
+    assert [n for n, p in unet.named_parameters() if p.requires_grad and p.grad is None] == []

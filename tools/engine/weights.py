@@ -5,9 +5,10 @@ from pathlib import Path
 
 import timm
 import torch
-from mmengine.runner.checkpoint import get_torch_safe_globals
 from safetensors import safe_open
 from torch import Tensor, nn
+
+from linzoo.backbones.openmmlab import SAFE_GLOBALS
 
 from .errors import InputError, existing_file
 
@@ -26,7 +27,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], list[str] | No
                 state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
             config = path.with_name("config.json")
             return state, json.loads(config.read_text()).get("label_names") if config.is_file() else None
-        with torch.serialization.safe_globals(get_torch_safe_globals()):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return dict(checkpoint["state_dict"]), checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes")
     except Exception as e:  # a damaged or foreign file raises one of a dozen kinds, and all mean the same
