@@ -18,7 +18,7 @@ model = dict(
     test_cfg=dict(rpn=dict(max_per_img=100), rcnn=dict(max_per_img=20)),
 )
 
-max_epochs = 12
+max_epochs = 11
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=3)
 optim_wrapper = dict(
     constructor="LayerDecay",

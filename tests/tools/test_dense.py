@@ -22,7 +22,7 @@ from PIL import Image
 from test_bad_input import refused
 
 import linzoo.backbones  # noqa: F401
-from linzoo.tools import make_data, predict, test, train
+from linzoo.tools import make_data, predict, scenes, test, train
 from linzoo.tools.engine import InputError
 from linzoo.tools.engine.config import load_config, without_start
 from linzoo.tools.engine.weights import check_parts
@@ -263,6 +263,8 @@ def test_train_test_predict(task, config, data, tmp_path, capsys):
     metric = {"seg": "mIoU", "det": "coco/bbox_mAP_50"}[task]
     [log] = work_dir.glob("*/vis_data/scalars.json")
     [validated] = [entry for entry in map(json.loads, log.open()) if metric in entry]
+    checkpoint, scores = scenes.best(work_dir, metric)
+    assert checkpoint.name == f"best_{metric.replace('/', '_')}_epoch_1.pth" and scores == validated
     capsys.readouterr()
     test.main([path, str(work_dir / "epoch_1.pth")])
     printed = capsys.readouterr()

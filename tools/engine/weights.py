@@ -111,7 +111,11 @@ def _variant_of(shapes: dict, name: str, num_classes: int | None) -> str | None:
     # The lengths of the head's vectors are the candidates for the number of classes.
     counts = [num_classes, *sorted({shape[0] for key, shape in shapes.items() if len(shape) == 1 and "head" in key})]
     for variant in sorted(variants, key=lambda v: (v != name, modules[v] != family)):
-        if not shapes.items() >= _shapes_of(variant, 0).items():
+        try:
+            bare = _shapes_of(variant, 0)
+        except (RuntimeError, ValueError):  # a model that is nothing without classes
+            continue
+        if not shapes.items() >= bare.items():
             continue
         for count in counts:
             if _shapes_of(variant, count) == shapes:
