@@ -4,6 +4,7 @@ Without a GPU NVRTC compiles what the operators dispatch, whose registers and sp
 same sources run on the CPU, a block's threads as coroutines, for values and every gradient.
 """
 
+import contextlib
 import math
 import re
 
@@ -64,7 +65,7 @@ def budget(name):
         return 1024  # 16 states, 12 ranks and 16 steps of a chunk
     if name.startswith("backward<float, 64"):
         return 2048  # 64 states and their adjoints
-    return 64  # a value or two, where the compiler rounds the registers down for one more block
+    return 256 if name.startswith("backward<") else 64  # where the compiler saves registers for one more block
 
 
 def spills(report):
@@ -292,16 +293,26 @@ def test_emulated_without_saved_states(emulated_cuda):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@contextlib.contextmanager
+def algorithms(deterministic):
+    """The session's own setting is deterministic as far as possible, with a warning where it is not."""
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def test_emulated_deterministic_merge(emulated_cuda):
     torch.manual_seed(0)
     emulated_cuda("selective_scan")
-    run, x, options = scan_case(1, 40, 3, 5, 1, 0, merge=True)
-    merged = run(**x, **options)
-    torch.use_deterministic_algorithms(True)
-    try:
-        torch.testing.assert_close(run(**x, **options), merged)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    run, x, options = scan_case(2, 40, 3, 5, 1, 0, steps=39, merge=True)
+    with algorithms(deterministic=True):
+        in_order = run(**x, **options)
+    with algorithms(deterministic=False):
+        torch.testing.assert_close(run(**x, **options), in_order)
+        half = {k: v.bfloat16() for k, v in x.items()}
+        torch.testing.assert_close(run(**half, **options), in_order.bfloat16(), rtol=0.1, atol=0.1)
 
 
 def test_emulated_empty_batch(emulated_cuda):
@@ -323,12 +334,11 @@ def test_deform_conv_says_that_it_is_not_deterministic(emulated_cuda):
     emulated_cuda("deform_conv")
     run, x, options = deform_case(1, 4, 4, 1, 4)
     x = {k: v.requires_grad_() for k, v in x.items()}
-    torch.use_deterministic_algorithms(True)
-    try:
-        with pytest.raises(RuntimeError, match="deform_conv has no deterministic backward pass on CUDA"):
-            results(run, x, options)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with (
+        algorithms(deterministic=True),
+        pytest.raises(RuntimeError, match="deform_conv has no deterministic backward pass on CUDA"),
+    ):
+        results(run, x, options)
 
 
 def test_wide_heads_fall_back_aloud(emulated_cuda):
@@ -419,11 +429,8 @@ def test_gpu_stream_and_autocast():
 @gpu
 def test_gpu_deterministic_gradients():
     x, options = gpu_scan()
-    torch.use_deterministic_algorithms(True)
-    try:
+    with algorithms(deterministic=True):
         runs = [results(selective_scan, x, options) for _ in range(3)]
-    finally:
-        torch.use_deterministic_algorithms(False)
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
