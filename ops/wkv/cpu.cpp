@@ -316,12 +316,23 @@ struct Steps {
   const T* factor(int64_t t) const { return factors.data() + t * padded; }
   const T* slope(int64_t t) const { return slopes.data() + t * padded; }
 
+  // Asks for a token's rows, to be used a chunk later: no hardware prefetcher follows an order, nor a head's rows.
+  static void prefetch(const Head<T>& head, int64_t l) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const Problem<T>& p = head.p;
+    for (const auto* x : {&p.r, &p.k, &p.w, &p.a, &p.b})
+      for (int64_t n = 0; n < p.N && x->rows; n += kLine) __builtin_prefetch(head.row(*x, l) + n, 0, 2);
+    for (int64_t n = 0; n < p.P; n += kLine) __builtin_prefetch(head.row(p.v, l) + n, 0, 2);
+  }
+
+  // kSlope: for the backward pass, which takes the chunks from the last to the first.
   template <bool kSlope>
   void read(const Head<T>& head, int64_t start, int64_t length) {
     constexpr int W = Simd<T>::width;
     const Problem<T>& p = head.p;
     for (int64_t t = 0; t < length; ++t) {
-      const int64_t l = head.token(start + t);
+      const int64_t l = head.token(start + t), next = start + t + (kSlope ? -kChunk : kChunk);
+      if (next >= 0 && next < p.order.steps) prefetch(head, head.token(next));
       const T* w = head.row(p.w, l);
       for (int64_t n = 0; n < p.N; n += W) {
         const V x = load<T>(w + n, static_cast<int>(std::min<int64_t>(W, p.N - n)));
