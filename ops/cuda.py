@@ -16,7 +16,7 @@ import torch
 
 from .build import OPS, BuildError, cache_dir
 
-MAX_THREADS = 128  # threads of a block, at most: also the launch bound of the kernels
+MAX_THREADS = 128  # of a block; also kThreads in device.cuh
 REMEDY = "pip install linzoo[cuda]"
 
 

@@ -5,6 +5,8 @@
 
 typedef long long i64;
 
+constexpr int kThreads = 128;  // of a block, at most; also MAX_THREADS in cuda.py
+
 struct bfloat16 { unsigned short bits; };
 struct float16 { unsigned short bits; };
 
@@ -66,6 +68,31 @@ struct Rows {
   S* data;
   i64 batch, token, group;
   __device__ __forceinline__ S* at(i64 b, i64 l, i64 g) const { return data + b * batch + l * token + g * group; }
+};
+
+// Which token a step of a group visits: order (G, steps), or (B, G, steps) with `batch` = G steps; null for the tokens' own.
+struct Order {
+  const int* data;
+  i64 batch, steps;
+  __device__ __forceinline__ i64 token(i64 b, i64 g, i64 t) const { return data ? data[b * batch + g * steps + t] : t; }
+};
+
+// Where a thread works: a channel of a group of a batch item, and one segment of its steps. A block is `blockDim.x` channels.
+struct Place {
+  i64 b, g, c, segment, begin, end, index;  // index: of (b, g, segment)
+  bool active;
+  __device__ __forceinline__ Place(i64 G, i64 C, i64 steps, i64 blocks, i64 segments, i64 segment_steps) {
+    i64 task = blockIdx.x;
+    c = task % blocks * blockDim.x + threadIdx.x;
+    index = task /= blocks;
+    segment = task % segments;
+    task /= segments;
+    g = task % G;
+    b = task / G;
+    begin = segment * segment_steps;
+    end = smaller(begin + segment_steps, steps);
+    active = c < C;
+  }
 };
 
 // Sums of K values over a warp, K a power of two up to 32: lane i returns the sum of value i K / 32. Halving what each lane

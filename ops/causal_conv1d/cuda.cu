@@ -5,31 +5,6 @@
 
 #include "device.cuh"
 
-constexpr int kThreads = 128;
-
-struct Place {
-  i64 b, g, c, segment, begin, end;
-  __device__ __forceinline__ Place(i64 G, i64 C, i64 steps, i64 blocks, i64 segments, i64 segment_steps) {
-    i64 task = blockIdx.x;
-    c = task % blocks * blockDim.x + threadIdx.x;
-    task /= blocks;
-    segment = task % segments;
-    task /= segments;
-    g = task % G;
-    b = task / G;
-    begin = segment * segment_steps;
-    end = smaller(begin + segment_steps, steps);
-  }
-};
-
-struct Order {
-  const int* data;
-  i64 batch, steps;
-  __device__ __forceinline__ i64 token(const Place& p, i64 t) const {
-    return data ? data[p.b * batch + p.g * steps + t] : t;
-  }
-};
-
 // The last K values of a sequence; the newest is the last.
 template <class T, int K>
 struct Window {
@@ -52,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
     forward(const S* x_, i64 x_batch, i64 x_token, i64 x_group, const T* weights, const T* biases, const int* order_,
             i64 order_batch, i64 L, i64 G, i64 C, i64 blocks, i64 segments, i64 segment_steps, S* y) {
   const Place p(G, C, L, blocks, segments, segment_steps);
-  if (p.c >= C) return;
+  if (!p.active) return;
   const Order order{order_, order_batch, L};
   const Rows<const S> x{x_, x_batch, x_token, x_group};
   T weight[K];
@@ -62,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
   Window<T, K> window;
 #pragma unroll 8
   for (i64 t = larger<i64>(p.begin - K + 1, 0); t < p.end; ++t) {
-    const i64 l = order.token(p, t);
+    const i64 l = order.token(p.b, p.g, t);
     window.push(get<T>(x.at(p.b, l, p.g) + p.c));
     if (t < p.begin) continue;
     const T sum = bias + window.dot(weight);
@@ -78,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
              const int* order_, i64 order_batch, i64 L, i64 G, i64 C, i64 blocks, i64 segments, i64 segment_steps, S* dx,
              T* dweight, T* dbias) {
   const Place p(G, C, L, blocks, segments, segment_steps);
-  if (p.c >= C) return;
+  if (!p.active) return;
   const Order order{order_, order_batch, L};
   const Rows<const S> x{x_, x_batch, x_token, x_group};
   T weight[K], reversed[K], sums[K] = {}, sum_bias = 0;
@@ -89,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
   for (i64 t = larger<i64>(p.begin - K + 1, 0); t < p.end + K - 1; ++t) {
     T slope = 0;
     if (t < L) {
-      const i64 l = order.token(p, t);
+      const i64 l = order.token(p.b, p.g, t);
       inputs.push(get<T>(x.at(p.b, l, p.g) + p.c));
       if (t >= p.begin) {
         slope = get<T>(dy + ((p.b * L + l) * G + p.g) * C + p.c);
@@ -107,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     const i64 done = t - K + 1;
     if (done >= p.begin && done < p.end) {
-      put(dx + ((p.b * L + order.token(p, done)) * G + p.g) * C + p.c, slopes.dot(reversed));
+      put(dx + ((p.b * L + order.token(p.b, p.g, done)) * G + p.g) * C + p.c, slopes.dot(reversed));
     }
   }
   const i64 at = ((p.b * segments + p.segment) * G + p.g) * C + p.c;

@@ -6,8 +6,6 @@
 
 #include "device.cuh"
 
-constexpr int kThreads = 128;
-
 struct Sizes {
   i64 B, H, W, C, rows, columns, G, D, K, stride, dilation, centre, first;  // D = C / G channels of a group
   double scale;

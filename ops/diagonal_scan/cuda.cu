@@ -6,8 +6,6 @@
 
 #include "device.cuh"
 
-constexpr int kThreads = 128;
-
 template <class T>
 struct Complex {
   T re, im;

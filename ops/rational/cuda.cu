@@ -4,17 +4,18 @@
 
 #include "device.cuh"
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kWarps = kThreads / 32;
 
-struct Place {
-  i64 channel, first, end, split;
+// A channel, and the rows of a split that its warp takes.
+struct Split {
+  i64 channel, first, end, index;
   bool active;
-  __device__ __forceinline__ Place(i64 rows, i64 C, i64 split_rows) {
+  __device__ __forceinline__ Split(i64 rows, i64 C, i64 split_rows) {
     const i64 blocks = (C + 31) / 32;
     channel = blockIdx.x % blocks * 32 + threadIdx.x % 32;
-    split = blockIdx.x / blocks;
-    first = split * split_rows + threadIdx.x / 32;
-    end = smaller((split + 1) * split_rows, rows);
+    index = blockIdx.x / blocks;
+    first = index * split_rows + threadIdx.x / 32;
+    end = smaller((index + 1) * split_rows, rows);
     active = channel < C;
   }
 };
@@ -22,7 +23,7 @@ struct Place {
 template <class T>
 struct Coefficients {
   T a[6], b[4];
-  __device__ __forceinline__ Coefficients(const T* table, const Place& p, i64 C) {
+  __device__ __forceinline__ Coefficients(const T* table, const Split& p, i64 C) {
 #pragma unroll
     for (int i = 0; i < 6; ++i) a[i] = p.active ? table[i * C + p.channel] : T(0);
 #pragma unroll
@@ -36,7 +37,7 @@ struct Coefficients {
 
 template <class S, class T>
 __global__ void __launch_bounds__(kThreads) forward(const S* x, const T* table, i64 rows, i64 C, i64 split_rows, S* y) {
-  const Place p(rows, C, split_rows);
+  const Split p(rows, C, split_rows);
   const Coefficients<T> f(table, p, C);
   if (!p.active) return;
 #pragma unroll 4
@@ -51,7 +52,7 @@ template <class S, class T>
 __global__ void __launch_bounds__(kThreads)
     backward(const S* dy, const S* x, const T* table, i64 rows, i64 C, i64 split_rows, S* dx, T* sums) {
   __shared__ T parts[kWarps][10][32];
-  const Place p(rows, C, split_rows);
+  const Split p(rows, C, split_rows);
   const Coefficients<T> f(table, p, C);
   T sum[10] = {};
   if (p.active) {
@@ -78,6 +79,6 @@ __global__ void __launch_bounds__(kThreads)
     T total = 0;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) total += parts[warp][i][threadIdx.x % 32];
-    sums[(p.split * 10 + i) * C + p.channel] = total;
+    sums[(p.index * 10 + i) * C + p.channel] = total;
   }
 }

@@ -13,31 +13,6 @@
 #include "device.cuh"
 
 constexpr int kChunk = 16;  // also CHUNK["cuda"] in __init__.py
-constexpr int kThreads = 128;
-
-// Where a block works, and the steps of its segment.
-struct Place {
-  i64 b, g, d, segment, begin, end, index;  // index: of (b, g, segment)
-  bool active;
-  __device__ __forceinline__ Place(i64 G, i64 D, i64 steps, i64 blocks, i64 segments, i64 segment_steps) {
-    i64 task = blockIdx.x;
-    d = task % blocks * blockDim.x + threadIdx.x;
-    index = task /= blocks;
-    segment = task % segments;
-    task /= segments;
-    g = task % G;
-    b = task / G;
-    begin = segment * segment_steps;
-    end = smaller(begin + segment_steps, steps);
-    active = d < D;
-  }
-};
-
-struct Order {
-  const int* data;
-  i64 batch, steps;
-  __device__ __forceinline__ i64 token(i64 b, i64 g, i64 t) const { return data ? data[b * batch + g * steps + t] : t; }
-};
 
 // Rows of K values of the steps [start, start + count), as T, into shared memory; by the whole block.
 template <int K, class T, class S>
@@ -59,7 +34,7 @@ __device__ __forceinline__ T step_size(const T* low, const T* weight, T own, T b
 template <int K, class T>
 __device__ __forceinline__ void load_column(T (&out)[K], const T* rows, const Place& p, i64 D, int count) {
 #pragma unroll
-  for (int i = 0; i < K; ++i) out[i] = p.active && rows && i < count ? rows[(p.g * count + i) * D + p.d] : T(0);
+  for (int i = 0; i < K; ++i) out[i] = p.active && rows && i < count ? rows[(p.g * count + i) * D + p.c] : T(0);
 }
 
 // kEnds: writes only the state at the segment's end when it begins at 0, and the sum of its step sizes.
@@ -86,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
   load_column(skip, skip_, p, D, 1);
   load_column(bias, bias_, p, D, 1);
 #pragma unroll
-  for (int n = 0; n < N; ++n) h[n] = !kEnds && boundary && p.active ? boundary[(p.index * N + n) * D + p.d] : T(0);
+  for (int n = 0; n < N; ++n) h[n] = !kEnds && boundary && p.active ? boundary[(p.index * N + n) * D + p.c] : T(0);
 
   for (i64 start = p.begin; start < p.end; start += kChunk) {
     const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start));
@@ -98,15 +73,15 @@ __global__ void __launch_bounds__(kThreads)
     if (!p.active) continue;
     if (!kEnds && states) {
 #pragma unroll
-      for (int n = 0; n < N; ++n) states[(((p.b * G + p.g) * chunks + start / kChunk) * N + n) * D + p.d] = h[n];
+      for (int n = 0; n < N; ++n) states[(((p.b * G + p.g) * chunks + start / kChunk) * N + n) * D + p.c] = h[n];
     }
     T us[kChunk], own[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       if (i >= count) continue;
       const i64 l = order.token(p.b, p.g, start + i);
-      us[i] = get<T>(u.at(p.b, l, p.g) + p.d);
-      own[i] = R ? T(0) : get<T>(dt.at(p.b, l, p.g) + p.d);
+      us[i] = get<T>(u.at(p.b, l, p.g) + p.c);
+      own[i] = R ? T(0) : get<T>(dt.at(p.b, l, p.g) + p.c);
     }
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
@@ -124,16 +99,16 @@ __global__ void __launch_bounds__(kThreads)
       }
       const i64 l = order.token(p.b, p.g, start + i);
       if (merged) {
-        atomicAdd(merged + p.b * y_batch + l * y_token + p.d, out);
+        atomicAdd(merged + p.b * y_batch + l * y_token + p.c, out);
       } else {
-        put(y.at(p.b, l, p.g) + p.d, out);
+        put(y.at(p.b, l, p.g) + p.c, out);
       }
     }
   }
   if (kEnds && p.active) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) boundary[(p.index * N + n) * D + p.d] = h[n];
-    sums[p.index * D + p.d] = sum;
+    for (int n = 0; n < N; ++n) boundary[(p.index * N + n) * D + p.c] = h[n];
+    sums[p.index * D + p.c] = sum;
   }
 }
 
@@ -168,8 +143,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kChunk; ++i) {
       if (i >= count) continue;
       const i64 l = order.token(p.b, p.g, start + i);
-      dys[i] = get<T>(dy.at(p.b, l, p.g) + p.d);
-      own[i] = R ? T(0) : get<T>(dt.at(p.b, l, p.g) + p.d);
+      dys[i] = get<T>(dy.at(p.b, l, p.g) + p.c);
+      own[i] = R ? T(0) : get<T>(dt.at(p.b, l, p.g) + p.c);
     }
 #pragma unroll
     for (int i = kChunk - 1; i >= 0; --i) {
@@ -182,8 +157,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (!p.active) return;
 #pragma unroll
-  for (int n = 0; n < N; ++n) boundary[(p.index * N + n) * D + p.d] = carry[n];
-  sums[p.index * D + p.d] = sum;
+  for (int n = 0; n < N; ++n) boundary[(p.index * N + n) * D + p.c] = carry[n];
+  sums[p.index * D + p.c] = sum;
 }
 
 // Joins the segments: `boundary` (B, G, segments, N, D) becomes what each segment begins with (kReverse: ends with).
@@ -236,7 +211,7 @@ __global__ void __launch_bounds__(kThreads)
   load_column(skip, skip_, p, D, 1);
   load_column(bias, bias_, p, D, 1);
 #pragma unroll
-  for (int n = 0; n < N; ++n) carried[n] = boundary && p.active ? boundary[(p.index * N + n) * D + p.d] : T(0);
+  for (int n = 0; n < N; ++n) carried[n] = boundary && p.active ? boundary[(p.index * N + n) * D + p.c] : T(0);
 
   for (i64 start = p.begin + (p.end - p.begin - 1) / kChunk * kChunk; start >= p.begin; start -= kChunk) {
     const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start));
@@ -252,15 +227,15 @@ __global__ void __launch_bounds__(kThreads)
       us[i] = dys[i] = delta[i] = 0;
       if (!p.active || i >= count) continue;
       const i64 l = order.token(p.b, p.g, start + i);
-      us[i] = get<T>(u.at(p.b, l, p.g) + p.d);
-      dys[i] = get<T>(dy.at(p.b, l, p.g) + p.d);
-      const T own = R ? T(0) : get<T>(dt.at(p.b, l, p.g) + p.d);
+      us[i] = get<T>(u.at(p.b, l, p.g) + p.c);
+      dys[i] = get<T>(dy.at(p.b, l, p.g) + p.c);
+      const T own = R ? T(0) : get<T>(dt.at(p.b, l, p.g) + p.c);
       delta[i] = step_size<kSoftplus, R>(lows[i], weight, own, bias[0]);
     }
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       T h[kChunk + 1], sums[32];  // sums: dB of each step, then dC
-      h[0] = p.active ? states[(((p.b * G + p.g) * chunks + start / kChunk) * N + n) * D + p.d] : T(0);
+      h[0] = p.active ? states[(((p.b * G + p.g) * chunks + start / kChunk) * N + n) * D + p.c] : T(0);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         h[i + 1] = exp2_(delta[i] * A[n]) * h[i] + (i < count ? delta[i] * us[i] * Bs[i][n] : T(0));
@@ -291,7 +266,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       dskip += dys[i] * us[i];
       dbias += ddelta[i];
-      const i64 at = ((p.b * L + order.token(p.b, p.g, start + i)) * G + p.g) * D + p.d;
+      const i64 at = ((p.b * L + order.token(p.b, p.g, start + i)) * G + p.g) * D + p.c;
       put(du + at, dinput[i] * delta[i] + skip[0] * dys[i]);
       if (!R) put(ddt + at, ddelta[i]);
     }
@@ -327,9 +302,9 @@ __global__ void __launch_bounds__(kThreads)
   if (!p.active) return;
   const i64 bsg = (p.b * segments + p.segment) * G + p.g;
 #pragma unroll
-  for (int n = 0; n < N; ++n) dA_[(bsg * N + n) * D + p.d] = dA[n];
+  for (int n = 0; n < N; ++n) dA_[(bsg * N + n) * D + p.c] = dA[n];
 #pragma unroll
-  for (int r = 0; r < R; ++r) dweight_[(bsg * R + r) * D + p.d] = dweight[r];
-  dskip_[bsg * D + p.d] = dskip;
-  dbias_[bsg * D + p.d] = dbias;
+  for (int r = 0; r < R; ++r) dweight_[(bsg * R + r) * D + p.c] = dweight[r];
+  dskip_[bsg * D + p.c] = dskip;
+  dbias_[bsg * D + p.c] = dbias;
 }

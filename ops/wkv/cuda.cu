@@ -10,15 +10,8 @@
 #include "device.cuh"
 
 constexpr int kChunk = 16;  // also CHUNK["cuda"] in __init__.py
-constexpr int kThreads = 128;
 constexpr int kMarks = 8;  // chunks of a segment of bi_wkv, at most
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-
-struct Order {
-  const int* data;
-  i64 batch, steps;
-  __device__ __forceinline__ i64 token(i64 b, i64 t) const { return data ? data[b * batch + t] : t; }
-};
 
 // --- bi_wkv ---------------------------------------------------------------------------------------------------------
 
@@ -61,19 +54,6 @@ struct Sums {
   }
 };
 
-struct Place {
-  i64 b, c, segment, begin, end;
-  __device__ __forceinline__ Place(i64 C, i64 steps, i64 blocks, i64 segments, i64 segment_steps) {
-    i64 task = blockIdx.x;
-    c = task % blocks * blockDim.x + threadIdx.x;
-    task /= blocks;
-    segment = task % segments;
-    b = task / segments;
-    begin = segment * segment_steps;
-    end = smaller(begin + segment_steps, steps);
-  }
-};
-
 // What a step adds: forward (its key, v, 1), backward (-log_den, dy, dy y).
 template <class T, bool kBackward>
 struct Terms {
@@ -93,8 +73,8 @@ __global__ void __launch_bounds__(kThreads)
     bi_ends(const T* first, i64 first_batch, i64 first_token, const T* second, i64 second_batch, i64 second_token,
             const T* y, const int* order_, i64 order_batch, const T* w, i64 B, i64 L, i64 C, i64 steps, i64 blocks,
             i64 segments, i64 segment_steps, T* ends) {
-  const Place p(C, steps, blocks, segments, segment_steps);
-  if (p.c >= C) return;
+  const Place p(1, C, steps, blocks, segments, segment_steps);
+  if (!p.active) return;
   const Order order{order_, order_batch, steps};
   const Terms<T, kBackward> terms{{first, first_batch, first_token, 0}, {second, second_batch, second_token, 0}, y, L, C};
   const T decay = w[p.c] * T(kLog2e);
@@ -102,12 +82,12 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 4
   for (i64 t = p.begin; t < p.end; ++t) {
     T key, x, other;
-    terms.read(p.b, order.token(p.b, t), p.c, key, x, other);
+    terms.read(p.b, order.token(p.b, 0, t), p.c, key, x, other);
     past.pass(key, x, other, decay);
     future.add(key, x, other, T(t - p.begin), decay);
   }
   const i64 side = B * segments * Sums<T, kBackward>::kFields * C;
-  T* at = ends + (p.b * segments + p.segment) * Sums<T, kBackward>::kFields * C + p.c;
+  T* at = ends + p.index * Sums<T, kBackward>::kFields * C + p.c;
   past.store(at, C);
   future.store(at + side, C);
 }
@@ -142,8 +122,8 @@ __global__ void __launch_bounds__(kThreads)
              i64 blocks, i64 segments, i64 segment_steps, const T* ends, T* y_, T* log_den, T* dk, T* dv, T* dw, T* du) {
   using Side = Sums<T, kBackward>;
   __shared__ T marks[kMarks][Side::kFields][kThreads];
-  const Place p(C, steps, blocks, segments, segment_steps);
-  if (p.c >= C) return;
+  const Place p(1, C, steps, blocks, segments, segment_steps);
+  if (!p.active) return;
   const Order order{order_, order_batch, steps};
   const Rows<const T> k{k_, k_batch, k_token, 0}, v{v_, v_batch, v_token, 0}, dy{dy_, dy_batch, dy_token, 0};
   const Rows<const T> logs{log_den, L * C, C, 0};
@@ -153,7 +133,7 @@ __global__ void __launch_bounds__(kThreads)
   const int chunks = static_cast<int>((p.end - p.begin + kChunk - 1) / kChunk);
   Side past, future;
   if (ends) {
-    const T* at = ends + (p.b * segments + p.segment) * Side::kFields * C + p.c;
+    const T* at = ends + p.index * Side::kFields * C + p.c;
     past.load(at, C);
     future.load(at + side, C);
   }
@@ -163,7 +143,7 @@ __global__ void __launch_bounds__(kThreads)
     const i64 start = p.begin + chunk * kChunk;
     for (i64 t = smaller(start + kChunk, p.end) - 1; t >= start; --t) {
       T key, x, other;
-      terms.read(p.b, order.token(p.b, t), p.c, key, x, other);
+      terms.read(p.b, order.token(p.b, 0, t), p.c, key, x, other);
       future.pass(key, x, other, decay);
     }
   }
@@ -176,7 +156,7 @@ __global__ void __launch_bounds__(kThreads)
     future.load(&marks[chunk][0][threadIdx.x], kThreads);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      if (i < count) terms.read(p.b, order.token(p.b, start + i), p.c, keys[i], xs[i], others[i]);
+      if (i < count) terms.read(p.b, order.token(p.b, 0, start + i), p.c, keys[i], xs[i], others[i]);
     }
 #pragma unroll
     for (int i = kChunk - 1; i >= 0; --i) {
@@ -187,7 +167,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       if (i >= count) continue;
-      const i64 l = order.token(p.b, start + i), at = (p.b * L + l) * C + p.c;
+      const i64 l = order.token(p.b, 0, start + i), at = (p.b * L + l) * C + p.c;
       if (!kBackward) {
         const T own = keys[i] + bonus, before = past.peak(decay), after = futures[i].peak(decay);
         const T peak = larger(own, larger(before, after));
@@ -210,7 +190,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (!kBackward) return;
-  const i64 at = (p.b * segments + p.segment) * C + p.c;
+  const i64 at = p.index * C + p.c;
   dw[at] = -sum_w;
   du[at] = sum_u;
 }
@@ -230,7 +210,7 @@ struct Head {
     b = task / H % B;
     direction = task / (H * B);
   }
-  __device__ __forceinline__ i64 token(i64 t) const { return order.token(b, direction ? steps - 1 - t : t); }
+  __device__ __forceinline__ i64 token(i64 t) const { return order.token(b, 0, direction ? steps - 1 - t : t); }
 };
 
 template <int N, class T>
