@@ -61,9 +61,7 @@ def compile_kernel(op, name, arch):
     from cuda.core import Program, ProgramOptions
 
     report = io.StringIO()
-    options = ProgramOptions(
-        arch=arch, std="c++17", include_path=[str(OPS)], ptxas_options=["-v"], name=f"{op}.cu", use_fast_math=False
-    )
+    options = ProgramOptions(arch=arch, std="c++17", include_path=[str(OPS)], ptxas_options=["-v"], name=f"{op}.cu")
     try:
         code = Program(sources()[op].read_text(), "c++", options).compile("cubin", name_expressions=[name], logs=report)
     except Exception as error:
@@ -171,13 +169,13 @@ def channel_blocks(channels):
     return blocks, -(-channels // (32 * blocks)) * 32
 
 
-def segments(steps, parallel, device, least=64, multiple=16):
+def segments(steps, parallel, device, least=64):
     """Into how many segments to cut a sequence of `steps` so that `parallel` times as many threads fill the machine.
 
     Returns:
-        Segments, and the steps of each but the last: at least `least`, and a multiple of `multiple`.
+        Segments, and the steps of each but the last: at least `least`, and a multiple of 16, the kernels' chunk.
     """
     wanted = max(multiprocessors(device) * 1024 // max(parallel, 1), 1)
     length = max(-(-steps // wanted), least)
-    length = -(-length // multiple) * multiple
+    length = -(-length // 16) * 16
     return -(-steps // length), length

@@ -49,7 +49,7 @@ def forward(u, dt, A, B, C, D, dt_weight, dt_bias, softplus, order, merge, y, st
     saved = states if states.numel() else None
     out, merged = y, None
     if merge and G > 1 and torch.are_deterministic_algorithms_enabled():
-        out = A.new_zeros(u.shape) if u.dtype == A.dtype else u.new_zeros(u.shape)
+        out = u.new_zeros(u.shape)
     elif merge and G > 1:
         merged = y.zero_() if y.dtype == A.dtype else A.new_zeros(y.shape)
         out = merged

@@ -269,11 +269,19 @@ def assert_case(case, dtype, compute, device="cpu"):
         assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("op", "case"), IDS)
+def every_case(*dtypes):
+    return [(op, case, dtype) for op, case in IDS for dtype in dtypes]
+
+
+def first_cases(*dtypes):
+    return [(op, 0, dtype) for op in CASES for dtype in dtypes]
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "dtype"),
+    every_case(torch.float32, torch.bfloat16) + first_cases(torch.float64, torch.float16),
+)
 def test_emulated(emulated_cuda, op, case, dtype):
-    if dtype in (torch.float64, torch.float16) and case:
-        pytest.skip("the first case of each operator covers these types")
     emulated_cuda(op)
     assert_case(CASES[op][case], dtype, results)
 
@@ -361,8 +369,7 @@ def on_gpu(run, inputs, options):
 
 
 @gpu
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("op", "case"), IDS)
+@pytest.mark.parametrize(("op", "case", "dtype"), every_case(*TOLERANCE))
 def test_gpu_equals_reference(op, case, dtype):
     assert_case(CASES[op][case], dtype, on_gpu, "cuda")
 
@@ -374,25 +381,47 @@ def gpu_scan():
     return x, dict(order=scan_order.cross(8, 12, torch.device("cuda")), merge=True)
 
 
-@gpu
-@pytest.mark.parametrize(("op", "case"), [(op, 0) for op in CASES])
-def test_gpu_opcheck(op, case):
+def opcheck(op, case, device):
+    """`torch.library.opcheck` of what the public function of a case calls."""
     torch.manual_seed(0)
     run, x, options = CASES[op][case]()
-    if op == "causal_conv1d":
-        x = {k: v.float().cuda().requires_grad_() for k, v in x.items()}
-        arguments = (x["x"], x["weight"], x["bias"], options["order"].cuda(), True)
-        torch.library.opcheck(torch.ops.linzoo.causal_conv1d.default, arguments)
-    elif op == "selective_scan":
-        x, options = gpu_scan()
-        arguments = [x.get(k) for k in ("u", "dt", "A", "B", "C", "D", "dt_weight", "dt_bias")]
-        # without `merge`: atomic additions differ from run to run in the last bit
-        torch.library.opcheck(
-            torch.ops.linzoo.selective_scan.default, (*arguments, True, options["order"], False, True)
-        )
-    elif op == "rational":
-        arguments = [v.float().cuda().requires_grad_() for v in x.values()]
-        torch.library.opcheck(torch.ops.linzoo.rational.default, arguments)
+    x = {k: v.float().to(device).requires_grad_() for k, v in x.items()}
+    order = None if options.get("order") is None else options["order"].to(device)
+    operator = getattr(torch.ops.linzoo, run.__name__).default
+    tail = {
+        "bi_wkv": (order, True),
+        "causal_conv1d": (order, True),
+        "deform_conv": (1, 1, 1, 1.0),
+        "diagonal_scan": (True,),
+        "rational": (),
+        "selective_scan": (True, order, False, True),
+        "wkv6": (order, True, True),
+        "wkv7": (order, True),
+    }[run.__name__]
+    if run is selective_scan:
+        x = {name: x.get(name) for name in ("u", "dt", "A", "B", "C", "D", "dt_weight", "dt_bias")}
+    if run is wkv7:
+        x = {name: x[name] for name in ("r", "w", "k", "v", "a", "b")}
+    if run is diagonal_scan:  # states between batch, time and (re, im) are one axis
+        inner = x["b"].shape[2:-1]
+        x["a"] = x["a"].expand(*inner, 2).flatten(0, -2).detach().clone().requires_grad_()
+        x["b"], x["initial"] = (x[n].detach().flatten(i, -2).requires_grad_() for n, i in (("b", 2), ("initial", 1)))
+    torch.library.opcheck(operator, (*x.values(), *tail))
+
+
+OPCHECKS = [("wkv", 3), ("wkv", 5), *((op, 0) for op in CASES)]
+
+
+@pytest.mark.parametrize(("op", "case"), OPCHECKS)
+def test_emulated_opcheck(emulated_cuda, op, case):
+    emulated_cuda(op)
+    opcheck(op, case, "cpu")
+
+
+@gpu
+@pytest.mark.parametrize(("op", "case"), OPCHECKS)
+def test_gpu_opcheck(op, case):
+    opcheck(op, case, "cuda")
 
 
 @gpu

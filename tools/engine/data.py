@@ -269,6 +269,27 @@ def _first_line(e: Exception) -> str:
     return (str(e).splitlines() or [type(e).__name__])[0]
 
 
+def _check_segmentation(dataset) -> None:
+    suffixes = dataset.get("img_suffix", ".jpg"), dataset.get("seg_map_suffix", ".png")
+    check_label_maps(Path(dataset.data_root), dataset.data_prefix, *suffixes)
+
+
+def _check_pairs(dataset) -> None:
+    pair_files(Path(dataset.get("data_root", ""), dataset.get("data_prefix", "")), PAIRED[dataset.type])
+
+
+# How the files of a data set of each type are checked, given its settings; `ImageFolder` is checked beside its model.
+CHECKS = {
+    "ADE20KDataset": _check_segmentation,
+    "Clips": lambda d: check_clips(d.data_root, d.part, d.get("make")),
+    "CocoImages": lambda d: check_coco(d.data_root, d.ann_file, d.data_prefix.img),
+    "LabelMaps": _check_segmentation,
+    **dict.fromkeys(PAIRED, _check_pairs),
+    "PromptedMasks": lambda d: check_coco(d.data_root, d.ann_file, d.get("data_prefix", "")),
+    "VoxelScenes": lambda d: find_scenes(d.data_root, d.sequences, d.get("labelled", True)),
+}
+
+
 def prepare_data(cfg) -> None:
     """Make the data sets that the config says how to make, then check every folder of images that it names.
 
@@ -277,37 +298,16 @@ def prepare_data(cfg) -> None:
     classes = None
     for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
         dataset = (cfg.get(key) or {}).get("dataset", {})
-        if dataset.get("type") == "Clips":
-            check_clips(dataset.data_root, dataset.part, dataset.get("make"))
-            continue
-        if dataset.get("type") == "VoxelScenes":
-            find_scenes(dataset.data_root, dataset.sequences, dataset.get("labelled", True))
-            continue
-        if dataset.get("type") == "PromptedMasks":
-            check_coco(dataset.data_root, dataset.ann_file, dataset.get("data_prefix", ""))
-            continue
-        if dataset.get("type") == "CocoImages":
-            root = Path(dataset.data_root)
-            if dataset.get("make") and not root.exists():
-                MAKERS[dataset["make"]](root)
-            check_coco(root, dataset.ann_file, dataset.data_prefix.img)
-            continue
-        if dataset.get("type") in ("ADE20KDataset", "LabelMaps"):
-            root = Path(dataset.data_root)
-            if dataset.get("make") and not root.exists():
-                MAKERS[dataset["make"]](root)
-            suffixes = dataset.get("img_suffix", ".jpg"), dataset.get("seg_map_suffix", ".png")
-            check_label_maps(root, dataset.data_prefix, *suffixes)
-            continue
-        if dataset.get("type") not in ("ImageFolder", *PAIRED) or dataset.get("ann_file"):
+        check, folders = CHECKS.get(dataset.get("type")), dataset.get("type") == "ImageFolder"
+        if not check and (not folders or dataset.get("ann_file")):
             continue
         root = Path(dataset.get("data_root", ""))
         if dataset.get("make") and not root.exists():
             MAKERS[dataset["make"]](root)
-        folder = root / dataset.get("data_prefix", "")
-        if dataset["type"] in PAIRED:
-            pair_files(folder, PAIRED[dataset["type"]])
+        if check:
+            check(dataset)
             continue
+        folder = root / dataset.get("data_prefix", "")
         found = check_image_folder(folder)
         if classes is not None and found != classes:
             odd = ", ".join(sorted(set(found) ^ set(classes))[:4])

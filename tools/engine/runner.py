@@ -13,12 +13,6 @@ from torch.distributed import init_process_group
 
 from linzoo.backbones.openmmlab import LinZooBackbone
 
-from .classifier import Classifier
-from .next_frame import NextFrame
-from .occupancy import SceneCompleter
-from .promptable import PromptSegmenter
-from .restorer import Restorer
-from .segmenter import Segmenter
 from .weights import check_fit, check_parts, read_checkpoint
 
 
@@ -112,10 +106,10 @@ class Runner(MMRunner):
     def resume(self, filename, *args, **kwargs) -> None:
         """As mmengine's, refusing another model's checkpoint; the sampler follows the resumed seed as well."""
         trained = self.model.module if is_model_wrapper(self.model) else self.model
-        if isinstance(trained, (Classifier, NextFrame, PromptSegmenter, Restorer, SceneCompleter, Segmenter)):
-            check_fit(trained.model, read_checkpoint(filename)[0], filename)
-        elif isinstance(getattr(trained, "backbone", None), LinZooBackbone):
+        if isinstance(getattr(trained, "backbone", None), LinZooBackbone):
             check_parts(trained, read_checkpoint(filename)[0], filename)
+        elif hasattr(trained, "model"):  # ours, around a timm model
+            check_fit(trained.model, read_checkpoint(filename)[0], filename)
         super().resume(filename, *args, **kwargs)
         self.train_dataloader.sampler.seed = self.seed
 
