@@ -10,7 +10,6 @@ train_pipeline = [
     dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="RandomResize", scale=(128, 128), ratio_range=(0.8, 1.25), keep_ratio=True),
     dict(type="RandomCrop", crop_size=(128, 128)),
-    dict(type="PhotoMetricDistortion"),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
@@ -28,7 +27,7 @@ dataset = dict(
     reduce_zero_label=True,
 )
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     dataset=dict(
         data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),

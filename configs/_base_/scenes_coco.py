@@ -3,7 +3,6 @@
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="PhotoMetricDistortion"),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
@@ -13,7 +12,7 @@ test_pipeline = [
 ]
 dataset = dict(type="CocoImages", data_root="data/scenes", make="scenes", metainfo=dict(classes=tuple("0123456789")))
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     dataset=dict(
         ann_file="training.json",

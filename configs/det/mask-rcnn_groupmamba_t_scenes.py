@@ -18,11 +18,11 @@ model = dict(
     test_cfg=dict(rpn=dict(max_per_img=100), rcnn=dict(max_per_img=20)),
 )
 
-max_epochs = 11
-train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=3)
+max_epochs = 6
+train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=2)
 optim_wrapper = dict(
-    constructor="LayerDecay",
-    optimizer=dict(type="AdamW", lr=5e-4, weight_decay=0.05, fused=True),
+    optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05, fused=True),
+    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.3)), norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [

@@ -13,11 +13,11 @@ model = dict(
     auxiliary_head=dict(in_channels=348, channels=channels, num_classes=11, dropout_ratio=0.0),
 )
 
-max_epochs = 10
+max_epochs = 6
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=2)
 optim_wrapper = dict(
-    constructor="LayerDecay",
-    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05, fused=True),
+    optimizer=dict(type="AdamW", lr=5e-3, weight_decay=0.05, fused=True),
+    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.2)), norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [
