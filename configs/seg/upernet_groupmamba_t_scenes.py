@@ -5,12 +5,13 @@ From random weights instead: `--cfg-options model.backbone.pretrained=False`.
 
 _base_ = ["../_base_/upernet.py", "../_base_/scenes.py"]
 
-channels = 64
+# Without mmseg's `init_cfg`, whose classifiers of pixels start so small that the ten digits stay alike for long.
+head = dict(channels=64, num_classes=11, dropout_ratio=0.0, init_cfg=None)
 model = dict(
     data_preprocessor=dict(mean=[127.5] * 3, std=[127.5] * 3, size=(128, 128)),
     backbone=dict(model_name="groupmamba_t", pretrained="work_dirs/quickstart/export/model.safetensors"),
-    decode_head=dict(in_channels=[64, 128, 348, 448], channels=channels, num_classes=11, dropout_ratio=0.0),
-    auxiliary_head=dict(in_channels=348, channels=channels, num_classes=11, dropout_ratio=0.0),
+    decode_head=dict(in_channels=[64, 128, 348, 448], **head),
+    auxiliary_head=dict(in_channels=348, **head),
 )
 
 max_epochs = 6
