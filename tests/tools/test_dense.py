@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
 from PIL import Image
+from safetensors.torch import save_file
 from test_bad_input import refused
 
 import linzoo.backbones  # noqa: F401
@@ -289,6 +291,32 @@ def test_train_test_predict(task, config, data, tmp_path, capsys):
                 assert found["label"] in "0123456789" and 0 <= found["score"] <= 1 and found["area"] >= 0
                 x1, y1, x2, y2 = found["box"]
                 assert 0 <= x1 <= x2 <= 128 and 0 <= y1 <= y2 <= 128
+
+
+@pytest.mark.slow
+def test_scenes_command(config, data, tmp_path, monkeypatch, capsys):
+    """One command scores the runs from the classifier and from random weights; run again, it only predicts."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/scenes").symlink_to(data)
+    classifier = tmp_path / "classifier.safetensors"
+    save_file(timm.create_model("groupmamba_t", num_classes=10, depths=(1, 1, 1, 1)).state_dict(), classifier)
+    path = config("seg", f"\nmodel['backbone']['pretrained'] = {str(classifier)!r}\n")
+    monkeypatch.setitem(scenes.TASKS, "segmentation", (path, {"mIoU": "mIoU (%)"}))
+    monkeypatch.setattr(scenes, "CLASSIFIER", classifier)
+
+    scenes.main(["segmentation"])
+    printed = re.findall(r"from (.*?):.* mIoU \(%\) (\d+\.\d+)", capsys.readouterr().out)
+    assert [start for start, _ in printed] == ["the classifier's weights", "random weights"]
+    for work_dir, (_, score) in zip(["segmentation", "segmentation_from_random"], printed, strict=True):
+        _, scores = scenes.best(Path("work_dirs", work_dir), "mIoU")
+        assert scores["mIoU"] == pytest.approx(float(score), abs=1e-3)
+    picture = Path("work_dirs/segmentation/predictions/predictions.png")
+    checkpoint = Path("work_dirs/segmentation/epoch_1.pth")
+    written = checkpoint.stat().st_mtime_ns
+    picture.unlink()
+    scenes.main(["segmentation"])
+    assert picture.is_file() and checkpoint.stat().st_mtime_ns == written
 
 
 @pytest.mark.slow
