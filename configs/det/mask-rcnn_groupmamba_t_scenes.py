@@ -21,8 +21,9 @@ model = dict(
 max_epochs = 4
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=2)
 optim_wrapper = dict(
+    constructor="LayerDecay",
     optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05, fused=True),
-    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.3)), norm_decay_mult=0.0, bias_decay_mult=0.0),
+    paramwise_cfg=dict(backbone_lr_mult=0.3),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [

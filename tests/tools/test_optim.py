@@ -83,6 +83,10 @@ def test_layer_decay():
         assert decay == (0.0 if kept else 0.05), name
     one = detector_groups(backbone)
     assert {lr for lr, _ in one.values()} == {1e-4}
+    slower = detector_groups(backbone, backbone_lr_mult=0.1, layer_decay=0.5)
+    for name, (rate, decay) in groups.items():
+        factor = 0.1 if name.startswith("backbone.model.") else 1
+        assert slower[name] == (pytest.approx(factor * rate), decay), name
 
 
 @pytest.mark.parametrize("name", ("vrwkv_t", "vrwkv6_t", "vim_t", "groupmamba_t", "vrwkv_t_adapter_seg"))
@@ -101,5 +105,7 @@ def test_layer_decay_of_frozen_stages_and_bad_input():
     assert not any("stem" in name or "stages.0" in name for name in detector_groups(backbone, layer_decay=0.9))
     with pytest.raises(InputError, match=r"layer_decay in \(0, 1\]"):
         detector_groups(backbone, layer_decay=1.5)
+    with pytest.raises(InputError, match="backbone_lr_mult > 0"):
+        detector_groups(backbone, backbone_lr_mult=0)
     with pytest.raises(InputError, match="layer_deca"):
         detector_groups(backbone, layer_deca=0.5)

@@ -59,23 +59,27 @@ UNDECAYED = {"A", "A_log", "A_imag", "D", "Lambda_re", "Lambda_im", "decay", "dt
 class LayerDecay(DefaultOptimWrapperConstructor):
     """Learning rates that fall from the heads to the stem of a `LinZooBackbone`, as BEiT has them (arXiv 2106.08254).
 
-    ``lr(layer) = lr layer_decay^(n + 1 - layer)`` for the n + 1 layers 0 (stem) to n that the model's `group_matcher`
-    tells apart; what is no part of the backbone's model learns at ``lr``. No weight decay for norms, biases and other
-    tensors of rank 0 and 1, the model's `no_weight_decay()`, and `A`, `D`, step and decay parameters of any rank.
+    ``lr(layer) = lr backbone_lr_mult layer_decay^(n + 1 - layer)`` for the n + 1 layers 0 (stem) to n that the model's
+    `group_matcher` tells apart; what is no part of the backbone's model learns at ``lr``. No weight decay for norms,
+    biases and other tensors of rank 0 and 1, the model's `no_weight_decay()`, and `A`, `D`, step and decay parameters
+    of any rank.
 
     Args:
-        paramwise_cfg: ``dict(layer_decay=1.0)``; 1 for one rate everywhere.
+        paramwise_cfg: ``dict(layer_decay=1.0, backbone_lr_mult=1.0)``; 1 and 1 for one rate everywhere.
 
     Raises:
-        InputError: `layer_decay` is not in (0, 1], or `paramwise_cfg` has other keys.
+        InputError: `layer_decay` is not in (0, 1], `backbone_lr_mult` not positive, or there are other keys.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
         super().__init__(optim_wrapper_cfg, {"bypass_duplicate": True})
         settings = dict(paramwise_cfg or {})
         self.layer_decay = settings.pop("layer_decay", 1.0)
-        if settings or not 0 < self.layer_decay <= 1:
-            raise InputError(f"paramwise_cfg={dict(paramwise_cfg)}: expected layer_decay in (0, 1] alone")
+        self.backbone_lr_mult = settings.pop("backbone_lr_mult", 1.0)
+        if settings or not 0 < self.layer_decay <= 1 or not self.backbone_lr_mult > 0:
+            raise InputError(
+                f"paramwise_cfg={dict(paramwise_cfg)}: expected layer_decay in (0, 1] and backbone_lr_mult > 0 alone"
+            )
 
     def add_params(self, params, module, prefix="", is_dcn_module=None):
         scales, undecayed = {}, set()  # of parameters, by their names
@@ -83,7 +87,8 @@ class LayerDecay(DefaultOptimWrapperConstructor):
             if hasattr(part, "group_matcher") and not any(key.startswith(f"{name}.") for key in scales):
                 layers = group_parameters(part, part.group_matcher(coarse=False), reverse=True)
                 top = max(layers.values()) + 1
-                scales |= {f"{name}.{key}": self.layer_decay ** (top - layer) for key, layer in layers.items()}
+                for key, layer in layers.items():
+                    scales[f"{name}.{key}"] = self.backbone_lr_mult * self.layer_decay ** (top - layer)
                 undecayed |= {f"{name}.{key}" for key in getattr(part, "no_weight_decay", set)()}
             if "Norm" in type(part).__name__:
                 undecayed |= {f"{name}.{key}" for key, _ in part.named_parameters(recurse=False)}
