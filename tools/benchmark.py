@@ -99,7 +99,7 @@ def medians(calls, device, budget=2.0, least=3):
 
 
 def print_rows(title, facts, rows, columns, file):
-    """The environment, then `rows` as a table of `columns`, `{heading: row -> text}`; all of it to the JSON `file`."""
+    """The environment, then `rows` as a table of `columns`, `{heading: row -> text}`; added to the tables in `file`."""
     console = Console(width=None if Console().is_terminal else 170)
     console.print("  ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
     table = Table(title=title)
@@ -109,8 +109,19 @@ def print_rows(title, facts, rows, columns, file):
         table.add_row(*(cell(row) for cell in columns.values()))
     console.print(table)
     if file:
+        tables = [*tables_of(file), {"title": title, "environment": facts, "rows": rows}]
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"title": title, "environment": facts, "rows": rows}, indent=1) + "\n")
+        part = file.with_name(f".{file.name}.part")
+        part.write_text(json.dumps(tables, indent=1) + "\n")
+        part.replace(file)
+
+
+def tables_of(file):
+    """The tables that earlier runs wrote to `file`; ValueError where it holds anything else."""
+    tables = json.loads(file.read_text()) if file.exists() else []
+    if not isinstance(tables, list) or any(not {"title", "environment", "rows"} <= set(t) for t in tables):
+        raise ValueError("it holds no tables of this tool")
+    return tables
 
 
 # --- operators ------------------------------------------------------------------------------------------------------
@@ -482,8 +493,7 @@ def length_rows(case, shape, lengths, device, budget):
 def run_ops(args):
     """The `ops` part."""
     table = CUDA_OPS if args.device == "cuda" else OPS
-    names = args.op or list(table)
-    for name in names:
+    for name in args.op or table:
         case, shapes = table[name]
         facts, columns = environment(args.device), OP_COLUMNS
         if args.device == "cuda":
@@ -492,12 +502,10 @@ def run_ops(args):
             columns = CUDA_COLUMNS | rival_columns(rows)
         else:
             rows = [op_row(case, shape, args.device, args.budget) for shape in shapes]
-        file = args.json if len(names) == 1 or not args.json else args.json.with_stem(f"{args.json.stem}_{name}")
-        print_rows(f"{name}: {args.device} backend against the reference", facts, rows, columns, file)
+        print_rows(f"{name}: {args.device} backend against the reference", facts, rows, columns, args.json)
         if name in LENGTHS:
             rows = length_rows(case, shapes[0], LENGTHS[name], args.device, args.budget)
-            file = file and file.with_stem(f"{file.stem}_lengths")
-            print_rows(f"{name}: time against length", facts, rows, LENGTH_COLUMNS, file)
+            print_rows(f"{name}: time against length", facts, rows, LENGTH_COLUMNS, args.json)
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -630,10 +638,15 @@ def parse(argv):
     for part in (ops, models):
         part.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
         part.add_argument("--budget", type=float, default=2.0, metavar="S", help="seconds that each timing may take")
-        part.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+        part.add_argument("--json", type=Path, metavar="FILE", help="add the results to this JSON file")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
+    if args.json:
+        try:
+            tables_of(args.json)
+        except (OSError, TypeError, ValueError) as e:
+            parser.error(f"--json: cannot add to {str(args.json)!r}: {e}")
     if args.part == "models":
         families = sorted({family_of(n) for n in backbones()})
         wrong = [n for n in args.models if not timm.is_model(n)], [f for f in args.family if f not in families]

@@ -25,6 +25,7 @@ step() {  # step SECONDS NAME COMMAND...: runs it with a limit, its output to NA
 }
 
 : >"$out/summary.txt"
+rm -f "$out/benchmark.json"
 step 30 environment nvidia-smi
 step 30 doctor "$python" -c "from linzoo.tools.cli import main; raise SystemExit(main(['doctor']))"
 step 150 tests "$python" -m pytest -q -m gpu tests/ops
@@ -32,10 +33,10 @@ if command -v compute-sanitizer >/dev/null; then
   step 60 sanitizer compute-sanitizer --error-exitcode 1 "$python" -m pytest -q -m gpu tests/ops/test_cuda.py \
     -k "equals_reference and float32 and selective_scan-0"
 fi
-step 150 ops "$python" tools/benchmark.py ops --device cuda --budget 0.3 --json "$out/ops.json"
+step 150 ops "$python" tools/benchmark.py ops --device cuda --budget 0.3 --json "$out/benchmark.json"
 models=(groupmamba_t vmamba_t vssd_t vrwkv_t swin_tiny_patch4_window7_224 convnext_tiny deit_small_patch16_224)
 step 90 models "$python" tools/benchmark.py models --device cuda --models "${models[@]}" --batch 128 --compile \
-  --budget 0.3 --json "$out/models.json"
+  --budget 0.3 --json "$out/benchmark.json"
 step 60 train "$python" tools/benchmark.py models --device cuda --models "${models[@]}" --batch 128 --train \
-  --budget 0.3 --json "$out/train.json"
+  --budget 0.3 --json "$out/benchmark.json"
 exit $status

@@ -55,7 +55,7 @@ def test_selective_scan_case_is_model_like():
 def test_ops_part(small_ops, tmp_path, capsys):
     file = tmp_path / "new" / "ops.json"
     benchmark.main(["ops", "--op", "selective_scan", "--budget", "0", "--json", str(file)])
-    written = json.loads(file.read_text())
+    (written,) = json.loads(file.read_text())
     assert written["environment"]["torch"] == torch.__version__
     assert written["environment"]["threads"] == torch.get_num_threads()
     (row,) = written["rows"]
@@ -70,8 +70,11 @@ def test_ops_part(small_ops, tmp_path, capsys):
 def test_time_against_length(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(benchmark.OPS, "wkv6", (benchmark.OPS["wkv6"][0], [{"B": 1, "L": 8, "C": 8, "N": 4}]))
     monkeypatch.setitem(benchmark.LENGTHS, "wkv6", (8, 64))
-    benchmark.main(["ops", "--op", "wkv6", "--budget", "0", "--json", str(tmp_path / "ops.json")])
-    short, long = json.loads((tmp_path / "ops_lengths.json").read_text())["rows"]
+    file = tmp_path / "ops.json"
+    benchmark.main(["ops", "--op", "wkv6", "--budget", "0", "--json", str(file)])
+    tables = json.loads(file.read_text())
+    assert [t["title"] for t in tables] == ["wkv6: cpu backend against the reference", "wkv6: time against length"]
+    short, long = tables[1]["rows"]
     assert (short["shape"]["L"], long["shape"]["L"]) == (8, 64)
     for key in ("forward", "both"):
         times = [short[f"{key}_ms"], long[f"{key}_ms"]]
@@ -124,7 +127,7 @@ def test_compiled_models_stand_beside_eager_ones(monkeypatch, tmp_path):
     file = tmp_path / "models.json"
     command = ["models", "--models", "test_mambaout", "--size", "32", "--batch", "1", "--budget", "0", "--compile"]
     benchmark.main([*command, "--json", str(file)])
-    rows = json.loads(file.read_text())["rows"]
+    rows = json.loads(file.read_text())[0]["rows"]
     assert [r["model"] for r in rows] == ["test_mambaout", "test_mambaout (compiled)"]
     assert rows[0]["params"] == rows[1]["params"]
 
@@ -147,7 +150,7 @@ def test_models_part(train, tmp_path, capsys):
     name, file = list_models()[0], tmp_path / "models.json"
     command = ["models", "--models", name, "test_mambaout", "--sizes", "32", "64", "--batch", "2", "--budget", "0"]
     benchmark.main([*command, "--json", str(file), *["--train"] * train])
-    written = json.loads(file.read_text())
+    (written,) = json.loads(file.read_text())
     assert written["environment"]["pass"] == ("train" if train else "inference")
     rows = {(r["model"], r["size"]): r for r in written["rows"]}
     assert rows.keys() == {(n, s) for n in (name, "test_mambaout") for s in (32, 64)}
@@ -189,6 +192,21 @@ def test_bad_input(command, message, capsys):
         benchmark.main(command.split())
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_json_gathers_tables_and_spares_other_files(small_ops, tmp_path, capsys):
+    file = tmp_path / "all.json"
+    for command in ("ops --op selective_scan", "models --models test_mambaout --size 32 --batch 1"):
+        benchmark.main([*command.split(), "--budget", "0", "--json", str(file)])
+    titles = [table["title"] for table in json.loads(file.read_text())]
+    assert titles == ["selective_scan: cpu backend against the reference", "models"]
+    assert list(tmp_path.iterdir()) == [file]
+    for content in ("not JSON", "{}", "[1]"):
+        file.write_text(content)
+        with pytest.raises(SystemExit):
+            benchmark.main(["ops", "--op", "selective_scan", "--json", str(file)])
+        assert f"--json: cannot add to '{file}'" in capsys.readouterr().err
+        assert file.read_text() == content
 
 
 def test_cuda_without_a_device(monkeypatch, capsys):
