@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__clang__)
 #define LINZOO_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -37,6 +38,12 @@ inline typename Simd<T>::vec broadcast(T x) {
 template <class T, class S>
 inline typename Simd<T>::vec load(const S* p, int n) {
   typename Simd<T>::vec v;
+  if constexpr (std::is_same_v<S, T>) {
+    if (n == Simd<T>::width) {
+      std::memcpy(&v, p, sizeof v);
+      return v;
+    }
+  }
   T lanes[Simd<T>::width] = {};
   if (n == Simd<T>::width) {
     for (int i = 0; i < Simd<T>::width; ++i) lanes[i] = static_cast<T>(p[i]);
@@ -49,6 +56,12 @@ inline typename Simd<T>::vec load(const S* p, int n) {
 
 template <class T, class S>
 inline void store(S* p, typename Simd<T>::vec v, int n) {
+  if constexpr (std::is_same_v<S, T>) {
+    if (n == Simd<T>::width) {
+      std::memcpy(p, &v, sizeof v);
+      return;
+    }
+  }
   T lanes[Simd<T>::width];
   std::memcpy(lanes, &v, sizeof v);
   if (n == Simd<T>::width) {

@@ -15,6 +15,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "../simd.h"
@@ -47,21 +49,28 @@ struct Sizes {
         dilation(dilation), centre(dilation * (K - 1) / 2), first(centre - padding), scale(scale) {}
 };
 
-// The sampling points of one output pixel and group. Corner n of a point is the pixel at (y + n / 2, x + n % 2): `pixel`
-// holds its index, moved into the image where it lies outside, and `share` its bilinear weight, 0 where it lies outside.
+// The sampling points of one output pixel and group, found a vector of taps at a time. Corner n of a point is the pixel at
+// (y + n / 2, x + n % 2): `pixel` holds its index, moved into the image where it lies outside, and `share` its bilinear
+// weight, 0 where it lies outside.
 template <class T>
 struct Points {
+  using V = typename Simd<T>::vec;
+  using I = decltype(V{} < V{});
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  static constexpr int width = Simd<T>::width;
   int64_t taps;
   std::vector<T> column, row;  // of each tap in the window, from the window's centre
+  std::vector<T> dx, dy;  // their offsets
   std::vector<T> x0, x1, y0, y1;  // weights of the two columns and rows around the point, 0 for those outside
   std::vector<T> left, right, top, bottom;  // 1 for columns and rows inside the image, else 0
-  std::vector<int32_t> pixel[4];
+  std::vector<Index> pixel[4];
   std::vector<T> share[4];
 
   explicit Points(const Sizes& s) : taps(s.K * s.K) {
-    for (auto* v : {&column, &row, &x0, &x1, &y0, &y1, &left, &right, &top, &bottom}) v->resize(taps);
-    for (auto& v : pixel) v.resize(taps);
-    for (auto& v : share) v.resize(taps);
+    const int64_t padded = (taps + width - 1) / width * width;
+    for (auto* v : {&column, &row, &dx, &dy, &x0, &x1, &y0, &y1, &left, &right, &top, &bottom}) v->resize(padded);
+    for (auto& v : pixel) v.resize(padded);
+    for (auto& v : share) v.resize(padded);
     for (int64_t k = 0; k < taps; ++k) {
       column[k] = T(k / s.K * s.dilation - s.centre);
       row[k] = T(k % s.K * s.dilation - s.centre);
@@ -71,41 +80,67 @@ struct Points {
   // A point out of reach of the image, or not a number, gets weights of 0.
   void locate(const Sizes& s, int64_t r, int64_t c, const T* offset) {
     const T centre_x = T(c * s.stride + s.first), centre_y = T(r * s.stride + s.first), scale = T(s.scale);
-    const T W = T(s.W), H = T(s.H);
-    const int32_t last_x = static_cast<int32_t>(s.W - 1), last_y = static_cast<int32_t>(s.H - 1);
-    const int32_t width = static_cast<int32_t>(s.W);
     for (int64_t k = 0; k < taps; ++k) {
-      T x = centre_x + scale * (column[k] + offset[2 * k]), y = centre_y + scale * (row[k] + offset[2 * k + 1]);
-      const bool near = (x > T(-1)) & (y > T(-1)) & (x < W) & (y < H);
-      x = near ? x : T(-2);
-      y = near ? y : T(-2);
-      const T floor_x = std::floor(x), floor_y = std::floor(y);
-      const int32_t ix = static_cast<int32_t>(floor_x), iy = static_cast<int32_t>(floor_y);
-      left[k] = ix >= 0 ? T(1) : T(0);
-      right[k] = (ix >= -1) & (ix < last_x) ? T(1) : T(0);
-      top[k] = iy >= 0 ? T(1) : T(0);
-      bottom[k] = (iy >= -1) & (iy < last_y) ? T(1) : T(0);
-      x1[k] = (x - floor_x) * right[k];
-      x0[k] = (T(1) - (x - floor_x)) * left[k];
-      y1[k] = (y - floor_y) * bottom[k];
-      y0[k] = (T(1) - (y - floor_y)) * top[k];
-      const int32_t a = ix < 0 ? 0 : ix, b = ix < last_x ? (ix + 1 < 0 ? 0 : ix + 1) : last_x;
-      const int32_t u = iy < 0 ? 0 : iy, v = iy < last_y ? (iy + 1 < 0 ? 0 : iy + 1) : last_y;
-      pixel[0][k] = u * width + a;
-      pixel[1][k] = u * width + b;
-      pixel[2][k] = v * width + a;
-      pixel[3][k] = v * width + b;
-      share[0][k] = x0[k] * y0[k];
-      share[1][k] = x1[k] * y0[k];
-      share[2][k] = x0[k] * y1[k];
-      share[3][k] = x1[k] * y1[k];
+      dx[k] = offset[2 * k];
+      dy[k] = offset[2 * k + 1];
+    }
+    for (int64_t k = 0; k < taps; k += width) {
+      V x = centre_x + scale * (load<T>(&column[k], width) + load<T>(&dx[k], width));
+      V y = centre_y + scale * (load<T>(&row[k], width) + load<T>(&dy[k], width));
+      const I near = (x > T(-1)) & (y > T(-1)) & (x < T(s.W)) & (y < T(s.H));
+      x = near ? x : broadcast<T>(-2);
+      y = near ? y : broadcast<T>(-2);
+      const Axis across(x, Index(s.W)), down(y, Index(s.H));
+      const V xs[2] = {across.weight[0], across.weight[1]}, ys[2] = {down.weight[0], down.weight[1]};
+      for (int n = 0; n < 4; ++n) {
+        const I at = down.at[n / 2] * Index(s.W) + across.at[n % 2];
+        std::memcpy(&pixel[n][k], &at, sizeof at);
+        store<T>(&share[n][k], xs[n % 2] * ys[n / 2], width);
+      }
+      store<T>(&x0[k], xs[0], width);
+      store<T>(&x1[k], xs[1], width);
+      store<T>(&y0[k], ys[0], width);
+      store<T>(&y1[k], ys[1], width);
+      store<T>(&left[k], across.inside[0], width);
+      store<T>(&right[k], across.inside[1], width);
+      store<T>(&top[k], down.inside[0], width);
+      store<T>(&bottom[k], down.inside[1], width);
     }
   }
+
+ private:
+  // The two pixels around coordinates on one axis of `length` pixels: where they are, moved inside; 1 for those that lay
+  // inside, else 0; and their weights.
+  struct Axis {
+    I at[2];
+    V inside[2], weight[2];
+    Axis(V x, Index length) {
+      I i = __builtin_convertvector(x, I);
+      i += __builtin_convertvector(i, V) > x;  // -1 where rounding towards 0 went up
+      const V fraction = x - __builtin_convertvector(i, V), one = broadcast<T>(1), zero = {};
+      const Index last = length - 1;
+      inside[0] = i >= 0 ? one : zero;
+      inside[1] = (i >= -1) & (i < last) ? one : zero;
+      weight[0] = (one - fraction) * inside[0];
+      weight[1] = fraction * inside[1];
+      const I none = {}, next = i + 1;
+      at[0] = i < 0 ? none : i;
+      at[1] = next < 0 ? none : next > last ? none + last : next;
+    }
+  };
 };
+
+// f(d, lanes) for the channels begin to end, a vector at a time; `lanes` is a constant wherever a vector is full.
+template <class T, class F>
+void by_channels(int64_t begin, int64_t end, F f) {
+  constexpr int width = Simd<T>::width;
+  for (; begin + width <= end; begin += width) f(begin, std::integral_constant<int, width>{});
+  if (begin < end) f(begin, static_cast<int>(end - begin));
+}
 
 template <class S, class T>
 void run_forward(const S* x, const Taps<T>& offset, const Taps<T>& weight, S* y, const Sizes& s) {
-  constexpr int width = Simd<T>::width;
+  using V = typename Simd<T>::vec;
   torch::stable::parallel_for(0, s.B * s.rows, 1, [&](int64_t begin, int64_t end) {
     Points<T> p(s);
     for (int64_t task = begin; task < end; ++task) {
@@ -115,11 +150,10 @@ void run_forward(const S* x, const Taps<T>& offset, const Taps<T>& weight, S* y,
         for (int64_t g = 0; g < s.G; ++g) {
           const T* w = weight.at(b, r, c, g);
           p.locate(s, r, c, offset.at(b, r, c, g));
-          for (int64_t d = g * s.D; d < (g + 1) * s.D; d += width) {
-            const int lanes = static_cast<int>(std::min<int64_t>(width, (g + 1) * s.D - d));
-            typename Simd<T>::vec sum = {};
+          by_channels<T>(g * s.D, (g + 1) * s.D, [&](int64_t d, auto lanes) {
+            V sum = {};
             for (int64_t k = 0; k < p.taps; ++k) {
-              typename Simd<T>::vec sample = {};
+              V sample = {};
               for (int corner = 0; corner < 4; ++corner) {
                 const T share = p.share[corner][k];
                 if (share != T(0)) sample += share * load<T>(image + p.pixel[corner][k] * s.C + d, lanes);
@@ -127,7 +161,7 @@ void run_forward(const S* x, const Taps<T>& offset, const Taps<T>& weight, S* y,
               sum += w[k] * sample;
             }
             store<T>(y + ((b * s.rows + r) * s.columns + c) * s.C + d, sum, lanes);
-          }
+          });
         }
       }
     }
@@ -159,8 +193,7 @@ void run_backward(const S* dy, const S* x, const Taps<T>& offset, const Taps<T>&
           const S* gradient = dy + ((b * s.rows + r) * s.columns + c) * s.C;
           p.locate(s, r, c, offset.at(b, r, c, g));
           std::fill(products.begin(), products.end(), V{});
-          for (int64_t d = g * s.D; d < (g + 1) * s.D; d += width) {
-            const int lanes = static_cast<int>(std::min<int64_t>(width, (g + 1) * s.D - d));
+          by_channels<T>(g * s.D, (g + 1) * s.D, [&](int64_t d, auto lanes) {
             const V dv = load<T>(gradient + d, lanes);
             for (int64_t k = 0; k < p.taps; ++k) {
               for (int corner = 0; corner < 4; ++corner) {
@@ -170,7 +203,7 @@ void run_backward(const S* dy, const S* x, const Taps<T>& offset, const Taps<T>&
                 store<T>(dimage + at, load<T>(dimage + at, lanes) + (w[k] * p.share[corner][k]) * dv, lanes);
               }
             }
-          }
+          });
           sum_lanes<T>(products.data(), corners, q.data());
           T *d_o = doffset.at(b, r, c, g), *d_w = dweight.at(b, r, c, g);
           for (int64_t k = 0; k < p.taps; ++k) {
