@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_data(cfg)
     Runner.from_cfg(cfg).train()
     if torch.distributed.is_initialized():  # gloo's threads may outlive the interpreter otherwise, and abort it
+        torch.distributed.barrier()  # until the first process has exported
         torch.distributed.destroy_process_group()
 
 
