@@ -38,11 +38,9 @@ inline typename Simd<T>::vec broadcast(T x) {
 template <class T, class S>
 inline typename Simd<T>::vec load(const S* p, int n) {
   typename Simd<T>::vec v;
-  if constexpr (std::is_same_v<S, T>) {
-    if (n == Simd<T>::width) {
-      std::memcpy(&v, p, sizeof v);
-      return v;
-    }
+  if (std::is_same_v<S, T> && n == Simd<T>::width) {
+    std::memcpy(&v, p, sizeof v);
+    return v;
   }
   T lanes[Simd<T>::width] = {};
   if (n == Simd<T>::width) {
@@ -56,11 +54,9 @@ inline typename Simd<T>::vec load(const S* p, int n) {
 
 template <class T, class S>
 inline void store(S* p, typename Simd<T>::vec v, int n) {
-  if constexpr (std::is_same_v<S, T>) {
-    if (n == Simd<T>::width) {
-      std::memcpy(p, &v, sizeof v);
-      return;
-    }
+  if (std::is_same_v<S, T> && n == Simd<T>::width) {
+    std::memcpy(p, &v, sizeof v);
+    return;
   }
   T lanes[Simd<T>::width];
   std::memcpy(lanes, &v, sizeof v);

@@ -91,16 +91,15 @@ struct Points {
       x = near ? x : broadcast<T>(-2);
       y = near ? y : broadcast<T>(-2);
       const Axis across(x, Index(s.W)), down(y, Index(s.H));
-      const V xs[2] = {across.weight[0], across.weight[1]}, ys[2] = {down.weight[0], down.weight[1]};
       for (int n = 0; n < 4; ++n) {
         const I at = down.at[n / 2] * Index(s.W) + across.at[n % 2];
         std::memcpy(&pixel[n][k], &at, sizeof at);
-        store<T>(&share[n][k], xs[n % 2] * ys[n / 2], width);
+        store<T>(&share[n][k], across.weight[n % 2] * down.weight[n / 2], width);
       }
-      store<T>(&x0[k], xs[0], width);
-      store<T>(&x1[k], xs[1], width);
-      store<T>(&y0[k], ys[0], width);
-      store<T>(&y1[k], ys[1], width);
+      store<T>(&x0[k], across.weight[0], width);
+      store<T>(&x1[k], across.weight[1], width);
+      store<T>(&y0[k], down.weight[0], width);
+      store<T>(&y1[k], down.weight[1], width);
       store<T>(&left[k], across.inside[0], width);
       store<T>(&right[k], across.inside[1], width);
       store<T>(&top[k], down.inside[0], width);
