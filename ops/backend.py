@@ -11,8 +11,8 @@ import warnings
 
 import torch
 
-from . import cuda
-from .build import BuildError, build, sources
+from . import compile_cuda
+from .compile_cpu import BuildError, build, sources
 
 BACKENDS = ("cpu", "cuda", "reference", "export")
 
@@ -65,7 +65,7 @@ def _unavailable(op, backend):
     if backend == "cpu":
         return _load(op)
     if backend == "cuda":
-        return cuda.unavailable(op)
+        return compile_cuda.unavailable(op)
     return None
 
 
@@ -111,5 +111,5 @@ def backend_info():
     """
     return {
         op: {backend: _unavailable(op, backend) for backend in ("cpu", "cuda", "reference")}
-        for op in sorted(sources().keys() | cuda.sources().keys())
+        for op in sorted(sources().keys() | compile_cuda.sources().keys())
     }

@@ -5,7 +5,7 @@
 
 typedef long long i64;
 
-constexpr int kThreads = 128;  // of a block, at most; also MAX_THREADS in cuda.py
+constexpr int kThreads = LINZOO_THREADS;  // of a block, at most
 
 struct bfloat16 { unsigned short bits; };
 struct float16 { unsigned short bits; };

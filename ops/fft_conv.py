@@ -1,11 +1,20 @@
 """Long convolution by the fast Fourier transform: causal, or bidirectional, along one axis or several."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
-from .selective_scan.reference import state_dtype
+from .tensors import check, state_dtype
 
 
-def fft_conv(u, kernels, backward_kernels=None, *, out_channels=None):
+def fft_conv(
+    u: Tensor,
+    kernels: Tensor | Sequence[Tensor],
+    backward_kernels: Tensor | Sequence[Tensor] | None = None,
+    *,
+    out_channels: int | None = None,
+) -> Tensor:
     """Depthwise convolution of channel-last `u` with a kernel per axis, from one step long to the whole sequence.
 
     Causal along every axis, with zeros in front: along one axis ``y_t = sum_j k_j u_{t-j}``. With `backward_kernels`
@@ -23,28 +32,31 @@ def fft_conv(u, kernels, backward_kernels=None, *, out_channels=None):
         The shape and dtype of `u`, with O channels if given; computed in float32, float64 for float64.
 
     Raises:
-        ValueError: the kernels do not fit `u` or each other.
+        ValueError: the kernels do not fit `u` or each other, or tensors lie on different devices.
+        TypeError: not a tensor, or a dtype is not supported.
     """
-    kernels = [kernels] if isinstance(kernels, torch.Tensor) else list(kernels)
-    if backward_kernels is not None:
-        single = isinstance(backward_kernels, torch.Tensor)
-        backward_kernels = [backward_kernels] if single else list(backward_kernels)
-        if [k.shape for k in backward_kernels] != [k.shape for k in kernels]:
-            raise ValueError("backward_kernels: expected the shapes of kernels")
-    if u.dim() != len(kernels) + 2:
-        raise ValueError(f"u: expected (B, {len(kernels)} axes, H), got {tuple(u.shape)}")
+    kernels = [kernels] if isinstance(kernels, Tensor) else list(kernels)
+    backward = backward_kernels
+    backward = [backward] if isinstance(backward, Tensor) else None if backward is None else list(backward)
+    check(u=(u, "B*H"))
     rows = u.shape[-1] * (out_channels or 1)
-    for k in kernels:
-        if k.dim() not in (2, 3) or k.shape[-2] != rows:
-            raise ValueError(f"kernels: expected (H, l) or (R, H, l) with H = {rows}, got {tuple(k.shape)}")
+    for name, group in (("kernels", kernels), ("backward_kernels", backward or ())):
+        for k in group:
+            ranked = isinstance(k, Tensor) and k.dim() == 3
+            check(**{"u": (u, "B*H"), name: (k, "RKl" if ranked else "Kl")})
+            if k.shape[-2] != rows:
+                raise ValueError(f"{name}: expected (H, l) or (R, H, l) with H = {rows}, got {tuple(k.shape)}")
+    check(u=(u, f"B{'XYZVW'[: len(kernels)]}H"))
+    if backward is not None and [k.shape for k in backward] != [k.shape for k in kernels]:
+        raise ValueError("backward_kernels: expected the shapes of kernels")
     dtype, axes = state_dtype(u.dtype), tuple(range(-len(kernels), 0))
     sizes = [length + k.shape[-1] for length, k in zip(u.shape[1:-1], kernels, strict=True)]
     spectrum = None
     for i, (k, size) in enumerate(zip(kernels, sizes, strict=True)):
         zeros = size - k.shape[-1]
         k = torch.nn.functional.pad(_ranked(k, dtype), (0, zeros))
-        if backward_kernels is not None:
-            k = k + torch.nn.functional.pad(_ranked(backward_kernels[i], dtype).flip(-1), (zeros, 0))
+        if backward is not None:
+            k = k + torch.nn.functional.pad(_ranked(backward[i], dtype).flip(-1), (zeros, 0))
         f = torch.fft.rfft(k) if axes[i] == -1 else torch.fft.fft(k)  # the real transform is that of the last axis
         f = f.view(*f.shape[:2], *(-1 if axis == axes[i] else 1 for axis in axes))
         spectrum = f if spectrum is None else spectrum * f

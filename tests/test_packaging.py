@@ -23,6 +23,14 @@ def test_every_folder_with_code_is_in_the_package():
     assert {"linzoo." + ".".join(path.relative_to(ROOT).parts) for path in code} <= packages
 
 
+def test_references_are_reached_by_import():
+    """A function named as its package does not hide the package's modules."""
+    import linzoo.ops.selective_scan.reference as reference
+    from linzoo.ops import ssd
+
+    assert reference.tokens_in_order and ssd.reference.nc_ssd and linzoo.ops.rational.reference.sign
+
+
 def test_version():
     major, minor, patch = linzoo.__version__.split(".")
     assert major.isdigit() and minor.isdigit() and patch.isdigit()

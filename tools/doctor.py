@@ -11,7 +11,7 @@ import rich.table
 import torch
 
 import linzoo.backbones
-from linzoo.ops import backend_info, build
+from linzoo.ops import backend_info, compile_cpu
 from linzoo.ops.backend import resolve
 from linzoo.ops.self_check import self_check
 
@@ -47,8 +47,8 @@ def main(argv=None):
     argparse.ArgumentParser(prog="linzoo doctor", description=__doc__).parse_args(argv)
     console = rich.console.Console(soft_wrap=True, highlight=False)
     try:
-        compiler = build.find_compiler()
-    except build.BuildError as error:
+        compiler = compile_cpu.find_compiler()
+    except compile_cpu.BuildError as error:
         compiler = str(error)
     facts = {
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -56,7 +56,7 @@ def main(argv=None):
         "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "compiler": compiler,
-        "kernel cache": str(build.cache_dir()),
+        "kernel cache": str(compile_cpu.cache_dir()),
         "models": str(len(linzoo.backbones.list_models())),
     }
     for name, value in facts.items():
@@ -66,7 +66,7 @@ def main(argv=None):
     healthy = True
     for op, reasons in backend_info().items():
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            if device == "cpu" and op not in build.sources():
+            if device == "cpu" and op not in compile_cpu.sources():
                 table.add_row(op, "cpu", "torch", "-", "")  # PyTorch's own operators serve it
                 continue
             backend, result, good = check(op, device)

@@ -1,24 +1,32 @@
 """Deformable convolution without softmax, per group of channels: DCNv4."""
 
+import functools
 import math
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch import Tensor
 
-from ..backend import forced_backend, resolve
-from ..selective_scan.reference import state_dtype
+from ..operator import Operator
+from ..tensors import check, state_dtype
 from . import cuda
 from .reference import deform_conv as reference
-from .reference import deform_conv_backward as reference_backward
+from .reference import grid_sample
 
 __all__ = ["deform_conv"]
 
 PARALLEL_TASKS = 8  # the backward kernel splits the rows until it has about so many tasks
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-
-def deform_conv(x, offset, weight, *, stride=1, padding=1, dilation=1, offset_scale=1.0):
+def deform_conv(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 1,
+    dilation: int = 1,
+    offset_scale: float = 1.0,
+) -> Tensor:
     """Deformable convolution DCNv4 (arXiv 2401.06197, equation 2): weighted bilinear samples at learned offsets.
 
     For group g, which is channels g C/G to (g + 1) C/G, output pixel (r, c) and tap k = K i + j of a K x K window,
@@ -42,46 +50,26 @@ def deform_conv(x, offset, weight, *, stride=1, padding=1, dilation=1, offset_sc
         ``(B, H', W', C)`` in the dtype of `x`, summed in float32 (float64 for float64).
 
     Raises:
-        ValueError: a shape does not fit, or an option is out of range.
-        TypeError: a dtype is not supported.
-        RuntimeError: tensors on different devices.
+        ValueError: a shape does not fit, an option is out of range, or tensors lie on different devices.
+        TypeError: not a tensor, or a dtype is not supported.
     """
-    taps = offset.shape[-2] if offset.dim() == 6 else 0
+    # Axes h and w are the output's, K the taps.
+    sizes = check(x=(x, "BHWC"), offset=(offset, "BhwGK2"), weight=(weight, "BhwGK"))
+    H, W, C, G, taps = (sizes[axis] for axis in "HWCGK")
     K = math.isqrt(taps)
-    if x.dim() != 4:
-        raise ValueError(f"x: expected (B, H, W, C), got {tuple(x.shape)}")
     if stride < 1 or dilation < 1 or padding < 0:
         raise ValueError(f"stride, dilation, padding: expected >= 1, >= 1, >= 0, got {stride}, {dilation}, {padding}")
-    if not taps or taps != K * K or offset.shape[-1] != 2:
-        raise ValueError(f"offset: expected (B, H', W', G, K K, 2), got {tuple(offset.shape)}")
-    B, H, W, C = x.shape
-    G = offset.shape[3]
+    if taps != K * K:
+        raise ValueError(f"offset: expected K x K taps, got {taps} in {tuple(offset.shape)}")
     size = [(n + 2 * padding - dilation * (K - 1) - 1) // stride + 1 for n in (H, W)]
     if min(size) < 1:
         raise ValueError(f"x: a {H} x {W} map is smaller than the window of {K} x {K} taps, dilation {dilation}")
-    if not G or C % G:
+    if C % G:
         raise ValueError(f"offset: {G} groups do not divide the {C} channels of x")
-    for name, tensor, shape in (("offset", offset, (B, *size, G, taps, 2)), ("weight", weight, (B, *size, G, taps))):
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != x.device:
-            raise RuntimeError(f"{name}: expected on {x.device} as x, got {tensor.device}")
-    for name, tensor in (("x", x), ("offset", offset), ("weight", weight)):
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")
+    if [sizes["h"], sizes["w"]] != size:
+        raise ValueError(f"offset: expected (B, {size[0]}, {size[1]}, G, K K, 2), got {tuple(offset.shape)}")
     offset, weight = (t.to(state_dtype(x.dtype)) for t in (offset, weight))
-    options = stride, padding, dilation, float(offset_scale)
-    if forced_backend() == "export":
-        return reference(x, offset, weight, *options)
-    return torch.ops.linzoo.deform_conv(x, offset, weight, *options)
-
-
-_OPTIONS = "int stride, int padding, int dilation, float offset_scale"
-torch.library.define("linzoo::deform_conv", f"(Tensor x, Tensor offset, Tensor weight, {_OPTIONS}) -> Tensor")
-torch.library.define(
-    "linzoo::deform_conv_backward",
-    f"(Tensor dy, Tensor x, Tensor offset, Tensor weight, {_OPTIONS}) -> (Tensor dx, Tensor doffset, Tensor dweight)",
-)
+    return _operator(x, offset, weight, stride, padding, dilation, float(offset_scale))
 
 
 def _dense_taps(offset, weight):
@@ -91,66 +79,40 @@ def _dense_taps(offset, weight):
     return offset, weight if weight.stride(-1) == 1 else weight.contiguous()
 
 
-def _forward(x, offset, weight, *options):
-    backend = resolve("deform_conv", x.device)
-    if backend == "reference":
-        return reference(x, offset, weight, *options).contiguous()
+def _forward(backend, x, offset, weight, *options):
     y = x.new_empty(*weight.shape[:3], x.shape[-1])
     kernel = cuda.forward if backend == "cuda" else torch.ops.linzoo_cpu.deform_conv_forward
     kernel(x.contiguous(), *_dense_taps(offset, weight), *options, y)
     return y
 
 
-@torch.library.register_fake("linzoo::deform_conv")
-def _forward_fake(x, offset, weight, *options):
-    return x.new_empty(*weight.shape[:3], x.shape[-1])
-
-
-def _backward(dy, x, offset, weight, *options):
-    backend = resolve("deform_conv", x.device)
-    if backend == "reference":
-        return tuple(g.contiguous() for g in reference_backward(dy, x, offset, weight, *options))
+def _backward(backend, dy, x, offset, weight, *options):
     inputs = dy.contiguous(), x.contiguous(), *_dense_taps(offset, weight)
     if backend == "cuda":
         dx, doffset, dweight = cuda.backward(*inputs, *options)
-        return dx.to(x.dtype), doffset, dweight
+        return [dx.to(x.dtype), doffset, dweight]
     doffset, dweight = offset.new_empty(offset.shape), weight.new_empty(weight.shape)
     B, rows, _, G, _ = weight.shape
-    splits = min(
-        max(PARALLEL_TASKS // max(B * G, 1), 1), rows
-    )  # from the shape alone: results do not depend on threads
+    splits = min(max(PARALLEL_TASKS // max(B * G, 1), 1), rows)  # from the shape: results do not depend on threads
     dx = weight.new_empty(splits, *x.shape)
     torch.ops.linzoo_cpu.deform_conv_backward(*inputs, *options, dx, doffset, dweight)
-    return dx.sum(0).to(x.dtype), doffset, dweight
+    return [dx.sum(0).to(x.dtype), doffset, dweight]
 
 
-@torch.library.register_fake("linzoo::deform_conv_backward")
-def _backward_fake(dy, x, offset, weight, *options):
-    return tuple(t.new_empty(t.shape) for t in (x, offset, weight))
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[3:]
-
-
-def _autograd(ctx, dy):
-    return *torch.ops.linzoo.deform_conv_backward(dy, *ctx.saved_tensors, *ctx.options), None, None, None, None
-
-
-torch.library.impl("linzoo::deform_conv", "default", _forward)
-torch.library.impl("linzoo::deform_conv_backward", "default", _backward)
-torch.library.register_autograd("linzoo::deform_conv", _autograd, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.linzoo.deform_conv)
-def _flops(x, offset, weight, *options, out_shape=None, **kwargs):
+def _flops(x, weight, **_):
     """Four multiply-adds, one for each pixel of a bilinear sample, per tap, channel and output pixel."""
     B, rows, columns, _, taps = weight
     return 4 * taps * B * rows * columns * x[-1]
 
 
-@register_flop_formula(torch.ops.linzoo.deform_conv_backward)
-def _flops_backward(dy, *inputs, out_shape=None, **kwargs):
-    """Twice the forward pass, as for a matrix product."""
-    return 2 * _flops(*inputs)
+_operator = Operator(
+    "deform_conv",
+    "(Tensor x, Tensor offset, Tensor weight, int stride, int padding, int dilation, float offset_scale) -> Tensor y",
+    kernel="deform_conv",
+    reference=reference,
+    forward=_forward,
+    backward=_backward,
+    fake=lambda x, offset, weight, *options: x.new_empty(*weight.shape[:3], x.shape[-1]),
+    flops=_flops,
+    export=functools.partial(reference, sample=grid_sample),
+)

@@ -4,27 +4,10 @@
 // Forward, a task is a row of the output. Backward, a task is a group of an image and a split of the rows: it alone
 // writes its channels of its split's copy of dx, so the scattered sums have a fixed order and need no atomics.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-
-#include "../simd.h"
+#include "../kernel.h"
 
 namespace linzoo {
 namespace {
-
-using torch::stable::Tensor;
 
 // Offsets or weights (B, H', W', G, ...) whose last axes, a pixel's taps of one group, are contiguous.
 template <class T>
@@ -217,18 +200,6 @@ void run_backward(const S* dy, const S* x, const Taps<T>& offset, const Taps<T>&
       }
     }
   });
-}
-
-template <class F>
-void dispatch(const Tensor& x, F f) {
-  using torch::headeronly::ScalarType;
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{}, float{});
-    case ScalarType::Double: return f(double{}, double{});
-    case ScalarType::BFloat16: return f(c10::BFloat16{}, float{});
-    case ScalarType::Half: return f(c10::Half{}, float{});
-    default: STD_TORCH_CHECK(false, "x: expected float64, float32, bfloat16 or float16");
-  }
 }
 
 void forward(Tensor x, Tensor offset, Tensor weight, int64_t stride, int64_t padding, int64_t dilation, double scale,

@@ -45,16 +45,16 @@ struct Point {
 
 template <class S, class T>
 __global__ void __launch_bounds__(kThreads)
-    forward(const S* x, const T* offset, i64 o_batch, i64 o_row, i64 o_column, i64 o_group, const T* weight, i64 w_batch,
-            i64 w_row, i64 w_column, i64 w_group, i64 B, i64 H, i64 W, i64 C, i64 rows, i64 columns, i64 G, i64 K,
+    forward(const S* x, const T* offset_, i64 offset_batch, i64 offset_row, i64 offset_column, i64 offset_group, const T* weight_, i64 weight_batch,
+            i64 weight_row, i64 weight_column, i64 weight_group, i64 B, i64 H, i64 W, i64 C, i64 rows, i64 columns, i64 G, i64 K,
             i64 stride, i64 dilation, i64 centre, i64 first, double scale, S* y) {
   const Sizes s{B, H, W, C, rows, columns, G, C / G, K, stride, dilation, centre, first, scale};
   const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= B * rows * columns * C) return;
   const i64 channel = i % C, g = channel / s.D, pixel = i / C;
   const i64 c = pixel % columns, r = pixel / columns % rows, b = pixel / (columns * rows);
-  const T* offsets = offset + b * o_batch + r * o_row + c * o_column + g * o_group;
-  const T* weights = weight + b * w_batch + r * w_row + c * w_column + g * w_group;
+  const T* offsets = offset_ + b * offset_batch + r * offset_row + c * offset_column + g * offset_group;
+  const T* weights = weight_ + b * weight_batch + r * weight_row + c * weight_column + g * weight_group;
   const S* image = x + b * H * W * C + channel;
   T sum = 0;
   for (i64 k = 0; k < K * K; ++k) {
@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kThreads)
 // dx (B, H, W, C) must hold zeros; doffset and dweight are contiguous.
 template <class S, class T>
 __global__ void __launch_bounds__(kThreads)
-    backward(const S* dy, const S* x, const T* offset, i64 o_batch, i64 o_row, i64 o_column, i64 o_group, const T* weight,
-             i64 w_batch, i64 w_row, i64 w_column, i64 w_group, i64 B, i64 H, i64 W, i64 C, i64 rows, i64 columns, i64 G,
+    backward(const S* dy, const S* x, const T* offset_, i64 offset_batch, i64 offset_row, i64 offset_column, i64 offset_group, const T* weight_,
+             i64 weight_batch, i64 weight_row, i64 weight_column, i64 weight_group, i64 B, i64 H, i64 W, i64 C, i64 rows, i64 columns, i64 G,
              i64 K, i64 stride, i64 dilation, i64 centre, i64 first, double scale, T* dx, T* doffset, T* dweight) {
   const Sizes s{B, H, W, C, rows, columns, G, C / G, K, stride, dilation, centre, first, scale};
   const int lane = threadIdx.x % 32;
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kThreads)
   const bool active = warp < B * rows * columns * G;
   const i64 i = active ? warp : 0;  // every lane takes part in the sums
   const i64 g = i % G, pixel = i / G, c = pixel % columns, r = pixel / columns % rows, b = pixel / (columns * rows);
-  const T* offsets = offset + b * o_batch + r * o_row + c * o_column + g * o_group;
-  const T* weights = weight + b * w_batch + r * w_row + c * w_column + g * w_group;
+  const T* offsets = offset_ + b * offset_batch + r * offset_row + c * offset_column + g * offset_group;
+  const T* weights = weight_ + b * weight_batch + r * weight_row + c * weight_column + g * weight_group;
   const i64 map = b * H * W * C + g * s.D;
   for (i64 k = 0; k < K * K; ++k) {
     const Point<T> p(s, r, c, k, offsets);

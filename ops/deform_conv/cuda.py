@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .. import cuda
+from .. import compile_cuda as cuda
 
 NAME = "deform_conv"
 
@@ -13,8 +13,9 @@ def _arguments(x, offset, weight, stride, padding, dilation, offset_scale):
     rows, columns, G, taps = weight.shape[1:]
     K = math.isqrt(taps)
     centre = dilation * (K - 1) // 2
-    options = rows, columns, G, K, stride, dilation, centre, centre - padding, offset_scale
-    return offset, *offset.stride()[:4], weight, *weight.stride()[:4], *x.shape, *options
+    sizes = dict(zip("BHWC", x.shape, strict=True)) | dict(rows=rows, columns=columns, G=G, K=K)
+    options = dict(stride=stride, dilation=dilation, centre=centre, first=centre - padding, scale=offset_scale)
+    return dict(x=x, offset=offset, weight=weight) | sizes | options
 
 
 def forward(x, offset, weight, *options_and_y):
@@ -22,7 +23,7 @@ def forward(x, offset, weight, *options_and_y):
     *options, y = options_and_y
     grid = -(-y.numel() // cuda.MAX_THREADS)
     name = cuda.template("forward", x.dtype, offset.dtype)
-    cuda.launch(NAME, name, grid, cuda.MAX_THREADS, x, *_arguments(x, offset, weight, *options), y)
+    cuda.launch(NAME, name, grid, cuda.MAX_THREADS, **_arguments(x, offset, weight, *options), y=y)
 
 
 def backward(dy, x, offset, weight, *options):
@@ -40,6 +41,6 @@ def backward(dy, x, offset, weight, *options):
     doffset, dweight = offset.new_empty(offset.shape), weight.new_empty(weight.shape)
     grid = -(-weight.shape[:4].numel() // (cuda.MAX_THREADS // 32))
     name = cuda.template("backward", x.dtype, offset.dtype)
-    arguments = _arguments(x, offset, weight, *options)
-    cuda.launch(NAME, name, grid, cuda.MAX_THREADS, dy, x, *arguments, dx, doffset, dweight)
+    grads = dict(dx=dx, doffset=doffset, dweight=dweight)
+    cuda.launch(NAME, name, grid, cuda.MAX_THREADS, dy=dy, **_arguments(x, offset, weight, *options), **grads)
     return dx, doffset, dweight

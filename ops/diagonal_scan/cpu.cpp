@@ -4,24 +4,10 @@
 //
 //   h_t = a_t h_{t-1} + b_t
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <optional>
-
-#include "../simd.h"
+#include "../kernel.h"
 
 namespace linzoo {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int kBlocks = 8;
 
@@ -166,18 +152,6 @@ void run_backward(const S* dh, const T* a, const S* h, const T* initial, T* da, 
       if (dinitial) store_pairs<T>(dinitial + edge + offset, carries[k], lanes);
     });
   });
-}
-
-template <class F>
-void dispatch(const Tensor& x, F f) {
-  using torch::headeronly::ScalarType;
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{}, float{});
-    case ScalarType::Double: return f(double{}, double{});
-    case ScalarType::BFloat16: return f(c10::BFloat16{}, float{});
-    case ScalarType::Half: return f(c10::Half{}, float{});
-    default: STD_TORCH_CHECK(false, "b: expected float64, float32, bfloat16 or float16");
-  }
 }
 
 template <class T>

@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import cuda
+from .. import compile_cuda as cuda
 
 NAME = "diagonal_scan"
 
@@ -13,16 +13,19 @@ def scan(a, b, initial, reverse, h, *, conjugate=False, shift=0):
     constant = a.dim() == 2
     segments, length = cuda.segments(L, batch * M, b.device, least=32)
     grid, carry_grid = (-(-n // cuda.MAX_THREADS) for n in (batch * segments * M, batch * M))
-    arguments = a, shift, int(conjugate), b, initial, int(reverse), batch, L, M, segments, length
+    sizes = dict(B=batch, M=M, segments=segments)
+    arguments = sizes | dict(gains=a, shift=shift, conjugate=conjugate, b=b, initial=initial, reverse=reverse)
+    arguments |= dict(L=L, segment_steps=length)
     boundary = None
     if segments > 1:
         boundary, products = (a.new_empty(batch, segments, M, 2) for _ in range(2))
-        name = cuda.template("scan", b.dtype, h.dtype, a.dtype, constant, True)
-        cuda.launch(NAME, name, grid, cuda.MAX_THREADS, *arguments, boundary, products, None)
-        carried = boundary, products, initial, batch, M, segments
-        cuda.launch(NAME, cuda.template("carry", a.dtype), carry_grid, cuda.MAX_THREADS, *carried)
+        name, ends = cuda.template("scan", b.dtype, h.dtype, a.dtype, constant, True), dict(boundary=boundary)
+        ends["products"] = products
+        cuda.launch(NAME, name, grid, cuda.MAX_THREADS, **arguments, **ends, h=None)
+        name = cuda.template("carry", a.dtype)
+        cuda.launch(NAME, name, carry_grid, cuda.MAX_THREADS, **sizes, **ends, initial=initial)
     name = cuda.template("scan", b.dtype, h.dtype, a.dtype, constant, False)
-    cuda.launch(NAME, name, grid, cuda.MAX_THREADS, *arguments, boundary, None, h)
+    cuda.launch(NAME, name, grid, cuda.MAX_THREADS, **arguments, boundary=boundary, products=None, h=h)
 
 
 def backward(dh, a, h, initial, reverse):

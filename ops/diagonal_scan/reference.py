@@ -1,8 +1,8 @@
-"""The complex diagonal recurrence in plain PyTorch: the specification."""
+"""The complex diagonal recurrence in plain PyTorch: the specification; its gradients are autograd's."""
 
 import torch
 
-from ..selective_scan.reference import state_dtype
+from ..tensors import state_dtype
 
 
 def diagonal_scan(a, b, initial=None, reverse=False):
@@ -17,32 +17,11 @@ def diagonal_scan(a, b, initial=None, reverse=False):
     return torch.view_as_real(torch.stack(states, 1)).to(b.dtype)
 
 
-def diagonal_scan_backward(dh, a, h, initial=None, reverse=False):
-    """Gradients of `diagonal_scan`, given its output `h`: of a, b and initial (None where that is None).
-
-    The gradient of b is the scan of the output's gradient the other way, by the conjugate of `a` one step later.
-    """
-    dtype, constant = h.dtype, a.dim() == 2
-    a, dh, h = _complex(a), _complex(dh), _complex(h)
-    last = 0 if reverse else h.shape[1] - 1
-    steps = range(h.shape[1]) if reverse else range(h.shape[1] - 1, -1, -1)
-    g, gs, das = torch.zeros_like(h[:, 0]), [None] * h.shape[1], [None] * h.shape[1]
-    for t in steps:
-        after = t - 1 if reverse else t + 1
-        carry = 0 if t == last else (a if constant else a[:, after]).conj_physical() * g
-        g = gs[t] = dh[:, t] + carry
-        before = t + 1 if reverse else t - 1
-        if 0 <= before < h.shape[1]:
-            previous = h[:, before]
-        else:
-            previous = torch.zeros_like(g) if initial is None else _complex(initial)
-        das[t] = g * previous.conj_physical()
-    da, db = torch.stack(das, 1), torch.stack(gs, 1)
-    da = torch.view_as_real(da.sum((0, 1)) if constant else da)
-    first = -1 if reverse else 0
-    a_first = a if constant else a[:, first]
-    dinitial = None if initial is None else torch.view_as_real(a_first.conj_physical() * gs[first])
-    return da, torch.view_as_real(db).to(dtype), None if dinitial is None else dinitial.to(initial.dtype)
+def inputs_of(a, h, initial=None, reverse=False, **_):
+    """The inputs b of which `h` are the states: the recurrence, solved for them."""
+    start = torch.zeros_like(h[:, :1]) if initial is None else initial.unsqueeze(1).to(h.dtype)
+    before = torch.cat([h[:, 1:], start] if reverse else [start, h[:, :-1]], 1)
+    return (torch.view_as_real(_complex(h) - _complex(a) * _complex(before))).to(h.dtype)
 
 
 def _complex(x):

@@ -5,23 +5,10 @@
 //
 //   P = a_0 + a_1 x + ... + a_5 x^5;  Q = 1 + |b_1||x| + ... + |b_4||x|^4;  y = P / Q
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <algorithm>
-#include <cstdint>
-
-#include "../simd.h"
+#include "../kernel.h"
 
 namespace linzoo {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int kNum = 6, kDen = 4, kRows = 16, kVectors = 8;
 
@@ -127,18 +114,6 @@ void run_backward(const S* dy, const S* x, const T* table, S* dx, T* sums, int64
       }
     });
   });
-}
-
-template <class F>
-void dispatch(const Tensor& x, F f) {
-  using torch::headeronly::ScalarType;
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{}, float{});
-    case ScalarType::Double: return f(double{}, double{});
-    case ScalarType::BFloat16: return f(c10::BFloat16{}, float{});
-    case ScalarType::Half: return f(c10::Half{}, float{});
-    default: STD_TORCH_CHECK(false, "x: expected float64, float32, bfloat16 or float16");
-  }
 }
 
 void forward(Tensor x, Tensor table, int64_t split_rows, Tensor y) {

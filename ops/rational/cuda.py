@@ -1,6 +1,6 @@
 """Arguments and grids of the kernels in cuda.cu."""
 
-from .. import cuda
+from .. import compile_cuda as cuda
 
 
 def split_rows(rows, channels, device):
@@ -10,19 +10,19 @@ def split_rows(rows, channels, device):
     return max(-(-rows // splits), 16)
 
 
-def forward(x, table, rows, y):
+def forward(**tensors):
     """x ``(rows, C)``, table ``(10, C)``; writes y."""
-    _launch("forward", x, table, rows, x, table, y)
+    _launch("forward", **tensors)
 
 
-def backward(dy, x, table, rows, dx, sums):
+def backward(**tensors):
     """Writes dx and sums ``(splits, 10, C)``, those of a and of |b| over the rows of a split."""
-    _launch("backward", x, table, rows, dy, x, table, dx, sums)
+    _launch("backward", **tensors)
 
 
-def _launch(kernel, x, table, rows, *tensors):
-    count, channels = x.shape
-    grid = -(-count // rows) * -(-channels // 32)
-    sizes, outputs = (count, channels, rows), 1 if kernel == "forward" else 2
+def _launch(kernel, *, x, table, split_rows, **tensors):
+    rows, C = x.shape
+    grid = -(-rows // split_rows) * -(-C // 32)
     name = cuda.template(kernel, x.dtype, table.dtype)
-    cuda.launch("rational", name, grid, cuda.MAX_THREADS, *tensors[:-outputs], *sizes, *tensors[-outputs:])
+    sizes = dict(rows=rows, C=C, split_rows=split_rows)
+    cuda.launch("rational", name, grid, cuda.MAX_THREADS, x=x, table=table, **sizes, **tensors)

@@ -7,28 +7,12 @@
 // Layouts: activations (batch, token, group, channel) with any strides but the last, which is 1; parameters transposed so
 // that channels are contiguous: A (G, N, D), dt_weight (G, R, D). States before each chunk: (batch, G, chunk, N, D).
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <optional>
-#include <type_traits>
-#include <vector>
-
-#include "../simd.h"
+#include "../kernel.h"
 
 namespace linzoo {
 namespace {
 
-using torch::stable::Tensor;
-
-constexpr int kChunk = 32;  // also CHUNK in __init__.py
+constexpr int kChunk = LINZOO_CHUNK;
 constexpr int kMaxVecs = 4; // vectors of channels walked together
 
 template <class S>
@@ -408,18 +392,6 @@ Problem<S, T> problem(const Tensor& u, const Tensor& dt, const Tensor& A, const 
                       p.order[i], " at flat index ", i);
   }
   return p;
-}
-
-template <class F>
-void dispatch(const Tensor& u, F f) {
-  using torch::headeronly::ScalarType;
-  switch (u.scalar_type()) {
-    case ScalarType::Float: return f(float{}, float{});
-    case ScalarType::Double: return f(double{}, double{});
-    case ScalarType::BFloat16: return f(c10::BFloat16{}, float{});
-    case ScalarType::Half: return f(c10::Half{}, float{});
-    default: STD_TORCH_CHECK(false, "u: expected float64, float32, bfloat16 or float16");
-  }
 }
 
 void forward(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, std::optional<Tensor> D, std::optional<Tensor> dt_weight,

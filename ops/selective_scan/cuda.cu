@@ -12,7 +12,7 @@
 
 #include "device.cuh"
 
-constexpr int kChunk = 16;  // also CHUNK["cuda"] in __init__.py
+constexpr int kChunk = LINZOO_CHUNK;
 
 // Rows of K values of the steps [start, start + count), as T, into shared memory; by the whole block.
 template <int K, class T, class S>

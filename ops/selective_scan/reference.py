@@ -1,13 +1,10 @@
-"""The selective scan in plain PyTorch: the specification, step by step, and its form for export."""
+"""The selective scan in plain PyTorch: the specification, step by step; its gradients are autograd's."""
 
 import torch
 import torch.nn.functional as F
 from torch._higher_order_ops.scan import scan
 
-
-def state_dtype(dtype):
-    """dtype of the states and sums for activations of `dtype`: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from ..tensors import state_dtype
 
 
 def tokens_in_order(x, order):
@@ -28,10 +25,9 @@ def tokens_in_place(y, order, length):
 
 
 def _steps(dt, dt_weight, dt_bias, dt_softplus):
-    """delta, and its value before softplus."""
     x = dt if dt_weight is None else torch.einsum("blgr,gdr->blgd", dt, dt_weight)
     x = x if dt_bias is None else x + dt_bias
-    return (F.softplus(x) if dt_softplus else x), x
+    return F.softplus(x) if dt_softplus else x
 
 
 def _step(h, delta, u, A, B, C):
@@ -61,7 +57,7 @@ def selective_scan(
     """
     dtype, length = state_dtype(u.dtype), u.shape[1]
     u_, dt, B, C = (tokens_in_order(x, order).to(dtype) for x in (u, dt, B, C))
-    delta, _ = _steps(dt, dt_weight, dt_bias, dt_softplus)
+    delta = _steps(dt, dt_weight, dt_bias, dt_softplus)
     h, states = u_.new_zeros(u_.shape[0], *A.shape), []
     if use_scan:
         xs = tuple(x.transpose(0, 1) for x in (delta, u_, B, C))
@@ -78,40 +74,3 @@ def selective_scan(
         y = y + D * u_
     y = tokens_in_place(y, order, length)
     return (y.sum(2) if merge else y).to(u.dtype), states
-
-
-def selective_scan_backward(dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order):
-    """Gradients of `selective_scan` (without merge), by the adjoint recurrence ``dh_{t-1} = exp(delta_t A) dh_t``.
-
-    Returns:
-        The gradients of u, dt, A, B, C, D, dt_weight and dt_bias, None for those that are None.
-    """
-    inputs = (u, dt, A, B, C, D, dt_weight, dt_bias)
-    dtype, length = state_dtype(u.dtype), u.shape[1]
-    states = selective_scan(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order)[1]
-    dy, u, dt, B, C = (tokens_in_order(x, order).to(dtype) for x in (dy, u, dt, B, C))
-    delta, x = _steps(dt, dt_weight, dt_bias, dt_softplus)
-    dA, dh = torch.zeros_like(A), torch.zeros_like(states[0])
-    du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, B, C))
-    for t in reversed(range(u.shape[1])):
-        delta_t, u_t, dy_t = delta[:, t].unsqueeze(-1), u[:, t].unsqueeze(-1), dy[:, t].unsqueeze(-1)  # (B, G, D, 1)
-        decay, B_t = torch.exp(delta_t * A), B[:, t].unsqueeze(2)
-        h_t = decay * states[t] + delta_t * u_t * B_t
-        dC[:, t] = (dy_t * h_t).sum(2)
-        dh = dh + dy_t * C[:, t].unsqueeze(2)
-        dB[:, t] = (dh * delta_t * u_t).sum(2)
-        dinput = (dh * B_t).sum(-1)
-        dh = decay * dh
-        through_decay = dh * states[t]
-        ddelta[:, t] = (through_decay * A).sum(-1) + dinput * u[:, t]
-        dA += (through_decay * delta_t).sum(0)
-        du[:, t] = dinput * delta[:, t]
-    if D is not None:
-        du += D * dy
-    dx = ddelta * torch.sigmoid(x) if dt_softplus else ddelta
-    ddt = dx if dt_weight is None else torch.einsum("blgd,gdr->blgr", dx, dt_weight)
-    du, ddt, dB, dC = (tokens_in_place(g, order, length) for g in (du, ddt, dB, dC))
-    dD = (dy * u).sum((0, 1))
-    dweight = None if dt_weight is None else torch.einsum("blgd,blgr->gdr", dx, dt)
-    grads = (du, ddt, dA, dB, dC, dD, dweight, dx.sum((0, 1)))
-    return [None if x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]

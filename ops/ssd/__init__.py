@@ -2,24 +2,18 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..backend import forced_backend
-from ..selective_scan.reference import state_dtype
+from ..tensors import check, state_dtype
 from . import reference
 
 __all__ = ["nc_ssd", "ssd"]
 
 
-def _check(named, sizes):
-    for name, (tensor, letters) in named.items():
-        if tensor is None:
-            continue
-        expected = tuple(sizes[letter] for letter in letters)
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name}: expected ({', '.join(letters)}) = {expected}, got {tuple(tensor.shape)}")
-
-
-def ssd(x, dt, A, B, C, D=None, *, chunk_size=64):
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *, chunk_size: int = 64
+) -> Tensor:
     """Causal state-space duality (Mamba-2, arXiv 2405.21060, section 6): per head, a matrix state with a scalar decay.
 
     For each head h of group g::
@@ -41,12 +35,10 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64):
         ``(B, L, H, P)`` in the dtype of `x`; states and sums are float32 (float64 for float64).
 
     Raises:
-        ValueError: a shape does not fit, or `chunk_size` is not positive.
+        ValueError: a shape does not fit, `chunk_size` is not positive, or tensors lie on different devices.
+        TypeError: not a tensor, or a dtype is not supported.
     """
-    if x.dim() != 4 or B.dim() != 4:
-        raise ValueError(f"x, B: expected (B, L, H, P) and (B, L, G, N), got {tuple(x.shape)} and {tuple(B.shape)}")
-    sizes = dict(zip("BLHP", x.shape, strict=True)) | {"G": B.shape[2], "N": B.shape[3]}
-    _check({"dt": (dt, "BLH"), "A": (A, "H"), "B": (B, "BLGN"), "C": (C, "BLGN"), "D": (D, "H")}, sizes)
+    sizes = check(x=(x, "BLHP"), dt=(dt, "BLH"), A=(A, "H"), B=(B, "BLGN"), C=(C, "BLGN"), D=(D, "H"))
     if sizes["H"] % sizes["G"]:
         raise ValueError(f"B: the number of heads, {sizes['H']}, must be a multiple of its groups, got {sizes['G']}")
     if chunk_size < 1:
@@ -81,7 +73,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64):
     return (y if D is None else y + D.to(dtype)[:, None] * x.to(dtype)).to(x.dtype)
 
 
-def nc_ssd(x, weight, B, C, D=None):
+def nc_ssd(x: Tensor, weight: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:
     """Non-causal state-space duality (VSSD, arXiv 2407.18559): all tokens write to one state that all of them read.
 
     ``S = sum_i weight_i B_i x_i^T`` per head, ``y_i = S^T C_i + D x_i``: no order, no decay but the tokens' weights.
@@ -96,12 +88,10 @@ def nc_ssd(x, weight, B, C, D=None):
         ``(B, L, H, P)`` in the dtype of `x`; the state, a sum over all tokens, is float32 (float64 for float64).
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or tensors lie on different devices.
+        TypeError: not a tensor, or a dtype is not supported.
     """
-    if x.dim() != 4 or B.dim() != 3:
-        raise ValueError(f"x, B: expected (B, L, H, P) and (B, L, N), got {tuple(x.shape)} and {tuple(B.shape)}")
-    sizes = dict(zip("BLHP", x.shape, strict=True)) | {"N": B.shape[2]}
-    _check({"weight": (weight, "BLH"), "B": (B, "BLN"), "C": (C, "BLN"), "D": (D, "H")}, sizes)
+    check(x=(x, "BLHP"), weight=(weight, "BLH"), B=(B, "BLN"), C=(C, "BLN"), D=(D, "H"))
     if forced_backend() == "reference":
         return reference.nc_ssd(x, weight, B, C, D)
     dtype = state_dtype(x.dtype)

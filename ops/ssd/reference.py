@@ -2,7 +2,7 @@
 
 import torch
 
-from ..selective_scan.reference import state_dtype
+from ..tensors import state_dtype
 
 
 def ssd(x, dt, A, B, C, D=None):

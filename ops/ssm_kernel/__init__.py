@@ -3,19 +3,27 @@
 import math
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch import Tensor
 
-from ..backend import forced_backend, resolve
-from ..selective_scan.reference import state_dtype
+from ..operator import Operator
+from ..tensors import check, promote, state_dtype
 from . import reference
 
 __all__ = ["ssm_kernel"]
 
 DISCRETIZATIONS = ("zoh", "bilinear")
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def ssm_kernel(A, B, C, dt, length, *, P=None, discretization="zoh"):
+def ssm_kernel(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    length: int,
+    *,
+    P: Tensor | None = None,
+    discretization: str = "zoh",
+) -> Tensor:
     """The convolution kernel ``K_l = C dA^l dB`` of a state space with real output, for l = 0 .. length - 1.
 
     Complex tensors hold (re, im) on their last axis. Only one mode of each conjugate pair is stored, so every sum over
@@ -44,14 +52,20 @@ def ssm_kernel(A, B, C, dt, length, *, P=None, discretization="zoh"):
         ``(H, L)``, or ``(channels, H, L)``: float32, float64 if any input is float64.
 
     Raises:
-        ValueError: a shape does not fit, `length` is not positive, `discretization` unknown or not bilinear with `P`.
-        TypeError: a dtype is not supported.
-        RuntimeError: tensors on different devices; a forced backend cannot serve.
+        ValueError: a shape does not fit, `length` is not positive, `discretization` unknown or not bilinear with `P`,
+            or tensors lie on different devices.
+        TypeError: not a tensor, or a dtype is not supported.
+        RuntimeError: a forced backend cannot serve.
     """
-    _check(A, B, C, dt, length, P, discretization)
-    dtype = state_dtype(A.dtype)
-    for tensor in (B, C, dt, P):
-        dtype = dtype if tensor is None else torch.promote_types(dtype, state_dtype(tensor.dtype))
+    if discretization not in DISCRETIZATIONS:
+        raise ValueError(f"discretization: expected one of {', '.join(DISCRETIZATIONS)}, got {discretization!r}")
+    if P is not None and discretization != "bilinear":
+        raise ValueError(f"discretization: expected 'bilinear' with P, got {discretization!r}")
+    several = isinstance(C, Tensor) and C.dim() == 4  # c channels
+    check(A=(A, "HN2"), B=(B, "HN2"), C=(C, "cHN2" if several else "HN2"), dt=(dt, "H"), P=(P, "RHN2"))
+    if length < 1:
+        raise ValueError(f"length: expected a positive number of steps, got {length}")
+    dtype = state_dtype(promote(*(x for x in (A, B, C, dt, P) if x is not None)))
     if P is not None:
         A, B, C, P = (torch.view_as_complex(t.double().contiguous()) for t in (A, B, C, P))
         return _dplr_kernel(A, B, C, dt.double().unsqueeze(-1), length, P).to(dtype)
@@ -100,148 +114,71 @@ def _expm1(x):
 
 def _vandermonde(c, x, length):
     c, x = (torch.view_as_real(t.resolve_conj()).contiguous() for t in (c, x))
-    if forced_backend() == "export":
-        return reference.vandermonde(c, x, length)
-    return torch.ops.linzoo.vandermonde(c, x, length)
+    return _vandermonde_operator(c, x, length)
 
 
 def _cauchy(v, w, nodes):
     v, w = (torch.view_as_real(t.resolve_conj()).contiguous() for t in (v, w))
-    if forced_backend() == "export":
-        return torch.view_as_complex(reference.cauchy(v, w, nodes))
-    return torch.view_as_complex(torch.ops.linzoo.cauchy(v, w, nodes))
+    return torch.view_as_complex(_cauchy_operator(v, w, nodes))
 
 
-def _check(A, B, C, dt, length, P, discretization):
-    if discretization not in DISCRETIZATIONS:
-        raise ValueError(f"discretization: expected one of {', '.join(DISCRETIZATIONS)}, got {discretization!r}")
-    if P is not None and discretization != "bilinear":
-        raise ValueError(f"discretization: expected 'bilinear' with P, got {discretization!r}")
-    if A.dim() != 3 or A.shape[2] != 2:
-        raise ValueError(f"A: expected (H, N, 2), got {tuple(A.shape)}")
-    expected = {"B": (B, "(H, N, 2)", tuple(A.shape), 3), "dt": (dt, "(H,)", (A.shape[0],), 1)}
-    expected["C"] = (C, "(H, N, 2) or (channels, H, N, 2)", tuple(A.shape), 4)
-    if P is not None:
-        expected["P"] = (P, "(rank, H, N, 2)", tuple(A.shape), 4)
-    for name, (tensor, letters, shape, rank) in expected.items():
-        fits = tensor.dim() == rank or (name == "C" and tensor.dim() == 3)
-        if not fits or tuple(tensor.shape[tensor.dim() - len(shape) :]) != shape:
-            raise ValueError(f"{name}: expected {letters} beside A {tuple(A.shape)}, got {tuple(tensor.shape)}")
-    if length < 1:
-        raise ValueError(f"length: expected a positive number of steps, got {length}")
-    for name, tensor in dict(A=A, B=B, C=C, dt=dt, P=P).items():
-        if tensor is None:
-            continue
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")
-        if tensor.device != A.device:
-            raise RuntimeError(f"{name}: expected on {A.device} as A, got {tensor.device}")
+# Complex numbers are real tensors with a last axis (re, im) here.
 
 
-# Registration. Complex numbers are real tensors with a last axis (re, im) here.
-
-torch.library.define("linzoo::vandermonde", "(Tensor c, Tensor x, SymInt length) -> Tensor")
-torch.library.define("linzoo::vandermonde_backward", "(Tensor dk, Tensor c, Tensor x) -> (Tensor dc, Tensor dx)")
-torch.library.define("linzoo::cauchy", "(Tensor v, Tensor w, Tensor nodes) -> Tensor")
-torch.library.define(
-    "linzoo::cauchy_backward", "(Tensor dr, Tensor v, Tensor w, Tensor nodes) -> (Tensor dv, Tensor dw)"
-)
-
-
-def _vandermonde_forward(c, x, length):
-    if resolve("ssm_kernel", c.device) == "reference":
-        return reference.vandermonde(c, x, length).contiguous()
+def _vandermonde_forward(backend, c, x, length):
     k = c.new_empty(c.shape[0], length)
     torch.ops.linzoo_cpu.vandermonde_forward(c.contiguous(), x.contiguous(), k)
     return k
 
 
-def _vandermonde_backward(dk, c, x):
-    if resolve("ssm_kernel", c.device) == "reference":
-        return reference.vandermonde_backward(dk, c, x)
+def _vandermonde_backward(backend, dk, c, x, length):
     dc, dx = c.new_empty(c.shape), x.new_empty(x.shape)
     torch.ops.linzoo_cpu.vandermonde_backward(dk.contiguous(), c.contiguous(), x.contiguous(), dc, dx)
-    return dc, dx
+    return [dc, dx]
 
 
-def _cauchy_forward(v, w, nodes):
-    if resolve("ssm_kernel", v.device) == "reference":
-        return reference.cauchy(v, w, nodes).contiguous()
+def _vandermonde_flops(c, length, **_):
+    """2 per feature, mode and step: the real part of a complex product."""
+    return 2 * c[0] * c[1] * length
+
+
+_vandermonde_operator = Operator(
+    "vandermonde",
+    "(Tensor c, Tensor x, SymInt length) -> Tensor k",
+    kernel="ssm_kernel",
+    reference=reference.vandermonde,
+    forward=_vandermonde_forward,
+    backward=_vandermonde_backward,
+    fake=lambda c, x, length: c.new_empty(c.shape[0], length),
+    flops=_vandermonde_flops,
+)
+
+
+def _cauchy_forward(backend, v, w, nodes):
     r = v.new_empty(*v.shape[:2], 2, nodes.shape[0])  # parts apart: lanes are nodes
     torch.ops.linzoo_cpu.cauchy_forward(v.contiguous(), w.contiguous(), nodes.contiguous(), r)
     return r.transpose(2, 3).contiguous()
 
 
-def _cauchy_backward(dr, v, w, nodes):
-    if resolve("ssm_kernel", v.device) == "reference":
-        return reference.cauchy_backward(dr.contiguous(), v, w, nodes)
+def _cauchy_backward(backend, dr, v, w, nodes):
     dv, dw, dr = v.new_empty(v.shape), w.new_empty(w.shape), dr.transpose(2, 3).contiguous()
     torch.ops.linzoo_cpu.cauchy_backward(dr, v.contiguous(), w.contiguous(), nodes.contiguous(), dv, dw)
-    return dv, dw
+    return [dv, dw]
 
 
-@torch.library.register_fake("linzoo::vandermonde")
-def _vandermonde_fake(c, x, length):
-    return c.new_empty(c.shape[0], length)
-
-
-@torch.library.register_fake("linzoo::vandermonde_backward")
-def _vandermonde_backward_fake(dk, c, x):
-    return c.new_empty(c.shape), x.new_empty(x.shape)
-
-
-@torch.library.register_fake("linzoo::cauchy")
-def _cauchy_fake(v, w, nodes):
-    return v.new_empty(*v.shape[:2], nodes.shape[0], 2)
-
-
-@torch.library.register_fake("linzoo::cauchy_backward")
-def _cauchy_backward_fake(dr, v, w, nodes):
-    return v.new_empty(v.shape), w.new_empty(w.shape)
-
-
-def _vandermonde_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _vandermonde_autograd(ctx, dk):
-    return *torch.ops.linzoo.vandermonde_backward(dk, *ctx.saved_tensors), None
-
-
-def _cauchy_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _cauchy_autograd(ctx, dr):
-    return *torch.ops.linzoo.cauchy_backward(dr, *ctx.saved_tensors), None
-
-
-for _name, _forward, _backward, _autograd, _context in (
-    ("vandermonde", _vandermonde_forward, _vandermonde_backward, _vandermonde_autograd, _vandermonde_context),
-    ("cauchy", _cauchy_forward, _cauchy_backward, _cauchy_autograd, _cauchy_context),
-):
-    torch.library.impl(f"linzoo::{_name}", "default", _forward)
-    torch.library.impl(f"linzoo::{_name}_backward", "default", _backward)
-    torch.library.register_autograd(f"linzoo::{_name}", _autograd, setup_context=_context)
-
-
-@register_flop_formula(torch.ops.linzoo.vandermonde)
-def _vandermonde_flops(c, x, length, *, out_shape=None, **kwargs):
-    """2 per feature, mode and step: the real part of a complex product."""
-    return 2 * c[0] * c[1] * length
-
-
-@register_flop_formula(torch.ops.linzoo.vandermonde_backward)
-def _vandermonde_backward_flops(dk, c, x, *, out_shape=None, **kwargs):
-    return 2 * _vandermonde_flops(c, x, dk[1])
-
-
-@register_flop_formula(torch.ops.linzoo.cauchy)
-def _cauchy_flops(v, w, nodes, *, out_shape=None, **kwargs):
+def _cauchy_flops(v, nodes, **_):
     """4 per feature, sum, mode and node: a complex product."""
     return 4 * v[0] * v[1] * v[2] * nodes[0]
 
 
-@register_flop_formula(torch.ops.linzoo.cauchy_backward)
-def _cauchy_backward_flops(dr, v, w, nodes, *, out_shape=None, **kwargs):
-    return 2 * _cauchy_flops(v, w, nodes)
+_cauchy_operator = Operator(
+    "cauchy",
+    "(Tensor v, Tensor w, Tensor nodes) -> Tensor r",
+    kernel="ssm_kernel",
+    reference=reference.cauchy,
+    forward=_cauchy_forward,
+    backward=_cauchy_backward,
+    fake=lambda v, w, nodes: v.new_empty(*v.shape[:2], nodes.shape[0], 2),
+    flops=_cauchy_flops,
+    constants=("nodes",),
+)

@@ -6,24 +6,13 @@
 // Lanes are the steps l, or the nodes k. Powers exp(l x) are the product of one for the lane and one for the block of
 // lanes; the latter runs on in double, so that a phase is as good at the last step as at the first.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
-#include <cmath>
 #include <complex>
-#include <cstdint>
-#include <vector>
 
-#include "../simd.h"
+#include "../kernel.h"
 
 namespace linzoo {
 namespace {
 
-using torch::stable::Tensor;
 using Complex = std::complex<double>;
 
 constexpr int64_t kChunk = 1024;  // steps of one task of vandermonde
@@ -229,30 +218,20 @@ void run_cauchy_backward(const T* dr, const T* v, const T* w, const T* nodes, T*
   });
 }
 
-template <class F>
-void dispatch(const Tensor& x, F f) {
-  using torch::headeronly::ScalarType;
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    default: STD_TORCH_CHECK(false, "expected float64 or float32");
-  }
-}
-
 template <class T>
 T* data(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
 }
 
 void vandermonde(Tensor c, Tensor x, Tensor k) {
-  dispatch(c, [&](auto t) {
+  dispatch_states(c, [&](auto t) {
     using T = decltype(t);
     run_vandermonde(data<T>(c), data<T>(x), data<T>(k), c.size(0), c.size(1), k.size(1));
   });
 }
 
 void vandermonde_backward(Tensor dk, Tensor c, Tensor x, Tensor dc, Tensor dx) {
-  dispatch(c, [&](auto t) {
+  dispatch_states(c, [&](auto t) {
     using T = decltype(t);
     run_vandermonde_backward(data<T>(dk), data<T>(c), data<T>(x), data<T>(dc), data<T>(dx), c.size(0), c.size(1),
                              dk.size(1));
@@ -260,14 +239,14 @@ void vandermonde_backward(Tensor dk, Tensor c, Tensor x, Tensor dc, Tensor dx) {
 }
 
 void cauchy(Tensor v, Tensor w, Tensor nodes, Tensor r) {
-  dispatch(v, [&](auto t) {
+  dispatch_states(v, [&](auto t) {
     using T = decltype(t);
     run_cauchy(data<T>(v), data<T>(w), data<T>(nodes), data<T>(r), v.size(0), v.size(1), v.size(2), nodes.size(0));
   });
 }
 
 void cauchy_backward(Tensor dr, Tensor v, Tensor w, Tensor nodes, Tensor dv, Tensor dw) {
-  dispatch(v, [&](auto t) {
+  dispatch_states(v, [&](auto t) {
     using T = decltype(t);
     run_cauchy_backward(data<T>(dr), data<T>(v), data<T>(w), data<T>(nodes), data<T>(dv), data<T>(dw), v.size(0),
                         v.size(1), v.size(2), nodes.size(0));

@@ -14,15 +14,6 @@ def vandermonde(c, x, length):
     return 2 * torch.einsum("hn,hnl->hl", torch.view_as_complex(c), powers).real
 
 
-def vandermonde_backward(dk, c, x):
-    """Gradients of `vandermonde`: of c and x."""
-    steps = torch.arange(dk.shape[1], dtype=x.dtype, device=x.device)
-    powers = torch.exp(torch.view_as_complex(x).unsqueeze(-1) * steps)
-    sums = torch.einsum("hl,hnl->hn", dk.to(powers.dtype), powers)
-    moments = torch.einsum("hl,hnl->hn", (dk * steps).to(powers.dtype), powers)
-    return _real(2 * sums.conj_physical()), _real(2 * (torch.view_as_complex(c) * moments).conj_physical())
-
-
 def cauchy(v, w, nodes):
     """``R_k = sum_n v_n / (2i s_k - c_k w_n) + v_n^* / (2i s_k - c_k w_n^*)`` at nodes (s_k, c_k).
 
@@ -33,18 +24,6 @@ def cauchy(v, w, nodes):
         torch.einsum("hvn,hnk->hvk", v, 1 / _differences(w, nodes))
         + torch.einsum("hvn,hnk->hvk", v.conj_physical(), 1 / _differences(w.conj_physical(), nodes))
     )
-
-
-def cauchy_backward(dr, v, w, nodes):
-    """Gradients of `cauchy`: of v and w."""
-    dr, v, w = (torch.view_as_complex(t) for t in (dr, v, w))
-    direct, mirror = 1 / _differences(w, nodes), 1 / _differences(w.conj_physical(), nodes)
-    dv = torch.einsum("hvk,hnk->hvn", dr.conj_physical(), direct).conj_physical() + torch.einsum(
-        "hvk,hnk->hvn", dr.conj_physical(), mirror
-    )
-    slope = torch.einsum("hvk,hvn,hnk->hn", dr.conj_physical(), v, direct**2 * nodes[:, 1]).conj_physical()
-    slope = slope + torch.einsum("hvk,hvn,hnk->hn", dr.conj_physical(), v.conj_physical(), mirror**2 * nodes[:, 1])
-    return _real(dv), _real(slope)
 
 
 def _differences(w, nodes):

@@ -2,41 +2,17 @@
 // results do not depend on the number of threads. Activations come in the state's dtype, with any strides but the last,
 // which is 1; `order` gives the token of each step.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <optional>
-#include <vector>
-
-#include "../simd.h"
+#include "../kernel.h"
 
 namespace linzoo {
 namespace {
 
-using torch::stable::Tensor;
-
-constexpr int kChunk = 32;  // also CHUNK in __init__.py
+constexpr int kChunk = LINZOO_CHUNK;
 constexpr int kFewHeads = 16;
 
 template <class T>
 T* data(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
-}
-
-template <class F>
-void dispatch(const Tensor& x, F f) {
-  using torch::headeronly::ScalarType;
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    default: STD_TORCH_CHECK(false, "k: expected float32 or float64");
-  }
 }
 
 // The token of each step: (T) or (B, T), or none for 0 .. L-1.
@@ -160,7 +136,7 @@ void both_sides(const Order& order, int64_t batch, V w, Ahead ahead, Read read, 
 
 void bi_forward(Tensor k, Tensor v, Tensor w, Tensor u, std::optional<Tensor> order_, Tensor y, Tensor log_den) {
   const Order order(order_, k.size(1));
-  dispatch(k, [&](auto t) {
+  dispatch_states(k, [&](auto t) {
     using T = decltype(t);
     using V = typename Simd<T>::vec;
     const Activation<const T> keys(k), values(v);
@@ -200,7 +176,7 @@ void bi_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, std::optiona
                  Tensor dk, Tensor dv, Tensor dw, Tensor du) {
   const Order order(order_, k.size(1));
   const int64_t C = k.size(2);
-  dispatch(k, [&](auto t) {
+  dispatch_states(k, [&](auto t) {
     using T = decltype(t);
     using V = typename Simd<T>::vec;
     const Activation<const T> grads(dy), keys(k), values(v), outputs(y), logs(log_den);
@@ -581,7 +557,7 @@ void run_backward(const Problem<T>& p, const Gradients<T>& o) {
 
 void matrix_forward(Tensor r, Tensor w, Tensor k, Tensor v, std::optional<Tensor> a, std::optional<Tensor> b,
                     std::optional<Tensor> u, std::optional<Tensor> order, int64_t directions, Tensor y, Tensor states) {
-  dispatch(k, [&](auto t) {
+  dispatch_states(k, [&](auto t) {
     using T = decltype(t);
     const Problem<T> p(r, w, k, v, a, b, u, order, directions, states);
     if (a) run_forward<true>(p, data<T>(y)); else run_forward<false>(p, data<T>(y));
@@ -591,7 +567,7 @@ void matrix_forward(Tensor r, Tensor w, Tensor k, Tensor v, std::optional<Tensor
 void matrix_backward(Tensor dy, Tensor r, Tensor w, Tensor k, Tensor v, std::optional<Tensor> a, std::optional<Tensor> b,
                      std::optional<Tensor> u, std::optional<Tensor> order, int64_t directions, Tensor states, Tensor dr,
                      Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor du) {
-  dispatch(k, [&](auto t) {
+  dispatch_states(k, [&](auto t) {
     using T = decltype(t);
     const Problem<T> p(r, w, k, v, a, b, u, order, directions, states);
     const Gradients<T> o{Activation<const T>(dy), data<T>(dr), data<T>(dw), data<T>(dk),

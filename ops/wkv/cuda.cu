@@ -9,8 +9,8 @@
 
 #include "device.cuh"
 
-constexpr int kChunk = 16;  // also CHUNK["cuda"] in __init__.py
-constexpr int kMarks = 8;  // chunks of a segment of bi_wkv, at most
+constexpr int kChunk = LINZOO_CHUNK;
+constexpr int kMarks = LINZOO_MARKS;  // chunks of a segment of bi_wkv, at most
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // --- bi_wkv ---------------------------------------------------------------------------------------------------------
@@ -70,13 +70,13 @@ struct Terms {
 // ends: (2 sides, B, segments, fields, C).
 template <class T, bool kBackward>
 __global__ void __launch_bounds__(kThreads)
-    bi_ends(const T* first, i64 first_batch, i64 first_token, const T* second, i64 second_batch, i64 second_token,
+    bi_ends(const T* first_, i64 first_batch, i64 first_token, const T* second_, i64 second_batch, i64 second_token,
             const T* y, const int* order_, i64 order_batch, const T* w, i64 B, i64 L, i64 C, i64 steps, i64 blocks,
             i64 segments, i64 segment_steps, T* ends) {
   const Place p(1, C, steps, blocks, segments, segment_steps);
   if (!p.active) return;
   const Order order{order_, order_batch, steps};
-  const Terms<T, kBackward> terms{{first, first_batch, first_token, 0}, {second, second_batch, second_token, 0}, y, L, C};
+  const Terms<T, kBackward> terms{{first_, first_batch, first_token, 0}, {second_, second_batch, second_token, 0}, y, L, C};
   const T decay = w[p.c] * T(kLog2e);
   Sums<T, kBackward> past, future;
 #pragma unroll 4

@@ -1,4 +1,4 @@
-"""The WKV operators in plain PyTorch: the specification, step by step, and its form for export.
+"""The WKV operators in plain PyTorch: the specification, step by step; its gradients are autograd's.
 
 Activations are in the state's dtype here.
 """
@@ -85,38 +85,12 @@ def bi_wkv(k, v, w, u, order=None, use_scan=False):
     return tokens_in_place(num / den, order, length), tokens_in_place(peak + den.log(), order, length)
 
 
-def bi_wkv_backward(dy, k, v, w, u, order, y, log_den):
-    """Gradients of k, v, w and u: the same sums of the upstream gradient g and of g y, with keys ``-log_den``.
-
-    With p_ti the weight of token i for step t: ``dv_i = sum_t p_ti g_t``, ``dk_i = sum_t p_ti g_t (v_i - y_t)``.
-    """
-    length = k.shape[1]
-    k, v, y, log_den, g = (tokens_in_order(x, order) for x in (k, v, y, log_den, dy))
-
-    def past(key, x, y):
-        return _past(key, x, y, w)
-
-    weight = torch.exp(u + k - log_den)  # a token's weight for itself
-    dv, minus, far = weight * g, weight * g * y, 0
-    du = (weight * g * (v - y)).sum((0, 1))
-    for top, x, xy, far_x, far_xy in (past(-log_den, g, g * y), _reversed(past, -log_den, g, g * y)):
-        weight = torch.exp(k + top)
-        dv, minus, far = dv + weight * x, minus + weight * xy, far + weight * (v * far_x - far_xy)
-    dk = v * dv - minus
-    return tokens_in_place(dk, order, length), tokens_in_place(dv, order, length), -far.sum((0, 1)), du
-
-
 # --- wkv6 -----------------------------------------------------------------------------------------------------------
 
 
 def _decay(w):
     """``exp(-exp(w))``; beyond 32 it is 0 in any dtype, and so is its derivative."""
     return torch.exp(-torch.exp(w.clamp(max=32)))
-
-
-def _slope(w):
-    """The derivative of `_decay`."""
-    return -torch.exp(w.clamp(max=32)) * _decay(w)
 
 
 def _outer(x, y):
@@ -151,33 +125,6 @@ def wkv6(r, k, v, w, u, order=None, bidirectional=True, use_scan=False):
     return tokens_in_place(y, order, length), states
 
 
-def _wkv6_past_backward(g, r, k, v, decay, states):
-    """Gradients of r, k, v and decay through the states: P_t is the gradient of the state that step t leaves."""
-    P, grads = torch.zeros_like(states[:, 0]), []
-    for t in reversed(range(g.shape[1])):
-        S, g_t = states[:, t], g[:, t]
-        dr, dk = (S * g_t.unsqueeze(-2)).sum(-1), (P * v[:, t].unsqueeze(-2)).sum(-1)
-        grads.append((dr, dk, (P * k[:, t].unsqueeze(-1)).sum(-2), (S * P).sum(-1)))
-        P = _outer(r[:, t], g_t) + decay[:, t].unsqueeze(-1) * P
-    return tuple(torch.stack(x[::-1], 1) for x in zip(*grads, strict=True))
-
-
-def wkv6_backward(dy, r, k, v, w, u, order, bidirectional):
-    """Gradients of r, k, v, w and u."""
-    length, states = k.shape[1], wkv6(r, k, v, w, u, order, bidirectional)[1]
-    g, *xs, slope = (tokens_in_order(x, order) for x in (dy, r, k, v, _decay(w), _slope(w)))
-    r, k, v, _ = xs
-    dr, dk, dv, ddecay = _wkv6_past_backward(g, *xs, states[0])
-    vg = (v * g).sum(-1, keepdim=True)
-    dr, dk, dv = dr + u * k * vg, dk + u * r * vg, dv + g * (r * u * k).sum(-1, keepdim=True)
-    grads = [dr, dk, dv, ddecay]
-    if bidirectional:
-        after = _wkv6_past_backward(*(x.flip(1) for x in (g, *xs)), states[1])
-        grads = [x + y.flip(1) for x, y in zip(grads, after, strict=True)]
-    grads[3] = grads[3] * slope
-    return *(tokens_in_place(x, order, length) for x in grads), (r * k * vg).sum((0, 1))
-
-
 # --- wkv7 -----------------------------------------------------------------------------------------------------------
 
 
@@ -198,23 +145,3 @@ def wkv7(r, w, k, v, a, b, order=None, use_scan=False):
     xs = [tokens_in_order(x, order) for x in (r, _decay(w), k, v, a, b)]
     y, *states = _walk(step, _outer(torch.zeros_like(k[:, 0]), torch.zeros_like(v[:, 0])), xs, use_scan)
     return tokens_in_place(y, order, k.shape[1]), (None if use_scan else states[0])
-
-
-def wkv7_backward(dy, r, w, k, v, a, b, order):
-    """Gradients of r, w, k, v, a and b: G_t is the gradient of the state that step t leaves."""
-    length, states = k.shape[1], wkv7(r, w, k, v, a, b, order)[1]
-    g, r, w, k, v, a, b = (tokens_in_order(x, order) for x in (dy, r, w, k, v, a, b))
-    decay, slope = _decay(w), _slope(w)
-    G, grads = torch.zeros_like(states[:, 0]), []
-    for t in reversed(range(g.shape[1])):
-        S, g_t, a_t, b_t, v_t = states[:, t], g[:, t], a[:, t], b[:, t], v[:, t]
-        erased = (a_t.unsqueeze(-1) * S).sum(-2)
-        after = decay[:, t].unsqueeze(-1) * S + _outer(b_t, erased) + _outer(k[:, t], v_t)
-        dr = (after * g_t.unsqueeze(-2)).sum(-1)
-        G = G + _outer(r[:, t], g_t)
-        to_erased = (b_t.unsqueeze(-1) * G).sum(-2)
-        dk, dv = (G * v_t.unsqueeze(-2)).sum(-1), (G * k[:, t].unsqueeze(-1)).sum(-2)
-        da, db = (S * to_erased.unsqueeze(-2)).sum(-1), (G * erased.unsqueeze(-2)).sum(-1)
-        grads.append((dr, slope[:, t] * (G * S).sum(-1), dk, dv, da, db))
-        G = decay[:, t].unsqueeze(-1) * G + _outer(a_t, to_erased)
-    return tuple(tokens_in_place(torch.stack(x[::-1], 1), order, length) for x in zip(*grads, strict=True))

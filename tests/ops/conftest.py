@@ -3,14 +3,14 @@
 import ctypes
 import functools
 import hashlib
-import importlib
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from linzoo.ops import backend, build, cuda
+from linzoo.ops import compile_cpu, compile_cuda, operator
+from linzoo.ops.backend import forced_backend
 
 EMULATOR = Path(__file__).with_name("emulator.h")
 
@@ -20,18 +20,19 @@ def emulated_kernel(op, name):
     """A function of (blocks, threads, addresses of the arguments) that runs template instance `name`."""
     source = f"""
     #include "{EMULATOR}"
-    #include "{cuda.sources()[op]}"
+    #include "{compile_cuda.sources()[op]}"
     extern "C" void run(long long grid, int block, void** arguments) {{
       emulator::launch([](void** a) {{ emulator::apply({name}, a); }}, grid, block, arguments);
     }}
     """
-    key = hashlib.sha256(source.encode())
-    for path in (EMULATOR, cuda.sources()[op], *sorted(build.OPS.glob("*.cuh"))):
+    key = hashlib.sha256(f"{source}{compile_cuda.MACROS}".encode())
+    for path in (EMULATOR, compile_cuda.sources()[op], *sorted(compile_cpu.OPS.glob("*.cuh"))):
         key.update(path.read_bytes())
-    library = build.cache_dir() / f"emulated-{op}-{key.hexdigest()[:16]}.so"
+    library = compile_cpu.cache_dir() / f"emulated-{op}-{key.hexdigest()[:16]}.so"
     if not library.exists():
         partial = library.with_suffix(f".{os.getpid()}.partial")
-        command = [build.find_compiler(), "-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{build.OPS}"]
+        command = [compile_cpu.find_compiler(), "-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{compile_cpu.OPS}"]
+        command += [f"-D{name}={value}" for name, value in compile_cuda.MACROS.items()]
         command += ["-x", "c++", "-", "-o", str(partial)]
         subprocess.run(command, input=source, text=True, check=True, capture_output=True)
         partial.rename(library)
@@ -40,11 +41,11 @@ def emulated_kernel(op, name):
     return run
 
 
-def emulated_launch(op, name, grid, block, *arguments):
-    """`linzoo.ops.cuda.launch` on CPU tensors."""
+def emulated_launch(op, name, grid, block, **named):
+    """`linzoo.ops.compile_cuda.launch` on CPU tensors."""
+    values = compile_cuda.arguments(op, name, **named)
     if grid == 0:
         return
-    values = [cuda._value(a) for a in arguments]
     values = [ctypes.c_double(v) if isinstance(v, float) else ctypes.c_longlong(v) for v in values]
     addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
     emulated_kernel(op, name)(grid, block, addresses)
@@ -52,13 +53,16 @@ def emulated_launch(op, name, grid, block, *arguments):
 
 @pytest.fixture
 def emulated_cuda(monkeypatch):
-    """A function that has operator `op`'s CUDA kernels serve CPU tensors, on the grids of an H100."""
+    """A function that has the kernels of `ops/<kernel>` for CUDA serve CPU tensors, on the grids of an H100."""
+    resolve, emulated = operator.resolve, set()
 
-    def emulate(op):
-        module = importlib.import_module(f"linzoo.ops.{op}")
-        monkeypatch.setattr(cuda, "launch", emulated_launch)
-        monkeypatch.setattr(module, "resolve", lambda op, device: backend.forced_backend() or "cuda")
-        if hasattr(module, "CHUNK"):
-            monkeypatch.setattr(module, "CHUNK", dict.fromkeys(("cpu", "cuda"), module.CHUNK["cuda"]))
+    def emulated_resolve(kernel, device):
+        return "cuda" if kernel in emulated and not forced_backend() else resolve(kernel, device)
+
+    def emulate(kernel):
+        emulated.add(kernel)
+        monkeypatch.setattr(compile_cuda, "launch", emulated_launch)
+        monkeypatch.setattr(operator, "resolve", emulated_resolve)
+        monkeypatch.setitem(operator.CHUNK, "cpu", operator.CHUNK["cuda"])
 
     return emulate

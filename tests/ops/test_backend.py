@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 
-from linzoo.ops import backend_info, build, selective_scan, use_backend
+from linzoo.ops import backend_info, compile_cpu, selective_scan, use_backend
 from linzoo.ops.backend import resolve
 
 CPU = torch.device("cpu")
@@ -131,20 +131,20 @@ def test_unwritable_cache_directory(tmp_path):
 
 @pytest.mark.slow
 def test_build_command(tmp_path):
-    command = [sys.executable, "-m", "linzoo.ops.build"]
+    command = [sys.executable, "-m", "linzoo.ops.compile_cpu"]
     env = {**os.environ, "LINZOO_CACHE": str(tmp_path)}
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert {line.split(":")[0] for line in result.stdout.splitlines()} == set(build.sources())
+    assert {line.split(":")[0] for line in result.stdout.splitlines()} == set(compile_cpu.sources())
     result = subprocess.run(command, env={**env, "CXX": "no-such-compiler"}, capture_output=True, text=True)
     assert result.returncode == 1 and "looked for no-such-compiler" in result.stderr
 
 
 def test_key_changes_with_compiler_and_flags(monkeypatch):
-    path = build.library_path("selective_scan")
-    assert path == build.library_path("selective_scan")
-    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
-    assert path != build.library_path("selective_scan")
+    path = compile_cpu.library_path("selective_scan")
+    assert path == compile_cpu.library_path("selective_scan")
+    monkeypatch.setattr(compile_cpu, "FLAGS", [*compile_cpu.FLAGS, "-g"])
+    assert path != compile_cpu.library_path("selective_scan")
 
 
 def test_kernel_matches_reference_here():

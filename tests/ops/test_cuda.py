@@ -14,7 +14,7 @@ import torch
 from linzoo.ops import (
     bi_wkv,
     causal_conv1d,
-    cuda,
+    compile_cuda,
     deform_conv,
     diagonal_scan,
     rational,
@@ -24,7 +24,7 @@ from linzoo.ops import (
     wkv6,
     wkv7,
 )
-from linzoo.ops.cuda import template
+from linzoo.ops.compile_cuda import template
 
 TYPES = ((torch.float64,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.float16, torch.float32))
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -79,7 +79,7 @@ def spills(report):
     (("selective_scan", "forward<bfloat16, float, 1, 6, true, false>"), ("wkv", "bi_sweep<float, true>")),
 )
 def test_nvrtc_compiles(op, name):
-    code, symbol, report = cuda.compile_kernel(op, name, "sm_90")
+    code, symbol, report = compile_cuda.compile_kernel(op, name, "sm_90")
     assert code[:4] == b"\x7fELF" and symbol
     assert spills(report)[0] <= budget(name)
 
@@ -96,7 +96,7 @@ def test_nvrtc_compiles_every_kernel_within_its_budget(arch):
             and "bfloat16" not in name
         ):
             continue
-        spilled, registers = spills(cuda.compile_kernel(op, name, arch)[2])
+        spilled, registers = spills(compile_cuda.compile_kernel(op, name, arch)[2])
         if spilled > budget(name):
             failures.append(f"{op} {name}: {spilled} bytes of spills, {registers} registers")
     assert not failures, "\n".join(failures)
@@ -105,23 +105,57 @@ def test_nvrtc_compiles_every_kernel_within_its_budget(arch):
 @pytest.mark.parametrize("states", (1, 16))
 def test_nvrtc_forward_scan_has_no_spills(states):
     name = template("forward", torch.float32, torch.float32, states, 12, True, False)
-    assert spills(cuda.compile_kernel("selective_scan", name, "sm_90")[2])[0] == 0
+    assert spills(compile_cuda.compile_kernel("selective_scan", name, "sm_90")[2])[0] == 0
 
 
 def test_nvrtc_error_names_the_kernel():
-    with pytest.raises(cuda.BuildError, match=r"NVRTC failed on forward<nothing> of .*cuda.cu for sm_90"):
-        cuda.compile_kernel("rational", "forward<nothing>", "sm_90")
+    with pytest.raises(compile_cuda.BuildError, match=r"NVRTC failed on forward<nothing> of .*cuda.cu for sm_90"):
+        compile_cuda.compile_kernel("rational", "forward<nothing>", "sm_90")
+
+
+def test_kernel_arguments_are_named():
+    name, x, table = template("forward", torch.float32, torch.float32), torch.zeros(3, 4), torch.zeros(10, 4)
+    named = dict(x=x, table=table, rows=3, C=4, split_rows=16, y=x)
+    values = compile_cuda.arguments("rational", name, **named)
+    assert values == [x.data_ptr(), table.data_ptr(), 3, 4, 16, x.data_ptr()]
+    scan = compile_cuda.parameters("selective_scan", template("carry", torch.float32, True))
+    assert [p.name for p in scan] == ["boundary", "sums", "A", "B", "G", "N", "D", "segments"]
+    strided = {p.name: (p.argument, p.stride) for p in compile_cuda.parameters("wkv", "bi_sweep<float, true>")}
+    assert strided["dy_"] == ("dy", None) and strided["dy_token"] == ("dy", 1) and strided["y_"] == ("y", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (dict(y=None), None),
+        (dict(rows=3.0), "rows is integer, got 3.0"),
+        (dict(x=3), "x is a tensor or None, got 3"),
+        (dict(x=torch.zeros(3, dtype=torch.float64)), "x has elements of torch.float32, got torch.float64"),
+        (dict(z=1), "unknown arguments z"),
+    ),
+)
+def test_kernel_arguments_must_fit(change, message):
+    name = template("forward", torch.float32, torch.float32)
+    named = (
+        dict(x=torch.zeros(3, 4), table=torch.zeros(10, 4), rows=3, C=4, split_rows=16, y=torch.zeros(3, 4)) | change
+    )
+    if message is None:
+        assert compile_cuda.arguments("rational", name, **named)[-1] == 0
+        del named["rows"]
+        message = "no argument 'rows'"
+    with pytest.raises(TypeError, match=f"rational {name}: {message}"):
+        compile_cuda.arguments("rational", name, **named)
 
 
 def test_cuda_compile_is_kept_on_disk(monkeypatch, tmp_path):
     """The second process reads the cubin; another architecture is another file."""
-    monkeypatch.setattr(cuda, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(compile_cuda, "cache_dir", lambda: tmp_path)
     name = template("forward", torch.float32, torch.float32)
-    compiled = cuda.cubin("rational", name, "sm_90")
-    path = cuda.cubin_path("rational", name, "sm_90")
-    assert path.exists() and path != cuda.cubin_path("rational", name, "sm_80")
-    monkeypatch.setattr(cuda, "compile_kernel", None)
-    assert cuda.cubin("rational", name, "sm_90") == compiled
+    compiled = compile_cuda.cubin("rational", name, "sm_90")
+    path = compile_cuda.cubin_path("rational", name, "sm_90")
+    assert path.exists() and path != compile_cuda.cubin_path("rational", name, "sm_80")
+    monkeypatch.setattr(compile_cuda, "compile_kernel", None)
+    assert compile_cuda.cubin("rational", name, "sm_90") == compiled
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -129,9 +163,9 @@ def test_segments_cover_every_step():
     device = torch.device("cpu")
     for steps in (1, 63, 64, 65, 1000, 3136, 16384):
         for parallel in (32, 4096, 10**7):
-            count, length = cuda.segments(steps, parallel, device)
+            count, length = compile_cuda.segments(steps, parallel, device)
             assert (count - 1) * length < steps <= count * length and length % 16 == 0
-    assert cuda.segments(16384, 32, device)[0] > 100 and cuda.segments(16384, 10**7, device)[0] == 1
+    assert compile_cuda.segments(16384, 32, device)[0] > 100 and compile_cuda.segments(16384, 10**7, device)[0] == 1
 
 
 # --- values and gradients: by the emulator here, by `on_gpu` below ----------------------------------------------------
@@ -297,7 +331,7 @@ def test_emulated_without_saved_states(emulated_cuda):
     assert states.numel() == 0
     dy, again = torch.randn_like(y), torch.ops.linzoo.selective_scan(*arguments, True, None, False, True)
     assert torch.equal(y, again[0])
-    grads = [torch.ops.linzoo.selective_scan_backward(dy, *arguments, True, None, s) for s in (states, again[1])]
+    grads = [torch.ops.linzoo.selective_scan_backward(dy, *arguments, True, None, False, s) for s in (states, again[1])]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 

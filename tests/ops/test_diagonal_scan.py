@@ -84,7 +84,7 @@ def test_opcheck():
         for state in (initial, None):
             torch.library.opcheck(torch.ops.linzoo.diagonal_scan.default, (a, b, state, True))
             h, a_, state = (None if t is None else t.detach() for t in (b, a, state))
-            torch.library.opcheck(torch.ops.linzoo.diagonal_scan_backward.default, (h, a_, h, state, True))
+            torch.library.opcheck(torch.ops.linzoo.diagonal_scan_backward.default, (h, a_, state, True, h))
 
 
 def test_results_do_not_depend_on_threads():
@@ -122,13 +122,13 @@ def test_compile_export_and_autocast():
 
 def test_bad_arguments():
     a, b, initial = make_inputs()
-    with pytest.raises(ValueError, match=r"b: expected \(B, L, ..., P, 2\) with L > 0, got \(2, 0, 3, 5, 2\)"):
+    with pytest.raises(ValueError, match=r"b: every size but the batch must be positive, got \(2, 0, 3, 5, 2\)"):
         diagonal_scan(a, b[:, :0])
-    with pytest.raises(ValueError, match=r"a: expected \(2, 7, 3, 5, 2\) or its last dimensions, got \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"a: expected .* = \(2, 7, 3, 5, 2\), got \(4, 2\)"):
         diagonal_scan(a[1:], b)
     with pytest.raises(ValueError, match=r"initial: expected \(B, ..., P, 2\) = \(2, 3, 5, 2\), got \(2, 3, 4, 2\)"):
         diagonal_scan(a, b, initial[:, :, 1:])
     with pytest.raises(TypeError, match="b: .*int64"):
         diagonal_scan(a, b.long())
-    with pytest.raises(RuntimeError, match="a: expected on cpu as b, got meta"):
+    with pytest.raises(ValueError, match="a: expected on cpu as b, got meta"):
         diagonal_scan(a.to("meta"), b)

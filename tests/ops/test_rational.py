@@ -118,5 +118,5 @@ def test_bad_arguments():
         rational(x, numerator, denominator[:7])
     with pytest.raises(TypeError, match="x: .*int64"):
         rational(x.long(), numerator, denominator)
-    with pytest.raises(RuntimeError, match="numerator: expected on cpu as x, got meta"):
+    with pytest.raises(ValueError, match="numerator: expected on cpu as x, got meta"):
         rational(x, numerator.to("meta"), denominator)

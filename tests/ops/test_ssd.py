@@ -101,7 +101,7 @@ def test_bad_arguments():
     i = make_inputs()
     with pytest.raises(ValueError, match=r"dt: expected \(B, L, H\) = \(2, 37, 4\), got \(2, 36, 4\)"):
         ssd(**{**i, "dt": i["dt"][:, 1:]})
-    with pytest.raises(ValueError, match="x, B: expected"):
+    with pytest.raises(ValueError, match=r"x: expected \(B, L, H, P\), got \(37, 4, 3\)"):
         ssd(**{**i, "x": i["x"][0]})
     with pytest.raises(ValueError, match="B: the number of heads, 4, must be a multiple of its groups, got 3"):
         ssd(**{**i, **{k: torch.zeros(2, 37, 3, 5) for k in "BC"}})

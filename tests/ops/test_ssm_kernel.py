@@ -138,7 +138,7 @@ def test_opcheck():
         torch.library.opcheck(op.default, leaves)
         dy = torch.randn_like(op(*inputs))
         backward = getattr(torch.ops.linzoo, f"{op.__name__}_backward").default
-        torch.library.opcheck(backward, (dy, *(t for t in inputs if torch.is_tensor(t))))
+        torch.library.opcheck(backward, (dy, *inputs))
 
 
 def test_results_do_not_depend_on_threads():
@@ -183,13 +183,13 @@ def test_bad_arguments():
         ssm_kernel(A, B, C, dt, 8, discretization="euler")
     with pytest.raises(ValueError, match="discretization: expected 'bilinear' with P"):
         ssm_kernel(A, B, C, dt, 8, P=P)
-    with pytest.raises(ValueError, match=r"B: expected \(H, N, 2\) beside A \(3, 5, 2\), got \(3, 4, 2\)"):
+    with pytest.raises(ValueError, match=r"B: expected \(H, N, 2\) = \(3, 5, 2\), got \(3, 4, 2\)"):
         ssm_kernel(A, B[:, 1:], C, dt, 8)
     with pytest.raises(ValueError, match="length: expected a positive number of steps, got 0"):
         ssm_kernel(A, B, C, dt, 0)
     with pytest.raises(TypeError, match="C: .*int64"):
         ssm_kernel(A, B, C.long(), dt, 8)
-    with pytest.raises(RuntimeError, match="dt: expected on cpu as A, got meta"):
+    with pytest.raises(ValueError, match="dt: expected on cpu as A, got meta"):
         ssm_kernel(A, B, C, dt.to("meta"), 8)
 
 
@@ -231,7 +231,7 @@ def test_convolution_of_half_precision_and_bad_arguments():
     torch.testing.assert_close(y.float(), fft_conv(u, k), rtol=0.05, atol=0.1)
     with pytest.raises(ValueError, match=r"kernels: expected \(H, l\) or \(R, H, l\) with H = 3, got \(4, 6\)"):
         fft_conv(u, torch.randn(4, 6))
-    with pytest.raises(ValueError, match=r"u: expected \(B, 2 axes, H\)"):
+    with pytest.raises(ValueError, match=r"u: expected \(B, X, Y, H\), got \(2, 6, 3\)"):
         fft_conv(u, [k, k])
     with pytest.raises(ValueError, match="backward_kernels: expected the shapes of kernels"):
         fft_conv(u, k, k[:, 1:])

@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels: ``python -m linzoo.ops.build`` builds all of them ahead, for images and clusters.
+"""Compiles the CPU kernels: ``python -m linzoo.ops.compile_cpu`` builds all of them ahead, for images and clusters.
 
 Each operator's ``cpu.cpp`` needs a C++17 compiler and the headers that torch ships (its stable ABI). The library goes
 to the user's cache directory, or to ``LINZOO_CACHE``, under a name made of everything it depends on. It is written
@@ -21,7 +21,17 @@ import platformdirs
 import torch
 
 OPS = Path(__file__).resolve().parent
-FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w"]
+CHUNK = 32  # steps between two stored states
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+    "-w",
+    f"-DLINZOO_CHUNK={CHUNK}",
+]
 
 
 class BuildError(RuntimeError):

@@ -9,14 +9,21 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import os
+import re
+from typing import NamedTuple
 
 import filelock
 import torch
 
-from .build import OPS, BuildError, cache_dir
+from .compile_cpu import OPS, BuildError, cache_dir
 
-MAX_THREADS = 128  # of a block; also kThreads in device.cuh
+MAX_THREADS = 128  # of a block
+CHUNK = 16  # steps between two stored states
+MARKS = 8  # chunks of a segment of bi_wkv, at most
+# What sources and their callers agree on.
+MACROS = {"LINZOO_THREADS": str(MAX_THREADS), "LINZOO_CHUNK": str(CHUNK), "LINZOO_MARKS": str(MARKS)}
 REMEDY = "pip install linzoo[cuda]"
 
 
@@ -61,7 +68,14 @@ def compile_kernel(op, name, arch):
     from cuda.core import Program, ProgramOptions
 
     report = io.StringIO()
-    options = ProgramOptions(arch=arch, std="c++17", include_path=[str(OPS)], ptxas_options=["-v"], name=f"{op}.cu")
+    options = ProgramOptions(
+        arch=arch,
+        std="c++17",
+        include_path=[str(OPS)],
+        define_macro=list(MACROS.items()),
+        ptxas_options=["-v"],
+        name=f"{op}.cu",
+    )
     try:
         code = Program(sources()[op].read_text(), "c++", options).compile("cubin", name_expressions=[name], logs=report)
     except Exception as error:
@@ -73,7 +87,7 @@ def compile_kernel(op, name, arch):
 
 def cubin_path(op, name, arch):
     """Path of a compiled kernel: keyed by sources, template instance, architecture and NVRTC."""
-    key = hashlib.sha256(repr([name, arch, _nvrtc_version()]).encode())
+    key = hashlib.sha256(repr([name, arch, MACROS, _nvrtc_version()]).encode())
     for path in [sources()[op], *sorted(OPS.glob("*.cuh"))]:
         key.update(path.read_bytes())
     return cache_dir() / f"{op}-{arch}-{key.hexdigest()[:16]}.cubin"
@@ -114,14 +128,81 @@ def multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _value(argument):
-    """Tensors are passed by their address (None is null), integers as 64 bits, floats as doubles."""
-    if isinstance(argument, torch.Tensor):
-        return argument.data_ptr()
-    return 0 if argument is None else argument
+TYPES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_DTYPES = {name: dtype for dtype, name in TYPES.items()} | {"int": torch.int32}
+_KERNEL = re.compile(
+    r"(?:template <([^>]*)>\s*)?__global__ void\s+(?:__launch_bounds__\(\w+\)\s*)?(\w+)\(([^)]*)\)", re.DOTALL
+)
 
 
-def launch(op, name, grid, block, *arguments):
+class Parameter(NamedTuple):
+    """A parameter of a kernel: the argument it takes its value from, and which stride of it, if it is one."""
+
+    name: str
+    kind: str  # "pointer", "integer" or "float"
+    dtype: torch.dtype | None  # of what a pointer points to
+    argument: str
+    stride: int | None
+
+
+@functools.cache
+def parameters(op, name):
+    """What template instance `name` of operator `op` takes, read from its signature in ``cuda.cu``.
+
+    ``x_, x_batch, x_token`` is one argument, the tensor x and its first strides.
+    """
+    kernel, _, given = name.rstrip(">").partition("<")
+    found = {m[2]: m for m in _KERNEL.finditer(sources()[op].read_text())}[kernel]
+    types = dict(zip((t.split()[-1] for t in (found[1] or "").split(",")), given.split(", "), strict=False))
+    declared = [tuple(text.replace("*", "* ").split()[-2:]) for text in found[3].split(",")]
+    views, out, strides = [n[:-1] for _, n in declared if n.endswith("_")], [], {}
+    for of, parameter in declared:
+        if of.endswith("*"):
+            of = of[:-1]
+            argument = parameter.removesuffix("_")
+            out.append(Parameter(parameter, "pointer", _DTYPES[types.get(of, of)], argument, None))
+            continue
+        view = next((v for v in views if parameter.startswith(f"{v}_")), None)
+        stride = None if view is None else strides.setdefault(view, itertools.count()).__next__()
+        kind = "integer" if of == "i64" else "float"
+        out.append(Parameter(parameter, kind, None, view or parameter, stride))
+    return tuple(out)
+
+
+def arguments(op, name, **named):
+    """The values of a kernel's parameters, in order: tensors as addresses (None is null), strides from their tensors.
+
+    A stride may be given by its own name, too, and is 0 for None.
+
+    Raises:
+        TypeError: an argument is missing, unknown, or not of the parameter's kind or dtype.
+    """
+    values, used = [], set()
+    for p in parameters(op, name):
+        key = p.name if p.name in named else p.argument
+        if key not in named:
+            raise TypeError(f"{op} {name}: no argument {p.argument!r}")
+        used.add(key)
+        value, is_stride = named[key], p.stride is not None and key == p.argument
+        if p.kind == "pointer" or is_stride:
+            if not isinstance(value, torch.Tensor | None):
+                raise TypeError(f"{op} {name}: {key} is a tensor or None, got {value!r}")
+            if value is not None and p.dtype not in (None, value.dtype):
+                raise TypeError(f"{op} {name}: {key} has elements of {p.dtype}, got {value.dtype}")
+            if value is None:
+                values.append(0)
+            else:
+                values.append(value.stride(p.stride) if is_stride else value.data_ptr())
+        elif isinstance(value, int if p.kind == "integer" else int | float):
+            values.append(int(value) if p.kind == "integer" else float(value))
+        else:
+            raise TypeError(f"{op} {name}: {key} is {p.kind}, got {value!r}")
+    if unknown := named.keys() - used:
+        raise TypeError(f"{op} {name}: unknown arguments {', '.join(sorted(unknown))}")
+    return values
+
+
+def launch(op, name, grid, block, **named):
     """Runs template instance `name` of operator `op` on the current stream of the first tensor's device.
 
     Args:
@@ -129,29 +210,34 @@ def launch(op, name, grid, block, *arguments):
         name: Template instance, like ``"forward<float, float, 1>"``.
         grid: Blocks, along one dimension. None are launched for 0.
         block: Threads of a block.
-        arguments: The kernel's: tensors, None, ints (``long long``) and floats (``double``).
+        named: The kernel's arguments, see `arguments`.
 
     Raises:
         BuildError: the kernel does not compile.
+        TypeError: arguments do not fit the kernel.
         ValueError: more blocks than CUDA allows.
     """
-    from cuda.core import Device, LaunchConfig, Stream
+    from cuda.core import Device, LaunchConfig
     from cuda.core import launch as launch_kernel
 
+    values = arguments(op, name, **named)
     if grid == 0:
         return
     if grid >= 2**31:
         raise ValueError(f"{op}: {grid} blocks are more than CUDA's 2^31 - 1; split the batch")
-    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    device = next(a.device for a in named.values() if isinstance(a, torch.Tensor))
     with torch.cuda.device(device):
         Device(device.index).set_current()
         kernel = _kernel(op, name, _arch(device.index))
         handle = torch.cuda.current_stream(device).cuda_stream or 1  # 0 and 1 both mean the default stream
-        stream, config = Stream.from_handle(handle), LaunchConfig(grid=grid, block=block)
-        launch_kernel(stream, config, kernel, *(_value(a) for a in arguments))
+        launch_kernel(_stream(handle), LaunchConfig(grid=grid, block=block), kernel, *values)
 
 
-TYPES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+@functools.lru_cache(64)
+def _stream(handle):
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
 
 
 def template(kernel, *parameters):
@@ -167,6 +253,11 @@ def channel_blocks(channels):
     """Blocks that share `channels` channels, and the threads of each: a multiple of 32, at most `MAX_THREADS`."""
     blocks = -(-channels // MAX_THREADS)
     return blocks, -(-channels // (32 * blocks)) * 32
+
+
+def order_arguments(order, shared_dims):
+    """A scan order and the distance of its rows: 0 where the batch shares it, which then has `shared_dims` axes."""
+    return dict(order=order, order_batch=0 if order is None or order.dim() == shared_dims else order.stride(0))
 
 
 def segments(steps, parallel, device, least=64):

@@ -1,0 +1,106 @@
+"""What every operator asks of its tensors: dtypes, and shapes by named axes."""
+
+import os
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of the states and sums for activations of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def promote(*tensors: Tensor) -> torch.dtype:
+    """The widest dtype of `tensors`."""
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def check(**named: tuple[Tensor | None, str]) -> dict:
+    """Checks tensors given as ``name=(tensor, axes)``; the first one says what the others must fit.
+
+    An axis is a letter, whose size is that of the first tensor which has it, or a digit, its own size; "*" is any
+    number of axes. The batch, "B", may be empty, other axes not. ``order=(tensor, "GT")`` is a scan order: integers,
+    with an axis B in front or not, of T <= L steps; ``"GL"`` asks for as many as there are tokens. A tensor that is
+    None is passed over.
+
+    Returns:
+        The size of every axis; of "*", the sizes.
+
+    Raises:
+        TypeError: not a tensor, or of an unsupported dtype.
+        ValueError: a shape does not fit, an axis is empty, or tensors lie on different devices.
+    """
+    sizes, first = {}, None
+    for name, (tensor, axes) in named.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor ({_text(axes)}), got {type(tensor).__name__}")
+        if name == "order":
+            _check_order(tensor, axes, sizes)
+        else:
+            _check_shape(name, tensor, axes, sizes)
+        if tensor.dtype not in (INTEGERS if name == "order" else FLOATS):
+            expected = "int32 or int64" if name == "order" else "float64, float32, bfloat16 or float16"
+            raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
+        first = first or (name, tensor.device)
+        if tensor.device != first[1]:
+            raise ValueError(f"{name}: expected on {first[1]} as {first[0]}, got {tensor.device}")
+    return sizes
+
+
+def check_entries(order: Tensor | None, length: int) -> None:
+    """RuntimeError where entries of a scan order are out of range or repeat a token; under ``LINZOO_DEBUG=1`` alone."""
+    if order is None or os.environ.get("LINZOO_DEBUG") != "1":
+        return
+    if order.min() < 0 or order.max() >= length:
+        raise RuntimeError(f"order: every entry must lie in [0, {length}), got {order.min()} to {order.max()}")
+    ordered = order.sort(-1).values
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        raise RuntimeError("order: a group visits a token twice")
+
+
+def _text(axes: str) -> str:
+    """``"BL*2"`` is ``"B, L, ..., 2"``, ``"T"`` is ``"T,"``."""
+    return ", ".join("..." if axis == "*" else axis for axis in axes) + "," * (len(axes) == 1)
+
+
+def _check_shape(name: str, tensor: Tensor, axes: str, sizes: dict) -> None:
+    shape = tuple(tensor.shape)
+    front, star, back = axes.partition("*")
+    if len(shape) == len(axes) or (star and len(shape) >= len(axes) - 1):
+        end = len(shape) - len(back)
+        for axis, size in (*zip(front, shape, strict=False), *zip(back, shape[end:], strict=True)):
+            sizes.setdefault(axis, int(axis) if axis.isdigit() else size)
+        if star:
+            sizes.setdefault("*", shape[len(front) : end])
+    known = all(axis in sizes for axis in axes)
+    expected = ()
+    for axis in axes if known else "":
+        expected += sizes[axis] if axis == "*" else (sizes[axis],)
+    if not known or shape != expected:
+        raise ValueError(f"{name}: expected ({_text(axes)}){f' = {expected}' if known else ''}, got {shape}")
+    if any(sizes[axis] == 0 for axis in axes if axis not in "B*"):
+        raise ValueError(f"{name}: every size but the batch must be positive, got {shape}")
+
+
+def _check_order(order: Tensor, axes: str, sizes: dict) -> None:
+    shape, length, whole = tuple(order.shape), sizes["L"], axes[-1] == "L"
+    rows = tuple(sizes[axis] for axis in axes[:-1])
+    if (
+        shape[:-1] in (rows, (sizes["B"], *rows))
+        and shape
+        and (shape[-1] == length or 0 < shape[-1] < length and not whole)
+    ):
+        return
+    known = ", ".join(f"{axis} = {sizes[axis]}" for axis in "B" + axes[:-1])
+    bound = "L" if whole else f"0 < {axes[-1]} <= L"
+    batched = ", ".join("B" + axes)
+    raise ValueError(f"order: expected ({_text(axes)}) or ({batched}) with {known}, {bound} = {length}, got {shape}")
