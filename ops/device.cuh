@@ -1,5 +1,5 @@
-// What the CUDA kernels share. Compiled by NVRTC without any header, one cubin per template instance; the tests compile the
-// same sources with a C++ compiler against tests/ops/emulator.h, which runs a block's threads as coroutines.
+// What the CUDA kernels share. Compiled by NVRTC without any header, one cubin per template instance; the tests compile
+// the same sources with a C++ compiler against tests/ops/emulator.h, which runs a block's threads as coroutines.
 
 #pragma once
 
@@ -7,8 +7,12 @@ typedef long long i64;
 
 constexpr int kThreads = LINZOO_THREADS;  // of a block, at most
 
-struct bfloat16 { unsigned short bits; };
-struct float16 { unsigned short bits; };
+struct bfloat16 {
+  unsigned short bits;
+};
+struct float16 {
+  unsigned short bits;
+};
 
 #ifdef __CUDACC_RTC__
 __device__ __forceinline__ float widen(bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
@@ -70,14 +74,16 @@ struct Rows {
   __device__ __forceinline__ S* at(i64 b, i64 l, i64 g) const { return data + b * batch + l * token + g * group; }
 };
 
-// Which token a step of a group visits: order (G, steps), or (B, G, steps) with `batch` = G steps; null for the tokens' own.
+// Which token a step of a group visits: order (G, steps), or (B, G, steps) with `batch` = G steps; null for the tokens'
+// own.
 struct Order {
   const int* data;
   i64 batch, steps;
   __device__ __forceinline__ i64 token(i64 b, i64 g, i64 t) const { return data ? data[b * batch + g * steps + t] : t; }
 };
 
-// Where a thread works: a channel of a group of a batch item, and one segment of its steps. A block is `blockDim.x` channels.
+// Where a thread works: a channel of a group of a batch item, and one segment of its steps. A block is `blockDim.x`
+// channels.
 struct Place {
   i64 b, g, c, segment, begin, end, index;  // index: of (b, g, segment)
   bool active;
@@ -95,8 +101,8 @@ struct Place {
   }
 };
 
-// Sums of K values over a warp, K a power of two up to 32: lane i returns the sum of value i K / 32. Halving what each lane
-// still carries takes K - 1 exchanges, not 5 K.
+// Sums of K values over a warp, K a power of two up to 32: lane i returns the sum of value i K / 32. Halving what each
+// lane still carries takes K - 1 exchanges, not 5 K.
 template <int K, int kOffset = 16, class T>
 __device__ __forceinline__ T warp_sums(const T (&x)[K]) {
   if constexpr (kOffset == 0) {

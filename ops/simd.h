@@ -105,8 +105,8 @@ inline void sum_lanes<float>(const vfloat* rows, int64_t count, float* out) {
   }
 }
 
-// 2^x for x <= 128. x = n + f with |f| <= 1/2; 2^f by a minimax polynomial (relative error 2e-9 before rounding), 2^n by
-// the exponent bits. Below -126 the result stays at the smallest normal number; NaN stays NaN.
+// 2^x for x <= 128. x = n + f with |f| <= 1/2; 2^f by a minimax polynomial (relative error 2e-9 before rounding), 2^n
+// by the exponent bits. Below -126 the result stays at the smallest normal number; NaN stays NaN.
 inline vfloat exp2(vfloat x) {
 #ifdef __AVX512F__
   const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

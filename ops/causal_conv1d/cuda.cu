@@ -1,5 +1,5 @@
-// Causal depthwise convolution along a scan order on CUDA. A thread is a channel of a group of a batch item and a segment of
-// its steps, which it walks with the last K inputs in registers.
+// Causal depthwise convolution along a scan order on CUDA. A thread is a channel of a group of a batch item and a
+// segment of its steps, which it walks with the last K inputs in registers.
 //
 //   y_t = act(bias + sum_k weight_k x_{t - K + 1 + k}),  x before the first step is 0
 
@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// dweight (B, segments, G, C, K) and dbias (B, segments, G, C) are sums over the steps of a segment. The gradient of x_t needs
-// the K - 1 outputs behind it: the walk goes on so far beyond the segment.
+// dweight (B, segments, G, C, K) and dbias (B, segments, G, C) are sums over the steps of a segment. The gradient of
+// x_t needs the K - 1 outputs behind it: the walk goes on so far beyond the segment.
 template <class S, class T, int K, bool kSilu>
 __global__ void __launch_bounds__(kThreads)
     backward(const S* dy, const S* x_, i64 x_batch, i64 x_token, i64 x_group, const T* weights, const T* biases,
-             const int* order_, i64 order_batch, i64 L, i64 G, i64 C, i64 blocks, i64 segments, i64 segment_steps, S* dx,
-             T* dweight, T* dbias) {
+             const int* order_, i64 order_batch, i64 L, i64 G, i64 C, i64 blocks, i64 segments, i64 segment_steps,
+             S* dx, T* dweight, T* dbias) {
   const Place p(G, C, L, blocks, segments, segment_steps);
   if (!p.active) return;
   const Order order{order_, order_batch, L};

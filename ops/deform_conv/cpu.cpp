@@ -1,5 +1,5 @@
-// Deformable convolution (DCNv4) on the CPU, forward and backward. Lanes are channels of one group: the taps' points and
-// bilinear weights are found once per pixel and group and serve all of its channels.
+// Deformable convolution (DCNv4) on the CPU, forward and backward. Lanes are channels of one group: the taps' points
+// and bilinear weights are found once per pixel and group and serve all of its channels.
 //
 // Forward, a task is a row of the output. Backward, a task is a group of an image and a split of the rows: it alone
 // writes its channels of its split's copy of dx, so the scattered sums have a fixed order and need no atomics.
@@ -15,7 +15,11 @@ struct Taps {
   T* data;
   int64_t batch, row, column, group;
   explicit Taps(const Tensor& t)
-      : data(static_cast<T*>(t.data_ptr())), batch(t.stride(0)), row(t.stride(1)), column(t.stride(2)), group(t.stride(3)) {}
+      : data(static_cast<T*>(t.data_ptr())),
+        batch(t.stride(0)),
+        row(t.stride(1)),
+        column(t.stride(2)),
+        group(t.stride(3)) {}
   T* at(int64_t b, int64_t r, int64_t c, int64_t g) const {
     return data + b * batch + r * row + c * column + g * group;
   }
@@ -27,14 +31,25 @@ struct Sizes {
   int64_t first;  // output column c is centred at c * stride + first
   double scale;
   Sizes(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding, int64_t dilation, double scale)
-      : B(x.size(0)), H(x.size(1)), W(x.size(2)), C(x.size(3)), rows(weight.size(1)), columns(weight.size(2)),
-        G(weight.size(3)), D(C / G), K(std::lround(std::sqrt(static_cast<double>(weight.size(4))))), stride(stride),
-        dilation(dilation), centre(dilation * (K - 1) / 2), first(centre - padding), scale(scale) {}
+      : B(x.size(0)),
+        H(x.size(1)),
+        W(x.size(2)),
+        C(x.size(3)),
+        rows(weight.size(1)),
+        columns(weight.size(2)),
+        G(weight.size(3)),
+        D(C / G),
+        K(std::lround(std::sqrt(static_cast<double>(weight.size(4))))),
+        stride(stride),
+        dilation(dilation),
+        centre(dilation * (K - 1) / 2),
+        first(centre - padding),
+        scale(scale) {}
 };
 
-// The sampling points of one output pixel and group, found a vector of taps at a time. Corner n of a point is the pixel at
-// (y + n / 2, x + n % 2): `pixel` holds its index, moved into the image where it lies outside, and `share` its bilinear
-// weight, 0 where it lies outside.
+// The sampling points of one output pixel and group, found a vector of taps at a time. Corner n of a point is the pixel
+// at (y + n / 2, x + n % 2): `pixel` holds its index, moved into the image where it lies outside, and `share` its
+// bilinear weight, 0 where it lies outside.
 template <class T>
 struct Points {
   using V = typename Simd<T>::vec;
@@ -42,9 +57,9 @@ struct Points {
   using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   static constexpr int width = Simd<T>::width;
   int64_t taps;
-  std::vector<T> column, row;  // of each tap in the window, from the window's centre
-  std::vector<T> dx, dy;  // their offsets
-  std::vector<T> x0, x1, y0, y1;  // weights of the two columns and rows around the point, 0 for those outside
+  std::vector<T> column, row;               // of each tap in the window, from the window's centre
+  std::vector<T> dx, dy;                    // their offsets
+  std::vector<T> x0, x1, y0, y1;            // weights of the two columns and rows around the point, 0 for those outside
   std::vector<T> left, right, top, bottom;  // 1 for columns and rows inside the image, else 0
   std::vector<Index> pixel[4];
   std::vector<T> share[4];
@@ -91,8 +106,8 @@ struct Points {
   }
 
  private:
-  // The two pixels around coordinates on one axis of `length` pixels: where they are, moved inside; 1 for those that lay
-  // inside, else 0; and their weights.
+  // The two pixels around coordinates on one axis of `length` pixels: where they are, moved inside; 1 for those that
+  // lay inside, else 0; and their weights.
   struct Axis {
     I at[2];
     V inside[2], weight[2];
@@ -208,7 +223,8 @@ void forward(Tensor x, Tensor offset, Tensor weight, int64_t stride, int64_t pad
   dispatch(x, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
-    run_forward(static_cast<const S*>(x.data_ptr()), Taps<T>(offset), Taps<T>(weight), static_cast<S*>(y.data_ptr()), sizes);
+    run_forward(static_cast<const S*>(x.data_ptr()), Taps<T>(offset), Taps<T>(weight), static_cast<S*>(y.data_ptr()),
+                sizes);
   });
 }
 
@@ -219,7 +235,8 @@ void backward(Tensor dy, Tensor x, Tensor offset, Tensor weight, int64_t stride,
     using S = decltype(s);
     using T = decltype(t);
     run_backward(static_cast<const S*>(dy.data_ptr()), static_cast<const S*>(x.data_ptr()), Taps<T>(offset),
-                 Taps<T>(weight), static_cast<T*>(dx.data_ptr()), Taps<T>(doffset), Taps<T>(dweight), sizes, dx.size(0));
+                 Taps<T>(weight), static_cast<T*>(dx.data_ptr()), Taps<T>(doffset), Taps<T>(dweight), sizes,
+                 dx.size(0));
   });
 }
 

@@ -1,6 +1,7 @@
-// Deformable convolution (DCNv4) on CUDA. Forward, a thread is a channel of an output pixel: the reads of a warp are whole
-// rows of channels. Backward, a warp is a group of an output pixel, whose lanes walk its channels: the gradients of offsets
-// and weights are sums over the lanes, that of the map is scattered by atomic additions, whose order is not fixed.
+// Deformable convolution (DCNv4) on CUDA. Forward, a thread is a channel of an output pixel: the reads of a warp are
+// whole rows of channels. Backward, a warp is a group of an output pixel, whose lanes walk its channels: the gradients
+// of offsets and weights are sums over the lanes, that of the map is scattered by atomic additions, whose order is not
+// fixed.
 //
 // Layouts: x (B, H, W, C), offset (B, H', W', G, K K, 2) and weight (B, H', W', G, K K) with dense taps.
 
@@ -14,9 +15,9 @@ struct Sizes {
 // A sampling point and the four pixels around it: corner n is (y + n / 2, x + n % 2).
 template <class T>
 struct Point {
-  T x0, x1, y0, y1;  // weights of the two columns and rows, 0 for those outside
+  T x0, x1, y0, y1;               // weights of the two columns and rows, 0 for those outside
   bool left, right, top, bottom;  // inside the image?
-  i64 pixel;  // of corner 0, which may lie outside
+  i64 pixel;                      // of corner 0, which may lie outside
   __device__ __forceinline__ Point(const Sizes& s, i64 r, i64 c, i64 k, const T* offset) {
     const T column = T(k / s.K * s.dilation - s.centre), row = T(k % s.K * s.dilation - s.centre);
     T x = T(c * s.stride + s.first) + T(s.scale) * (column + offset[2 * k]);
@@ -45,9 +46,10 @@ struct Point {
 
 template <class S, class T>
 __global__ void __launch_bounds__(kThreads)
-    forward(const S* x, const T* offset_, i64 offset_batch, i64 offset_row, i64 offset_column, i64 offset_group, const T* weight_, i64 weight_batch,
-            i64 weight_row, i64 weight_column, i64 weight_group, i64 B, i64 H, i64 W, i64 C, i64 rows, i64 columns, i64 G, i64 K,
-            i64 stride, i64 dilation, i64 centre, i64 first, double scale, S* y) {
+    forward(const S* x, const T* offset_, i64 offset_batch, i64 offset_row, i64 offset_column, i64 offset_group,
+            const T* weight_, i64 weight_batch, i64 weight_row, i64 weight_column, i64 weight_group, i64 B, i64 H,
+            i64 W, i64 C, i64 rows, i64 columns, i64 G, i64 K, i64 stride, i64 dilation, i64 centre, i64 first,
+            double scale, S* y) {
   const Sizes s{B, H, W, C, rows, columns, G, C / G, K, stride, dilation, centre, first, scale};
   const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= B * rows * columns * C) return;
@@ -72,9 +74,10 @@ __global__ void __launch_bounds__(kThreads)
 // dx (B, H, W, C) must hold zeros; doffset and dweight are contiguous.
 template <class S, class T>
 __global__ void __launch_bounds__(kThreads)
-    backward(const S* dy, const S* x, const T* offset_, i64 offset_batch, i64 offset_row, i64 offset_column, i64 offset_group, const T* weight_,
-             i64 weight_batch, i64 weight_row, i64 weight_column, i64 weight_group, i64 B, i64 H, i64 W, i64 C, i64 rows, i64 columns, i64 G,
-             i64 K, i64 stride, i64 dilation, i64 centre, i64 first, double scale, T* dx, T* doffset, T* dweight) {
+    backward(const S* dy, const S* x, const T* offset_, i64 offset_batch, i64 offset_row, i64 offset_column,
+             i64 offset_group, const T* weight_, i64 weight_batch, i64 weight_row, i64 weight_column, i64 weight_group,
+             i64 B, i64 H, i64 W, i64 C, i64 rows, i64 columns, i64 G, i64 K, i64 stride, i64 dilation, i64 centre,
+             i64 first, double scale, T* dx, T* doffset, T* dweight) {
   const Sizes s{B, H, W, C, rows, columns, G, C / G, K, stride, dilation, centre, first, scale};
   const int lane = threadIdx.x % 32;
   const i64 warp = static_cast<i64>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;

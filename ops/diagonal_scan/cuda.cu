@@ -1,8 +1,9 @@
-// Complex diagonal recurrence on CUDA: h_t = a_t h_{t-1} + b_t. A thread is a state of a batch item and a segment of its
-// steps. Where there are several segments, `ends` scans each from zero and multiplies its gains, `carry` joins the segments
-// one after the other, and `scan` starts each from the state so found.
+// Complex diagonal recurrence on CUDA: h_t = a_t h_{t-1} + b_t. A thread is a state of a batch item and a segment of
+// its steps. Where there are several segments, `ends` scans each from zero and multiplies its gains, `carry` joins the
+// segments one after the other, and `scan` starts each from the state so found.
 //
-// Layouts: b, h (B, L, M), gains (M) or (B, L, M), states at segments' boundaries (B, segments, M), all complex as (re, im).
+// Layouts: b, h (B, L, M), gains (M) or (B, L, M), states at segments' boundaries (B, segments, M), all complex as (re,
+// im).
 
 #include "device.cuh"
 
@@ -18,11 +19,14 @@ struct Complex {
     put(p + 2 * i, re);
     put(p + 2 * i + 1, im);
   }
-  __device__ __forceinline__ Complex operator*(Complex o) const { return {re * o.re - im * o.im, re * o.im + im * o.re}; }
+  __device__ __forceinline__ Complex operator*(Complex o) const {
+    return {re * o.re - im * o.im, re * o.im + im * o.re};
+  }
   __device__ __forceinline__ Complex operator+(Complex o) const { return {re + o.re, im + o.im}; }
 };
 
-// kConstant: one gain per state. The gain of time t is that of t + shift, conjugated if `conjugate`; of a time outside, 0.
+// kConstant: one gain per state. The gain of time t is that of t + shift, conjugated if `conjugate`; of a time outside,
+// 0.
 template <class S, class O, class T, bool kConstant, bool kEnds>
 __global__ void __launch_bounds__(kThreads)
     scan(const T* gains, i64 shift, i64 conjugate, const S* b, const T* initial, i64 reverse, i64 B, i64 L, i64 M,

@@ -1,7 +1,7 @@
-// Group-wise rational function on the CPU, forward and backward. Lanes are channels; a task is kVectors vectors of channels
-// and a split of the rows. It goes over tiles of kRows rows, vector by vector: a row's next vector is the next cache line.
-// Within a tile the coefficients, one set per channel, stay in registers, and so do the sums of their gradients, which are
-// then added to the task's: no atomics, a fixed order.
+// Group-wise rational function on the CPU, forward and backward. Lanes are channels; a task is kVectors vectors of
+// channels and a split of the rows. It goes over tiles of kRows rows, vector by vector: a row's next vector is the next
+// cache line. Within a tile the coefficients, one set per channel, stay in registers, and so do the sums of their
+// gradients, which are then added to the task's: no atomics, a fixed order.
 //
 //   P = a_0 + a_1 x + ... + a_5 x^5;  Q = 1 + |b_1||x| + ... + |b_4||x|^4;  y = P / Q
 
@@ -78,7 +78,8 @@ void run_forward(const S* x, const T* table, S* y, int64_t rows, int64_t D, int6
 
 // sums: (splits, kNum + kDen, D), of the gradients of a and |b|.
 template <class S, class T>
-void run_backward(const S* dy, const S* x, const T* table, S* dx, T* sums, int64_t rows, int64_t D, int64_t split_rows) {
+void run_backward(const S* dy, const S* x, const T* table, S* dx, T* sums, int64_t rows, int64_t D,
+                  int64_t split_rows) {
   using V = typename Simd<T>::vec;
   for_tasks<T>(rows, D, split_rows, [&](int64_t first, int64_t channels, int64_t begin, int64_t end, int64_t split) {
     V totals[kVectors][kNum + kDen] = {};
@@ -132,8 +133,8 @@ void backward(Tensor dy, Tensor x, Tensor table, int64_t split_rows, Tensor dx, 
     using S = decltype(s);
     using T = decltype(t);
     run_backward(static_cast<const S*>(dy.data_ptr()), static_cast<const S*>(x.data_ptr()),
-                 static_cast<const T*>(table.data_ptr()), static_cast<S*>(dx.data_ptr()), static_cast<T*>(sums.data_ptr()),
-                 rows, D, split_rows);
+                 static_cast<const T*>(table.data_ptr()), static_cast<S*>(dx.data_ptr()),
+                 static_cast<T*>(sums.data_ptr()), rows, D, split_rows);
   });
 }
 

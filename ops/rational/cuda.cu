@@ -1,6 +1,8 @@
-// Rational function on CUDA. A thread is a channel, a warp 32 of them; the warps of a block share out the rows of a split.
+// Rational function on CUDA. A thread is a channel, a warp 32 of them; the warps of a block share out the rows of a
+// split.
 //
-//   y = (a_0 + a_1 x + ... + a_5 x^5) / (1 + |b_1||x| + ... + |b_4||x|^4);  table (10, C): a, then |b|, for every channel
+//   y = (a_0 + a_1 x + ... + a_5 x^5) / (1 + |b_1||x| + ... + |b_4||x|^4);  table (10, C): a, then |b|, for every
+//   channel
 
 #include "device.cuh"
 

@@ -1,11 +1,12 @@
-// Selective scan on the CPU, forward and backward. Lanes are channels; a task is a (batch, group, split of the channels)
-// and walks its tokens in chunks of `kChunk`. Which channels form a task follows from the problem's shape alone, and every
-// sum over channels, batch and groups has a fixed order: results do not depend on the number of threads.
+// Selective scan on the CPU, forward and backward. Lanes are channels; a task is a (batch, group, split of the
+// channels) and walks its tokens in chunks of `kChunk`. Which channels form a task follows from the problem's shape
+// alone, and every sum over channels, batch and groups has a fixed order: results do not depend on the number of
+// threads.
 //
 //   delta = softplus(dt_weight dt + dt_bias);  h_t = exp(delta A) h_{t-1} + delta B_t u_t;  y_t = C_t h_t + D u_t
 //
-// Layouts: activations (batch, token, group, channel) with any strides but the last, which is 1; parameters transposed so
-// that channels are contiguous: A (G, N, D), dt_weight (G, R, D). States before each chunk: (batch, G, chunk, N, D).
+// Layouts: activations (batch, token, group, channel) with any strides but the last, which is 1; parameters transposed
+// so that channels are contiguous: A (G, N, D), dt_weight (G, R, D). States before each chunk: (batch, G, chunk, N, D).
 
 #include "../kernel.h"
 
@@ -13,7 +14,7 @@ namespace linzoo {
 namespace {
 
 constexpr int kChunk = LINZOO_CHUNK;
-constexpr int kMaxVecs = 4; // vectors of channels walked together
+constexpr int kMaxVecs = 4;  // vectors of channels walked together
 
 template <class S>
 struct Activation {  // (batch, token, group, channel)
@@ -79,11 +80,12 @@ struct Block {
   }
 };
 
-// Asks for the cache lines of a block's channels in a row that will be read (or written) a chunk later: orders jump across
-// the image, which no hardware prefetcher follows.
+// Asks for the cache lines of a block's channels in a row that will be read (or written) a chunk later: orders jump
+// across the image, which no hardware prefetcher follows.
 template <bool kWrite, class S, class T>
 void prefetch(const Block<T>& block, const S* row) {
-  for (int64_t d = 0; d < block.vecs * Simd<T>::width; d += 64 / sizeof(S)) __builtin_prefetch(row + block.first + d, kWrite, 2);
+  for (int64_t d = 0; d < block.vecs * Simd<T>::width; d += 64 / sizeof(S))
+    __builtin_prefetch(row + block.first + d, kWrite, 2);
 }
 
 // Successive steps of a block. `input` is delta u; `slope` is d delta / d (its value before softplus).
@@ -127,7 +129,8 @@ void load_chunk(const Problem<S, T>& p, const Block<T>& block, int64_t k, Chunk<
 
 // B and C of `K` states from n on, for the steps of a chunk.
 template <int K, class S, class T>
-void load_projections(const Problem<S, T>& p, const Block<T>& block, const Chunk<T>& c, int64_t n, T (*B)[K], T (*C)[K]) {
+void load_projections(const Problem<S, T>& p, const Block<T>& block, const Chunk<T>& c, int64_t n, T (*B)[K],
+                      T (*C)[K]) {
   for (int64_t t = 0; t < c.length; ++t) {
     const S* b = p.Bm.at(block.batch, c.tokens[t], block.group) + n;
     const S* cc = p.Cm.at(block.batch, c.tokens[t], block.group) + n;
@@ -216,7 +219,7 @@ void backward_block(const Problem<S, T>& p, const Gradients<S, T>& o, const Bloc
   const int vecs = block.vecs;
   const int64_t b = block.batch, g = block.group, N = p.N, R = p.R;
   const int64_t rows = (split * p.B + b) * p.L * p.G + g;
-  const bool add = block.first > split * p.split_channels;  // not the split's first block
+  const bool add = block.first > split * p.split_channels;                         // not the split's first block
   std::vector<V> carry(N * vecs, V{}), dA(N * vecs, V{}), dweight(R * vecs, V{});  // carry: dL/dh, decayed by one step
   ChannelSums<T> dB(N), dC(N), ddt(R);
   V dskip[kMaxVecs] = {}, dbias[kMaxVecs] = {};
@@ -366,8 +369,8 @@ void run_backward(const Problem<S, T>& p, const Gradients<S, T>& o) {
 template <class S, class T>
 Problem<S, T> problem(const Tensor& u, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
                       const std::optional<Tensor>& D, const std::optional<Tensor>& dt_weight,
-                      const std::optional<Tensor>& dt_bias, bool softplus, const std::optional<Tensor>& order, bool merge,
-                      int64_t split_channels, const Tensor& states) {
+                      const std::optional<Tensor>& dt_bias, bool softplus, const std::optional<Tensor>& order,
+                      bool merge, int64_t split_channels, const Tensor& states) {
   Problem<S, T> p;
   p.B = u.size(0), p.L = u.size(1), p.G = u.size(2), p.D = u.size(3), p.N = A.size(1);
   p.low_rank = dt_weight.has_value();
@@ -394,30 +397,33 @@ Problem<S, T> problem(const Tensor& u, const Tensor& dt, const Tensor& A, const 
   return p;
 }
 
-void forward(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, std::optional<Tensor> D, std::optional<Tensor> dt_weight,
-             std::optional<Tensor> dt_bias, bool softplus, std::optional<Tensor> order, bool merge, int64_t split_channels,
-             Tensor y, Tensor states) {
+void forward(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, std::optional<Tensor> D,
+             std::optional<Tensor> dt_weight, std::optional<Tensor> dt_bias, bool softplus, std::optional<Tensor> order,
+             bool merge, int64_t split_channels, Tensor y, Tensor states) {
   dispatch(u, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
-    run_forward(problem<S, T>(u, dt, A, B, C, D, dt_weight, dt_bias, softplus, order, merge, split_channels, states), y);
+    run_forward(problem<S, T>(u, dt, A, B, C, D, dt_weight, dt_bias, softplus, order, merge, split_channels, states),
+                y);
   });
 }
 
 void backward(Tensor dy, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, std::optional<Tensor> D,
-              std::optional<Tensor> dt_weight, std::optional<Tensor> dt_bias, bool softplus, std::optional<Tensor> order,
-              int64_t split_channels, Tensor states, Tensor du, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dskip,
-              Tensor dweight, Tensor dbias) {
+              std::optional<Tensor> dt_weight, std::optional<Tensor> dt_bias, bool softplus,
+              std::optional<Tensor> order, int64_t split_channels, Tensor states, Tensor du, Tensor ddt, Tensor dA,
+              Tensor dB, Tensor dC, Tensor dskip, Tensor dweight, Tensor dbias) {
   dispatch(u, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
     auto data = [](const Tensor& x) { return static_cast<T*>(x.data_ptr()); };
     Gradients<S, T> o;
     o.dy = Activation<const S>(dy), o.du = Activation<S>(du);
-    if (dt_weight) o.ddt_low = data(ddt); else o.ddt = Activation<S>(ddt);
+    if (dt_weight) o.ddt_low = data(ddt);
+    else o.ddt = Activation<S>(ddt);
     o.dA = data(dA), o.dB = data(dB), o.dC = data(dC);
     o.dskip = data(dskip), o.dweight = data(dweight), o.dbias = data(dbias);
-    run_backward(problem<S, T>(u, dt, A, B, C, D, dt_weight, dt_bias, softplus, order, false, split_channels, states), o);
+    run_backward(problem<S, T>(u, dt, A, B, C, D, dt_weight, dt_bias, softplus, order, false, split_channels, states),
+                 o);
   });
 }
 
@@ -427,10 +433,12 @@ void backward(Tensor dy, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, std:
 STABLE_TORCH_LIBRARY_FRAGMENT(linzoo_cpu, m) {
   m.def(
       "selective_scan_forward(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_weight, "
-      "Tensor? dt_bias, bool softplus, Tensor? order, bool merge, int split_channels, Tensor(a!) y, Tensor(b!) states) -> ()");
+      "Tensor? dt_bias, bool softplus, Tensor? order, bool merge, int split_channels, Tensor(a!) y, Tensor(b!) states) "
+      "-> ()");
   m.def(
       "selective_scan_backward(Tensor dy, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
-      "Tensor? dt_weight, Tensor? dt_bias, bool softplus, Tensor? order, int split_channels, Tensor states, Tensor(a!) du, "
+      "Tensor? dt_weight, Tensor? dt_bias, bool softplus, Tensor? order, int split_channels, Tensor states, Tensor(a!) "
+      "du, "
       "Tensor(b!) ddt, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC, Tensor(f!) dD, Tensor(g!) ddt_weight, "
       "Tensor(h!) ddt_bias) -> ()");
 }

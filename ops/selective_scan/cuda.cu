@@ -4,11 +4,13 @@
 //
 //   delta = softplus(dt_weight dt + dt_bias);  h_t = exp(delta A) h_{t-1} + delta B_t u_t;  y_t = C_t h_t + D u_t
 //
-// Where batch x groups x channels do not fill the machine, the steps are cut into several segments: `ends` scans each from
-// zero, `carry` joins their ends one after the other, and the full pass starts each segment from the state so found. The
-// decay of a whole segment is exp(A sum delta), so that is all that must be kept of it. The adjoint does the same backwards.
+// Where batch x groups x channels do not fill the machine, the steps are cut into several segments: `ends` scans each
+// from zero, `carry` joins their ends one after the other, and the full pass starts each segment from the state so
+// found. The decay of a whole segment is exp(A sum delta), so that is all that must be kept of it. The adjoint does the
+// same backwards.
 //
-// Layouts as on the CPU: A (G, N, D) in units of log2(e), dt_weight (G, R, D), states before each chunk (B, G, chunks, N, D).
+// Layouts as on the CPU: A (G, N, D) in units of log2(e), dt_weight (G, R, D), states before each chunk (B, G, chunks,
+// N, D).
 
 #include "device.cuh"
 
@@ -16,7 +18,8 @@ constexpr int kChunk = LINZOO_CHUNK;
 
 // Rows of K values of the steps [start, start + count), as T, into shared memory; by the whole block.
 template <int K, class T, class S>
-__device__ __forceinline__ void stage(T (*out)[K], const Rows<S>& rows, const Order& order, const Place& p, i64 start, int count) {
+__device__ __forceinline__ void stage(T (*out)[K], const Rows<S>& rows, const Order& order, const Place& p, i64 start,
+                                      int count) {
   for (int i = threadIdx.x; i < count * K; i += blockDim.x) {
     out[i / K][i % K] = get<T>(rows.at(p.b, order.token(p.b, p.g, start + i / K), p.g) + i % K);
   }
@@ -43,9 +46,9 @@ template <class S, class T, int N, int R, bool kSoftplus, bool kEnds>
 __global__ void __launch_bounds__(kThreads)
     forward(const S* u_, i64 u_batch, i64 u_token, i64 u_group, const S* dt_, i64 dt_batch, i64 dt_token, i64 dt_group,
             const S* B_, i64 B_batch, i64 B_token, i64 B_group, const S* C_, i64 C_batch, i64 C_token, i64 C_group,
-            const T* A_, const T* skip_, const T* weight_, const T* bias_, const int* order_, i64 order_batch, i64 G, i64 D,
-            i64 steps, i64 blocks, i64 segments, i64 segment_steps, T* boundary, T* sums, T* states, S* y_, i64 y_batch,
-            i64 y_token, i64 y_group, T* merged) {
+            const T* A_, const T* skip_, const T* weight_, const T* bias_, const int* order_, i64 order_batch, i64 G,
+            i64 D, i64 steps, i64 blocks, i64 segments, i64 segment_steps, T* boundary, T* sums, T* states, S* y_,
+            i64 y_batch, i64 y_token, i64 y_group, T* merged) {
   constexpr int kLow = R ? R : 1;
   __shared__ T Bs[kChunk][N], Cs[kChunk][N], lows[kChunk][kLow];
   const Place p(G, D, steps, blocks, segments, segment_steps);
@@ -112,8 +115,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// What the adjoint state is at the segment's first step, decayed by it, when nothing comes from behind the segment; and the
-// sum of the step sizes.
+// What the adjoint state is at the segment's first step, decayed by it, when nothing comes from behind the segment; and
+// the sum of the step sizes.
 template <class S, class T, int N, int R, bool kSoftplus>
 __global__ void __launch_bounds__(kThreads)
     adjoint_ends(const S* dy_, i64 dy_batch, i64 dy_token, i64 dy_group, const S* dt_, i64 dt_batch, i64 dt_token,

@@ -42,8 +42,9 @@ struct Activation {  // (batch, token, head, channel), or without heads
 };
 
 // --- bi_wkv ---------------------------------------------------------------------------------------------------------
-// Lanes are channels; a task is a vector of channels of a batch item. A scan from the end stores its state at every chunk;
-// the scan from the start recomputes it within one chunk after the other and joins the two. Exponents are in base 2.
+// Lanes are channels; a task is a vector of channels of a batch item. A scan from the end stores its state at every
+// chunk; the scan from the start recomputes it within one chunk after the other and joins the two. Exponents are in
+// base 2.
 
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
@@ -60,8 +61,8 @@ inline vdouble log2_from_one(vdouble x) {
 }
 
 // Sums over the steps on one side of a token, sum_i 2^(key_i - distance_i w) (x_i, y_i), where the nearest step has
-// distance 0; all over 2^peak, the largest of the weights: key `top` at distance `age`. Its exponent is computed anew at
-// every step; decaying it step by step would add up one rounding error a step.
+// distance 0; all over 2^peak, the largest of the weights: key `top` at distance `age`. Its exponent is computed anew
+// at every step; decaying it step by step would add up one rounding error a step.
 template <class T>
 struct Side {
   using V = typename Simd<T>::vec;
@@ -172,8 +173,8 @@ void bi_forward(Tensor k, Tensor v, Tensor w, Tensor u, std::optional<Tensor> or
 
 // With p_ti the weight of token i for step t and g the upstream gradient, dv_i = sum_t p_ti g_t and
 // dk_i = sum_t p_ti g_t (v_i - y_t): sums of the same kind, of g and g y with keys -log_den.
-void bi_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, std::optional<Tensor> order_, Tensor y, Tensor log_den,
-                 Tensor dk, Tensor dv, Tensor dw, Tensor du) {
+void bi_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, std::optional<Tensor> order_, Tensor y,
+                 Tensor log_den, Tensor dk, Tensor dv, Tensor dw, Tensor du) {
   const Order order(order_, k.size(1));
   const int64_t C = k.size(2);
   dispatch_states(k, [&](auto t) {
@@ -213,10 +214,10 @@ void bi_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, std::optiona
 }
 
 // --- wkv6 and wkv7 --------------------------------------------------------------------------------------------------
-// A task is a head of a batch item, whose second direction adds to the results of the first. The state is kept as N rows (key
-// channels) of lanes (value channels), whose columns do not depend on each other: the forward pass walks a chunk of steps with
-// one vector of columns after the other, the backward pass with four at a time, since gradients of what belongs to a row sum
-// over the columns.
+// A task is a head of a batch item, whose second direction adds to the results of the first. The state is kept as N
+// rows (key channels) of lanes (value channels), whose columns do not depend on each other: the forward pass walks a
+// chunk of steps with one vector of columns after the other, the backward pass with four at a time, since gradients of
+// what belongs to a row sum over the columns.
 //
 //   d = exp(-exp(w))
 //   wkv6:  y_t = r_t S_t + (r_t . u k_t) v_t,  S_{t+1} = d_t S_t + k_t v_t
@@ -232,8 +233,17 @@ struct Problem {
   Problem(const Tensor& r_, const Tensor& w_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& a_,
           const std::optional<Tensor>& b_, const std::optional<Tensor>& u_, const std::optional<Tensor>& order_,
           int64_t directions, const Tensor& states_)
-      : B(v_.size(0)), L(v_.size(1)), H(v_.size(2)), N(k_.size(3)), P(v_.size(3)), directions(directions), order(order_, L),
-        r(r_), w(w_), k(k_), v(v_) {
+      : B(v_.size(0)),
+        L(v_.size(1)),
+        H(v_.size(2)),
+        N(k_.size(3)),
+        P(v_.size(3)),
+        directions(directions),
+        order(order_, L),
+        r(r_),
+        w(w_),
+        k(k_),
+        v(v_) {
     if (a_) a = Activation<const T>(*a_), b = Activation<const T>(*b_);
     u = u_ ? data<T>(*u_) : nullptr;
     chunks = (order.steps + kChunk - 1) / kChunk;
@@ -387,8 +397,8 @@ Wide<T, K> read(const T* row, const Wide<T, K>* S, int64_t N) {
 
 // Steps `start` to `end` of a vector of columns with their state S.
 template <bool kDelta, class T>
-void forward_columns(const Head<T>& head, const Steps<T>& steps, int64_t start, int64_t end, int64_t first, Wide<T, 1>* S,
-                     T* y) {
+void forward_columns(const Head<T>& head, const Steps<T>& steps, int64_t start, int64_t end, int64_t first,
+                     Wide<T, 1>* S, T* y) {
   using Row = Wide<T, 1>;
   const Problem<T>& p = head.p;
   const int64_t N = p.N, count = p.P - first;
@@ -560,19 +570,27 @@ void matrix_forward(Tensor r, Tensor w, Tensor k, Tensor v, std::optional<Tensor
   dispatch_states(k, [&](auto t) {
     using T = decltype(t);
     const Problem<T> p(r, w, k, v, a, b, u, order, directions, states);
-    if (a) run_forward<true>(p, data<T>(y)); else run_forward<false>(p, data<T>(y));
+    if (a) run_forward<true>(p, data<T>(y));
+    else run_forward<false>(p, data<T>(y));
   });
 }
 
-void matrix_backward(Tensor dy, Tensor r, Tensor w, Tensor k, Tensor v, std::optional<Tensor> a, std::optional<Tensor> b,
-                     std::optional<Tensor> u, std::optional<Tensor> order, int64_t directions, Tensor states, Tensor dr,
-                     Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor du) {
+void matrix_backward(Tensor dy, Tensor r, Tensor w, Tensor k, Tensor v, std::optional<Tensor> a,
+                     std::optional<Tensor> b, std::optional<Tensor> u, std::optional<Tensor> order, int64_t directions,
+                     Tensor states, Tensor dr, Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor du) {
   dispatch_states(k, [&](auto t) {
     using T = decltype(t);
     const Problem<T> p(r, w, k, v, a, b, u, order, directions, states);
-    const Gradients<T> o{Activation<const T>(dy), data<T>(dr), data<T>(dw), data<T>(dk),
-                         data<T>(dv),             data<T>(da), data<T>(db),     data<T>(du)};
-    if (a) run_backward<true>(p, o); else run_backward<false>(p, o);
+    const Gradients<T> o{Activation<const T>(dy),
+                         data<T>(dr),
+                         data<T>(dw),
+                         data<T>(dk),
+                         data<T>(dv),
+                         data<T>(da),
+                         data<T>(db),
+                         data<T>(du)};
+    if (a) run_backward<true>(p, o);
+    else run_backward<false>(p, o);
   });
 }
 
@@ -580,7 +598,8 @@ void matrix_backward(Tensor dy, Tensor r, Tensor w, Tensor k, Tensor v, std::opt
 }  // namespace linzoo
 
 STABLE_TORCH_LIBRARY_FRAGMENT(linzoo_cpu, m) {
-  m.def("bi_wkv_forward(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? order, Tensor(a!) y, Tensor(b!) log_den) -> ()");
+  m.def(
+      "bi_wkv_forward(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? order, Tensor(a!) y, Tensor(b!) log_den) -> ()");
   m.def(
       "bi_wkv_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? order, Tensor y, Tensor log_den, "
       "Tensor(a!) dk, Tensor(b!) dv, Tensor(c!) dw, Tensor(d!) du) -> ()");

@@ -1,11 +1,12 @@
 // WKV on CUDA, forward and backward.
 //
-// bi_wkv: a thread is a channel of a batch item and a segment of its steps. `bi_ends` sums each segment as seen from its end
-// and from its start, `bi_carry` joins the segments from both sides, and `bi_sweep` walks each between the two. As on the CPU
-// the exponent of a sum is computed anew at every step, of its largest key and its distance; exponents are in base 2.
+// bi_wkv: a thread is a channel of a batch item and a segment of its steps. `bi_ends` sums each segment as seen from
+// its end and from its start, `bi_carry` joins the segments from both sides, and `bi_sweep` walks each between the two.
+// As on the CPU the exponent of a sum is computed anew at every step, of its largest key and its distance; exponents
+// are in base 2.
 //
-// wkv6, wkv7: a block is a direction of a head of a batch item. A thread is a value channel, a column of the state, whose N
-// rows (key channels) it holds in registers.
+// wkv6, wkv7: a block is a direction of a head of a batch item. A thread is a value channel, a column of the state,
+// whose N rows (key channels) it holds in registers.
 
 #include "device.cuh"
 
@@ -15,8 +16,8 @@ constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // --- bi_wkv ---------------------------------------------------------------------------------------------------------
 
-// Sums over steps at a distance, sum_i 2^(key_i - distance_i w) (x_i, y_i), over 2^peak, the largest of the weights: key
-// `top` at distance `age`. `far`: the same sums, each term times its distance.
+// Sums over steps at a distance, sum_i 2^(key_i - distance_i w) (x_i, y_i), over 2^peak, the largest of the weights:
+// key `top` at distance `age`. `far`: the same sums, each term times its distance.
 template <class T, bool kFar>
 struct Sums {
   T x = 0, y = 0, far_x = 0, far_y = 0, top = T(-1e30), age = 0;
@@ -58,7 +59,7 @@ struct Sums {
 template <class T, bool kBackward>
 struct Terms {
   Rows<const T> first, second;  // k, v or log_den, dy
-  const T* y;  // (B, L, C)
+  const T* y;                   // (B, L, C)
   i64 L, C;
   __device__ __forceinline__ void read(i64 b, i64 l, i64 c, T& key, T& x, T& other) const {
     key = *(first.at(b, l, 0) + c) * T(kBackward ? -kLog2e : kLog2e);
@@ -76,7 +77,8 @@ __global__ void __launch_bounds__(kThreads)
   const Place p(1, C, steps, blocks, segments, segment_steps);
   if (!p.active) return;
   const Order order{order_, order_batch, steps};
-  const Terms<T, kBackward> terms{{first_, first_batch, first_token, 0}, {second_, second_batch, second_token, 0}, y, L, C};
+  const Terms<T, kBackward> terms{
+      {first_, first_batch, first_token, 0}, {second_, second_batch, second_token, 0}, y, L, C};
   const T decay = w[p.c] * T(kLog2e);
   Sums<T, kBackward> past, future;
 #pragma unroll 4
@@ -119,7 +121,8 @@ template <class T, bool kBackward>
 __global__ void __launch_bounds__(kThreads)
     bi_sweep(const T* k_, i64 k_batch, i64 k_token, const T* v_, i64 v_batch, i64 v_token, const T* dy_, i64 dy_batch,
              i64 dy_token, const int* order_, i64 order_batch, const T* w, const T* u, i64 B, i64 L, i64 C, i64 steps,
-             i64 blocks, i64 segments, i64 segment_steps, const T* ends, T* y_, T* log_den, T* dk, T* dv, T* dw, T* du) {
+             i64 blocks, i64 segments, i64 segment_steps, const T* ends, T* y_, T* log_den, T* dk, T* dv, T* dw,
+             T* du) {
   using Side = Sums<T, kBackward>;
   __shared__ T marks[kMarks][Side::kFields][kThreads];
   const Place p(1, C, steps, blocks, segments, segment_steps);
@@ -205,7 +208,8 @@ __global__ void __launch_bounds__(kThreads)
 struct Head {
   i64 direction, b, h, index, steps;
   Order order;
-  __device__ __forceinline__ Head(i64 task, i64 B, i64 H, const Order& order) : index(task), steps(order.steps), order(order) {
+  __device__ __forceinline__ Head(i64 task, i64 B, i64 H, const Order& order)
+      : index(task), steps(order.steps), order(order) {
     h = task % H;
     b = task / H % B;
     direction = task / (H * B);
@@ -284,21 +288,22 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Gradients are (directions, B, L, H, -), du (directions, B, H, N). `history` holds the states of a chunk for each block,
-// (blocks, kChunk, N, P); a block takes one head after the other.
+// Gradients are (directions, B, L, H, -), du (directions, B, H, N). `history` holds the states of a chunk for each
+// block, (blocks, kChunk, N, P); a block takes one head after the other.
 template <class T, int N, bool kSeven>
 __global__ void __launch_bounds__(kThreads)
     backward(const T* dy_, i64 dy_batch, i64 dy_token, i64 dy_head, const T* r_, i64 r_batch, i64 r_token, i64 r_head,
              const T* w_, i64 w_batch, i64 w_token, i64 w_head, const T* k_, i64 k_batch, i64 k_token, i64 k_head,
              const T* v_, i64 v_batch, i64 v_token, i64 v_head, const T* a_, i64 a_batch, i64 a_token, i64 a_head,
-             const T* b_, i64 b_batch, i64 b_token, i64 b_head, const T* u, const int* order_, i64 order_batch, i64 tasks,
-             i64 B, i64 L, i64 H, i64 P, i64 steps, const T* states, T* history, T* dr, T* dw, T* dk, T* dv, T* da, T* db,
-             T* du) {
+             const T* b_, i64 b_batch, i64 b_token, i64 b_head, const T* u, const int* order_, i64 order_batch,
+             i64 tasks, i64 B, i64 L, i64 H, i64 P, i64 steps, const T* states, T* history, T* dr, T* dw, T* dk, T* dv,
+             T* da, T* db, T* du) {
   constexpr int kPadded = (N + 31) / 32 * 32, kWarps = kThreads / 32, kGrads = kSeven ? 5 : 3;
   constexpr int kR = 0, kK = 1, kD = 2, kA = kSeven ? 3 : 0, kB = kSeven ? 4 : 0;
   __shared__ T r[N], w[N], d[N], k[N], a[kSeven ? N : 1], b[kSeven ? N : 1], parts[kGrads][kWarps][kPadded], vg[kWarps];
   const Rows<const T> dys{dy_, dy_batch, dy_token, dy_head}, rs{r_, r_batch, r_token, r_head};
-  const Rows<const T> ws{w_, w_batch, w_token, w_head}, ks{k_, k_batch, k_token, k_head}, vs{v_, v_batch, v_token, v_head};
+  const Rows<const T> ws{w_, w_batch, w_token, w_head}, ks{k_, k_batch, k_token, k_head},
+      vs{v_, v_batch, v_token, v_head};
   const Rows<const T> as{a_, a_batch, a_token, a_head}, bs{b_, b_batch, b_token, b_head};
   const i64 p = threadIdx.x, chunks = (steps + kChunk - 1) / kChunk;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;

@@ -1,6 +1,7 @@
-// Runs the CUDA kernels on the CPU, to check their values where there is no GPU. The threads of a block are coroutines that
-// take turns: each runs until it meets a barrier or a shuffle, then the next one. Every thread of a block must therefore
-// meet the same barriers and shuffles, which is what the kernels promise anyway; where one does not, the run aborts.
+// Runs the CUDA kernels on the CPU, to check their values where there is no GPU. The threads of a block are coroutines
+// that take turns: each runs until it meets a barrier or a shuffle, then the next one. Every thread of a block must
+// therefore meet the same barriers and shuffles, which is what the kernels promise anyway; where one does not, the run
+// aborts.
 
 #pragma once
 
