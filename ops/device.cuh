@@ -66,6 +66,17 @@ __device__ __forceinline__ T larger(T a, T b) {
   return a > b ? a : b;
 }
 
+// A sum of many terms that keeps the digits of small ones (Kahan).
+template <class T>
+struct Sum {
+  T sum = 0, lost = 0;
+  __device__ __forceinline__ void add(T x) {
+    const T y = x - lost, next = sum + y;
+    lost = (next - sum) - y;
+    sum = next;
+  }
+};
+
 // Rows of channels, (batch, token, group) with any strides; the channels of a row are contiguous.
 template <class S>
 struct Rows {

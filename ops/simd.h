@@ -34,6 +34,17 @@ inline typename Simd<T>::vec broadcast(T x) {
   return x - typename Simd<T>::vec{};
 }
 
+// A sum of many terms that keeps the digits of small ones (Kahan).
+template <class V>
+struct Sum {
+  V sum = {}, lost = {};
+  void add(V x) {
+    const V y = x - lost, next = sum + y;
+    lost = (next - sum) - y;
+    sum = next;
+  }
+};
+
 // n <= width leading lanes; the others read as 0.
 template <class T, class S>
 inline typename Simd<T>::vec load(const S* p, int n) {

@@ -58,12 +58,15 @@ def ssd(
     log_decay = (chunks(dt) * A.to(dtype)).unflatten(3, group)
     total = log_decay.cumsum(2)  # (B, c, l, g, h)
 
-    since = total.unsqueeze(3) - total.unsqueeze(2)  # (B, c, l, s, g, h): the decay from step s to step l
+    # (B, c, l, s, g, h): the decay from step s to step l, a sum of its own for each pair. As differences of `total` they
+    # would lose the digits of A's gradient.
     mask = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril()[:, :, None, None]
+    later = mask & ~mask.transpose(0, 1)
+    since = log_decay.unsqueeze(3).expand(-1, -1, -1, chunk_size, -1, -1).masked_fill(~later, 0).cumsum(2)
     scores = torch.einsum("bclgn,bcsgn->bclsg", C, B).unsqueeze(-1)
     y = torch.einsum("bclsgh,bcsghp->bclghp", scores * since.masked_fill(~mask, -torch.inf).exp(), u)
 
-    final = torch.einsum("bcsgn,bcsgh,bcsghp->bcghnp", B, (total[:, :, -1:] - total).exp(), u)
+    final = torch.einsum("bcsgn,bcsgh,bcsghp->bcghnp", B, since[:, :, -1].exp(), u)
     state, before = torch.zeros_like(final[:, 0]), []
     for c in range(final.shape[1]):
         before.append(state)

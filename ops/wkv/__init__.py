@@ -158,35 +158,40 @@ def _steps(k, order):
 
 
 # --- bi_wkv ---------------------------------------------------------------------------------------------------------
-# Its second result is the logarithm of its denominator; without that the backward pass runs the forward pass again.
+# Its second result is (B, L, 2, C): the largest exponent of each step's weights, and the sum of the weights over its
+# exponential. Without it the backward pass runs the forward pass again. (Their logarithm alone would lose digits.)
 
 
 def _bi_reference(k, v, w, u, order, save, use_scan=False):
-    y, log_den = reference.bi_wkv(k, v, w, u, order, use_scan)
-    return y, log_den if save else k.new_empty(0)
+    y, scale = reference.bi_wkv(k, v, w, u, order, use_scan)
+    return y, scale if save else k.new_empty(0)
+
+
+def _scale_shape(k, save):
+    return (*k.shape[:2], 2, k.shape[2]) if save else (0,)
 
 
 def _bi_empty(k, v, w, u, order, save):
-    return k.new_empty(k.shape), k.new_empty(k.shape if save else (0,))
+    return k.new_empty(k.shape), k.new_empty(_scale_shape(k, save))
 
 
 def _bi_forward(backend, k, v, w, u, order, save):
-    y, log_den = _outputs(k, order, k.shape, k.shape if save else (0,))
+    y, scale = _outputs(k, order, k.shape, _scale_shape(k, save))
     named = _kernel_inputs(order, k=k, v=v, w=w.contiguous(), u=u.contiguous())
     kernel = cuda.bi_forward if backend == "cuda" else torch.ops.linzoo_cpu.bi_wkv_forward
-    kernel(**named, y=y, log_den=log_den)
-    return y, log_den
+    kernel(**named, y=y, scale=scale)
+    return y, scale
 
 
-def _bi_backward(backend, dy, k, v, w, u, order, y, log_den):
-    if log_den.dim() == 1:
-        y, log_den = _bi_forward(backend, k, v, w, u, order, True)
+def _bi_backward(backend, dy, k, v, w, u, order, y, scale):
+    if scale.dim() == 1:
+        y, scale = _bi_forward(backend, k, v, w, u, order, True)
     parts = k.shape[0]
     if backend == "cuda":
         parts *= cuda.bi_plan(k, k.shape[1] if order is None else order.shape[-1])[2]
     dk, dv = _outputs(k, order, k.shape, k.shape)
     dw, du = (k.new_empty(parts, k.shape[2]) for _ in range(2))
-    named = _kernel_inputs(order, dy=dy, k=k, v=v, w=w.contiguous(), u=u.contiguous(), y=y, log_den=log_den)
+    named = _kernel_inputs(order, dy=dy, k=k, v=v, w=w.contiguous(), u=u.contiguous(), y=y, scale=scale)
     kernel = cuda.bi_backward if backend == "cuda" else torch.ops.linzoo_cpu.bi_wkv_backward
     kernel(**named, dk=dk, dv=dv, dw=dw, du=du)
     return [dk, dv, dw.sum(0), du.sum(0)]
@@ -199,7 +204,7 @@ def _bi_flops(k, order, **_):
 
 _bi_wkv = Operator(
     "bi_wkv",
-    "(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? order, bool save) -> (Tensor y, Tensor log_den)",
+    "(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? order, bool save) -> (Tensor y, Tensor scale)",
     kernel="wkv",
     reference=_bi_reference,
     export=functools.partial(_bi_reference, use_scan=True),

@@ -43,26 +43,21 @@ struct Activation {  // (batch, token, head, channel), or without heads
 
 // --- bi_wkv ---------------------------------------------------------------------------------------------------------
 // Lanes are channels; a task is a vector of channels of a batch item. A scan from the end stores its state at every
-// chunk; the scan from the start recomputes it within one chunk after the other and joins the two. Exponents are in
-// base 2.
+// chunk; the scan from the start recomputes it within one chunk after the other and joins the two.
 
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2e = 1.4426950408889634;
 
-inline vfloat log2_from_one(vfloat x) {  // x >= 1
-  const vint bits = (vint)x;
-  const vfloat exponent = __builtin_convertvector((bits >> 23) - 127, vfloat);
-  const vfloat z = (vfloat)((bits & 0x7fffff) | 0x3f800000) - 1.f;
-  return exponent + log1p_unit(z, z / (z + 2.f)) * float(kLog2e);
+// Scaled where it is taken, not term by term: the digits of small exponents that are differences of large ones matter
+// to the gradient of the decay.
+template <class V>
+inline V expe(V x) {
+  using T = std::remove_reference_t<decltype(x[0])>;
+  return exp2(x * T(kLog2e));
 }
 
-inline vdouble log2_from_one(vdouble x) {
-  for (int i = 0; i < Simd<double>::width; ++i) x[i] = std::log2(x[i]);
-  return x;
-}
-
-// Sums over the steps on one side of a token, sum_i 2^(key_i - distance_i w) (x_i, y_i), where the nearest step has
-// distance 0; all over 2^peak, the largest of the weights: key `top` at distance `age`. Its exponent is computed anew
-// at every step; decaying it step by step would add up one rounding error a step.
+// Sums over the steps on one side of a token, sum_i exp(key_i - distance_i w) (x_i, y_i), where the nearest step has
+// distance 0; all over exp(peak), the largest of the weights: key `top` at distance `age`. Its exponent is computed
+// anew at every step; decaying it step by step would add up one rounding error a step.
 template <class T>
 struct Side {
   using V = typename Simd<T>::vec;
@@ -72,7 +67,7 @@ struct Side {
   void pass(V key, V next_x, V next_y, V w) {
     const V zero = {}, one = broadcast<T>(1);
     const V older = age + T(1), gap = key - (top - older * w);
-    const V smaller = exp2(gap > zero ? -gap : gap);
+    const V smaller = expe(gap > zero ? -gap : gap);
     const V old = gap > zero ? smaller : one, fresh = gap > zero ? one : smaller;
     if (kFar) far_x = old * (far_x + x), far_y = old * (far_y + y);
     x = old * x + fresh * next_x;
@@ -135,16 +130,16 @@ void both_sides(const Order& order, int64_t batch, V w, Ahead ahead, Read read, 
   }
 }
 
-void bi_forward(Tensor k, Tensor v, Tensor w, Tensor u, std::optional<Tensor> order_, Tensor y, Tensor log_den) {
+void bi_forward(Tensor k, Tensor v, Tensor w, Tensor u, std::optional<Tensor> order_, Tensor y, Tensor scale) {
   const Order order(order_, k.size(1));
   dispatch_states(k, [&](auto t) {
     using T = decltype(t);
     using V = typename Simd<T>::vec;
     const Activation<const T> keys(k), values(v);
-    const Activation<T> out(y), log_out = log_den.dim() == 3 ? Activation<T>(log_den) : Activation<T>();
+    const Activation<T> out(y), scales = scale.dim() == 4 ? Activation<T>(scale) : Activation<T>();
     for_channels<T>(k.size(0), k.size(2), [&](const Channels<T>& c) {
       const int64_t b = c.batch;
-      const V decay = c.get(data<T>(w)) * T(kLog2e), bonus = c.get(data<T>(u)) * T(kLog2e);
+      const V decay = c.get(data<T>(w)), bonus = c.get(data<T>(u));
       both_sides<false, T>(
           order, b, decay,
           [&](int64_t l) {
@@ -152,63 +147,65 @@ void bi_forward(Tensor k, Tensor v, Tensor w, Tensor u, std::optional<Tensor> or
             __builtin_prefetch(values.at(b, l) + c.first, 0, 2);
           },
           [&](int64_t l, V& key, V& x, V& one) {
-            key = c.get(keys.at(b, l)) * T(kLog2e);
+            key = c.get(keys.at(b, l));
             x = c.get(values.at(b, l));
             one = broadcast<T>(1);
           },
           [&](int64_t l, const Side<T>& past, const Side<T>& future) {
-            const V own = c.get(keys.at(b, l)) * T(kLog2e) + bonus;
+            const V own = c.get(keys.at(b, l)) + bonus;
             const V past_peak = past.peak(decay), future_peak = future.peak(decay);
             V peak = past_peak > future_peak ? past_peak : future_peak;
             peak = peak > own ? peak : own;
-            const V before = exp2(past_peak - peak), after = exp2(future_peak - peak), self = exp2(own - peak);
+            const V before = expe(past_peak - peak), after = expe(future_peak - peak), self = expe(own - peak);
             const V den = before * past.y + after * future.y + self;
             const V num = before * past.x + after * future.x + self * c.get(values.at(b, l));
             c.put(out.at(b, l), num / den);
-            if (log_out.rows) c.put(log_out.at(b, l), (peak + log2_from_one(den)) * T(kLn2));
+            if (!scales.rows) return;
+            c.put(scales.at(b, l, 0), peak);
+            c.put(scales.at(b, l, 1), den);
           });
     });
   });
 }
 
 // With p_ti the weight of token i for step t and g the upstream gradient, dv_i = sum_t p_ti g_t and
-// dk_i = sum_t p_ti g_t (v_i - y_t): sums of the same kind, of g and g y with keys -log_den.
+// dk_i = sum_t p_ti g_t (v_i - y_t): sums of the same kind, of g and g y over the denominators, with keys -peak.
 void bi_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, std::optional<Tensor> order_, Tensor y,
-                 Tensor log_den, Tensor dk, Tensor dv, Tensor dw, Tensor du) {
+                 Tensor scale, Tensor dk, Tensor dv, Tensor dw, Tensor du) {
   const Order order(order_, k.size(1));
   const int64_t C = k.size(2);
   dispatch_states(k, [&](auto t) {
     using T = decltype(t);
     using V = typename Simd<T>::vec;
-    const Activation<const T> grads(dy), keys(k), values(v), outputs(y), logs(log_den);
+    const Activation<const T> grads(dy), keys(k), values(v), outputs(y), scales(scale);
     const Activation<T> to_key(dk), to_value(dv);
     for_channels<T>(k.size(0), C, [&](const Channels<T>& c) {
       const int64_t b = c.batch;
-      const V decay = c.get(data<T>(w)) * T(kLog2e), bonus = c.get(data<T>(u)) * T(kLog2e);
-      V sum_w = {}, sum_u = {};
+      const V decay = c.get(data<T>(w)), bonus = c.get(data<T>(u));
+      Sum<V> sum_w, sum_u;
       both_sides<true, T>(
           order, b, decay,
           [&](int64_t l) {
-            for (const auto* a : {&grads, &outputs, &logs}) __builtin_prefetch(a->at(b, l) + c.first, 0, 2);
+            for (const auto* a : {&grads, &outputs, &scales}) __builtin_prefetch(a->at(b, l) + c.first, 0, 2);
           },
           [&](int64_t l, V& key, V& g, V& gy) {
-            key = c.get(logs.at(b, l)) * T(-kLog2e);
-            g = c.get(grads.at(b, l));
+            key = -c.get(scales.at(b, l, 0));
+            g = c.get(grads.at(b, l)) / c.get(scales.at(b, l, 1));
             gy = g * c.get(outputs.at(b, l));
           },
           [&](int64_t l, const Side<T>& past, const Side<T>& future) {
-            const V key = c.get(keys.at(b, l)) * T(kLog2e), value = c.get(values.at(b, l));
-            const V g = c.get(grads.at(b, l)), y = c.get(outputs.at(b, l));
-            const V before = exp2(past.peak(decay) + key), after = exp2(future.peak(decay) + key);
-            const V self = exp2(key + bonus - c.get(logs.at(b, l)) * T(kLog2e)) * g;
+            const V key = c.get(keys.at(b, l)), value = c.get(values.at(b, l));
+            const V g = c.get(grads.at(b, l)) / c.get(scales.at(b, l, 1)), y = c.get(outputs.at(b, l));
+            const V before = expe(past.peak(decay) + key), after = expe(future.peak(decay) + key);
+            const V self = expe(key + bonus - c.get(scales.at(b, l, 0))) * g;
             const V sum = before * past.x + after * future.x + self;
             c.put(to_value.at(b, l), sum);
             c.put(to_key.at(b, l), value * sum - (before * past.y + after * future.y + self * y));
-            sum_w += before * (value * past.far_x - past.far_y) + after * (value * future.far_x - future.far_y);
-            sum_u += self * (value - y);
+            sum_w.add(before * (value * past.far_x - past.far_y) + after * (value * future.far_x - future.far_y));
+            sum_u.add(self * (value - y));
           });
-      c.put(data<T>(dw) + b * C, -sum_w);
-      c.put(data<T>(du) + b * C, sum_u);
+      c.put(data<T>(dw) + b * C, -sum_w.sum);
+      c.put(data<T>(du) + b * C, sum_u.sum);
     });
   });
 }
@@ -598,10 +595,9 @@ void matrix_backward(Tensor dy, Tensor r, Tensor w, Tensor k, Tensor v, std::opt
 }  // namespace linzoo
 
 STABLE_TORCH_LIBRARY_FRAGMENT(linzoo_cpu, m) {
+  m.def("bi_wkv_forward(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? order, Tensor(a!) y, Tensor(b!) scale) -> ()");
   m.def(
-      "bi_wkv_forward(Tensor k, Tensor v, Tensor w, Tensor u, Tensor? order, Tensor(a!) y, Tensor(b!) log_den) -> ()");
-  m.def(
-      "bi_wkv_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? order, Tensor y, Tensor log_den, "
+      "bi_wkv_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? order, Tensor y, Tensor scale, "
       "Tensor(a!) dk, Tensor(b!) dv, Tensor(c!) dw, Tensor(d!) du) -> ()");
   m.def(
       "wkv_forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor? a, Tensor? b, Tensor? u, Tensor? order, "

@@ -12,12 +12,19 @@
 
 constexpr int kChunk = LINZOO_CHUNK;
 constexpr int kMarks = LINZOO_MARKS;  // chunks of a segment of bi_wkv, at most
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2e = 1.4426950408889634;
 
 // --- bi_wkv ---------------------------------------------------------------------------------------------------------
 
-// Sums over steps at a distance, sum_i 2^(key_i - distance_i w) (x_i, y_i), over 2^peak, the largest of the weights:
-// key `top` at distance `age`. `far`: the same sums, each term times its distance.
+// Scaled where it is taken, not term by term: the digits of small exponents that are differences of large ones matter
+// to the gradient of the decay.
+template <class T>
+__device__ __forceinline__ T expe(T x) {
+  return exp2_(x * T(kLog2e));
+}
+
+// Sums over steps at a distance, sum_i exp(key_i - distance_i w) (x_i, y_i), over exp(peak), the largest of the
+// weights: key `top` at distance `age`. `far`: the same sums, each term times its distance.
 template <class T, bool kFar>
 struct Sums {
   T x = 0, y = 0, far_x = 0, far_y = 0, top = T(-1e30), age = 0;
@@ -29,7 +36,7 @@ struct Sums {
     age += distance;
   }
   __device__ __forceinline__ void join(const Sums& o, T w) {
-    const T gap = o.peak(w) - peak(w), less = exp2_(gap > T(0) ? -gap : gap);
+    const T gap = o.peak(w) - peak(w), less = expe(gap > T(0) ? -gap : gap);
     const T old = gap > T(0) ? less : T(1), fresh = gap > T(0) ? T(1) : less;
     x = old * x + fresh * o.x;
     y = old * y + fresh * o.y;
@@ -55,15 +62,17 @@ struct Sums {
   }
 };
 
-// What a step adds: forward (its key, v, 1), backward (-log_den, dy, dy y).
+// What a step adds: forward (its key, v, 1), backward (-peak, dy / den, dy y / den).
 template <class T, bool kBackward>
 struct Terms {
-  Rows<const T> first, second;  // k, v or log_den, dy
+  Rows<const T> first, second;  // k, v or scale, dy
   const T* y;                   // (B, L, C)
   i64 L, C;
   __device__ __forceinline__ void read(i64 b, i64 l, i64 c, T& key, T& x, T& other) const {
-    key = *(first.at(b, l, 0) + c) * T(kBackward ? -kLog2e : kLog2e);
+    const T* at = first.at(b, l, 0) + c;
+    key = kBackward ? -at[0] : at[0];
     x = *(second.at(b, l, 0) + c);
+    if (kBackward) x /= at[C];
     other = kBackward ? x * y[(b * L + l) * C + c] : T(1);
   }
 };
@@ -79,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
   const Order order{order_, order_batch, steps};
   const Terms<T, kBackward> terms{
       {first_, first_batch, first_token, 0}, {second_, second_batch, second_token, 0}, y, L, C};
-  const T decay = w[p.c] * T(kLog2e);
+  const T decay = w[p.c];
   Sums<T, kBackward> past, future;
 #pragma unroll 4
   for (i64 t = p.begin; t < p.end; ++t) {
@@ -102,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= 2 * B * C) return;
   const i64 c = i % C, sb = i / C;
   const bool backwards = sb >= B;
-  const T decay = w[c] * T(kLog2e);
+  const T decay = w[c];
   Sums<T, kBackward> sums;
 #pragma unroll 4
   for (i64 k = 0; k < segments; ++k) {
@@ -121,17 +130,16 @@ template <class T, bool kBackward>
 __global__ void __launch_bounds__(kThreads)
     bi_sweep(const T* k_, i64 k_batch, i64 k_token, const T* v_, i64 v_batch, i64 v_token, const T* dy_, i64 dy_batch,
              i64 dy_token, const int* order_, i64 order_batch, const T* w, const T* u, i64 B, i64 L, i64 C, i64 steps,
-             i64 blocks, i64 segments, i64 segment_steps, const T* ends, T* y_, T* log_den, T* dk, T* dv, T* dw,
-             T* du) {
+             i64 blocks, i64 segments, i64 segment_steps, const T* ends, T* y_, T* scale, T* dk, T* dv, T* dw, T* du) {
   using Side = Sums<T, kBackward>;
   __shared__ T marks[kMarks][Side::kFields][kThreads];
   const Place p(1, C, steps, blocks, segments, segment_steps);
   if (!p.active) return;
   const Order order{order_, order_batch, steps};
   const Rows<const T> k{k_, k_batch, k_token, 0}, v{v_, v_batch, v_token, 0}, dy{dy_, dy_batch, dy_token, 0};
-  const Rows<const T> logs{log_den, L * C, C, 0};
-  const Terms<T, kBackward> terms{kBackward ? logs : k, kBackward ? dy : v, y_, L, C};
-  const T decay = w[p.c] * T(kLog2e), bonus = u[p.c] * T(kLog2e);
+  const Rows<const T> scales{scale, 2 * L * C, 2 * C, 0};
+  const Terms<T, kBackward> terms{kBackward ? scales : k, kBackward ? dy : v, y_, L, C};
+  const T decay = w[p.c], bonus = u[p.c];
   const i64 side = B * segments * Side::kFields * C;
   const int chunks = static_cast<int>((p.end - p.begin + kChunk - 1) / kChunk);
   Side past, future;
@@ -150,7 +158,7 @@ __global__ void __launch_bounds__(kThreads)
       future.pass(key, x, other, decay);
     }
   }
-  T sum_w = 0, sum_u = 0;
+  Sum<T> sum_w, sum_u;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const i64 start = p.begin + chunk * kChunk;
     const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start));
@@ -174,28 +182,28 @@ __global__ void __launch_bounds__(kThreads)
       if (!kBackward) {
         const T own = keys[i] + bonus, before = past.peak(decay), after = futures[i].peak(decay);
         const T peak = larger(own, larger(before, after));
-        const T left = exp2_(before - peak), right = exp2_(after - peak), self = exp2_(own - peak);
+        const T left = expe(before - peak), right = expe(after - peak), self = expe(own - peak);
         const T den = left * past.y + right * futures[i].y + self;
         y_[at] = (left * past.x + right * futures[i].x + self * xs[i]) / den;
-        if (log_den) log_den[at] = (peak + log2_(den)) * T(kLn2);
+        if (scale) scale[at + (p.b * L + l) * C] = peak, scale[at + (p.b * L + l + 1) * C] = den;
       } else {
-        const T key = *(k.at(p.b, l, 0) + p.c) * T(kLog2e), value = *(v.at(p.b, l, 0) + p.c);
-        const T left = exp2_(past.peak(decay) + key), right = exp2_(futures[i].peak(decay) + key);
-        const T self = exp2_(key + bonus + keys[i]) * xs[i];
+        const T key = *(k.at(p.b, l, 0) + p.c), value = *(v.at(p.b, l, 0) + p.c);
+        const T left = expe(past.peak(decay) + key), right = expe(futures[i].peak(decay) + key);
+        const T self = expe(key + bonus + keys[i]) * xs[i];
         const T sum = left * past.x + right * futures[i].x + self;
         const T minus = left * past.y + right * futures[i].y + self * y_[at];
         dv[at] = sum;
         dk[at] = value * sum - minus;
-        sum_w += left * (value * past.far_x - past.far_y) + right * (value * futures[i].far_x - futures[i].far_y);
-        sum_u += self * (value - y_[at]);
+        sum_w.add(left * (value * past.far_x - past.far_y) + right * (value * futures[i].far_x - futures[i].far_y));
+        sum_u.add(self * (value - y_[at]));
       }
       past.pass(keys[i], xs[i], others[i], decay);
     }
   }
   if (!kBackward) return;
   const i64 at = p.index * C + p.c;
-  dw[at] = -sum_w;
-  du[at] = sum_u;
+  dw[at] = -sum_w.sum;
+  du[at] = sum_u.sum;
 }
 
 // --- wkv6 and wkv7 --------------------------------------------------------------------------------------------------

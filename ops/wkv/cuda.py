@@ -24,16 +24,16 @@ def bi_plan(k, steps):
     return blocks, threads, segments, length
 
 
-def bi_forward(*, k, v, w, u, order, y, log_den):
-    """Writes y and, unless it is empty, log_den."""
-    log_den = log_den if log_den.numel() else None
-    _bi(k, None, w, order, first=k, second=v, v=v, u=u, y=y, log_den=log_den, dk=None, dv=None, dw=None, du=None)
+def bi_forward(*, k, v, w, u, order, y, scale):
+    """Writes y and, unless it is empty, scale."""
+    scale = scale if scale.numel() else None
+    _bi(k, None, w, order, first=k, second=v, v=v, u=u, y=y, scale=scale, dk=None, dv=None, dw=None, du=None)
 
 
-def bi_backward(*, dy, k, v, w, u, order, y, log_den, dk, dv, dw, du):
+def bi_backward(*, dy, k, v, w, u, order, y, scale, dk, dv, dw, du):
     """Writes dk, dv, and dw and du ``(B segments, C)``."""
-    y, log_den = y.contiguous(), log_den.contiguous()
-    _bi(k, dy, w, order, first=log_den, second=dy, v=v, u=u, y=y, log_den=log_den, dk=dk, dv=dv, dw=dw, du=du)
+    y, scale = y.contiguous(), scale.contiguous()
+    _bi(k, dy, w, order, first=scale, second=dy, v=v, u=u, y=y, scale=scale, dk=dk, dv=dv, dw=dw, du=du)
 
 
 def _bi(k, dy, w, order, *, first, second, y, **tensors):

@@ -66,7 +66,7 @@ def bi_wkv(k, v, w, u, order=None, use_scan=False):
     """See `linzoo.ops.bi_wkv`. With `use_scan` the loops are `torch._higher_order_ops.scan`.
 
     Returns:
-        The output, and the logarithm of its denominator.
+        The output, and ``(B, L, 2, C)``: the largest exponent of each step's weights, and their sum over its exponential.
     """
     length = k.shape[1]
     k, v = tokens_in_order(k, order), tokens_in_order(v, order)
@@ -82,7 +82,8 @@ def bi_wkv(k, v, w, u, order=None, use_scan=False):
     for top, x, one, *_ in sides:
         weight = torch.exp(top - peak)
         num, den = num + weight * x, den + weight * one
-    return tokens_in_place(num / den, order, length), tokens_in_place(peak + den.log(), order, length)
+    scale = torch.stack([peak, den], 2)
+    return tokens_in_place(num / den, order, length), tokens_in_place(scale, order, length)
 
 
 # --- wkv6 -----------------------------------------------------------------------------------------------------------
