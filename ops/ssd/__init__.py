@@ -58,8 +58,8 @@ def ssd(
     log_decay = (chunks(dt) * A.to(dtype)).unflatten(3, group)
     total = log_decay.cumsum(2)  # (B, c, l, g, h)
 
-    # (B, c, l, s, g, h): the decay from step s to step l, a sum of its own for each pair. As differences of `total` they
-    # would lose the digits of A's gradient.
+    # (B, c, l, s, g, h): the decay from step s to step l, a sum of its own for each pair. As differences of `total`
+    # they would lose the digits of A's gradient.
     mask = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril()[:, :, None, None]
     later = mask & ~mask.transpose(0, 1)
     since = log_decay.unsqueeze(3).expand(-1, -1, -1, chunk_size, -1, -1).masked_fill(~later, 0).cumsum(2)

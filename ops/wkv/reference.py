@@ -66,7 +66,8 @@ def bi_wkv(k, v, w, u, order=None, use_scan=False):
     """See `linzoo.ops.bi_wkv`. With `use_scan` the loops are `torch._higher_order_ops.scan`.
 
     Returns:
-        The output, and ``(B, L, 2, C)``: the largest exponent of each step's weights, and their sum over its exponential.
+        The output, and ``(B, L, 2, C)``: the largest exponent of each step's weights, and their sum over its
+        exponential.
     """
     length = k.shape[1]
     k, v = tokens_in_order(k, order), tokens_in_order(v, order)
