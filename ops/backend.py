@@ -13,6 +13,7 @@ import torch
 
 from . import compile_cuda
 from .compile_cpu import BuildError, build, sources
+from .kernel_cache import cache_dir, temporary_dir
 
 BACKENDS = ("cpu", "cuda", "reference", "export")
 
@@ -50,14 +51,26 @@ def forced_backend():
 
 @functools.cache
 def _load(op):
-    """Loads operator `op`'s C++ library; returns None, or why it cannot be had."""
+    """Loads operator `op`'s C++ library; returns None, or why it cannot be had.
+
+    One that does not load is built anew, then in a temporary folder: the cache may be damaged, or mounted noexec.
+    """
     if op not in sources():
         return f"{op} has no C++ kernel"
-    try:
-        torch.ops.load_library(str(build(op)))
-    except (BuildError, OSError) as error:
-        return str(error)
-    return None
+    causes = []
+    for folder, anew in ((cache_dir, False), (cache_dir, True), (temporary_dir, False)):
+        try:
+            path = build(op, folder(), anew)
+            torch.ops.load_library(str(path))
+        except BuildError as error:
+            return str(error)
+        except OSError as error:
+            causes.append(str(error))
+            continue
+        if causes:
+            warnings.warn(f"{op}: {path} serves, since {causes[-1]}", RuntimeWarning, stacklevel=2)
+        return None
+    return f"its library does not load: {causes[-1]}"
 
 
 def _unavailable(op, backend):

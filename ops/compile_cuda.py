@@ -10,14 +10,13 @@ import hashlib
 import importlib.util
 import io
 import itertools
-import os
 import re
 from typing import NamedTuple
 
-import filelock
 import torch
 
-from .compile_cpu import OPS, BuildError, cache_dir
+from .compile_cpu import OPS, BuildError
+from .kernel_cache import stored
 
 MAX_THREADS = 128  # of a block
 CHUNK = 16  # steps between two stored states
@@ -85,27 +84,22 @@ def compile_kernel(op, name, arch):
     return bytes(code.code), code.symbol_mapping[name], report.getvalue()
 
 
-def cubin_path(op, name, arch):
-    """Path of a compiled kernel: keyed by sources, template instance, architecture and NVRTC."""
+def cubin_name(op, name, arch):
+    """File name of a compiled kernel: keyed by sources, template instance, architecture and NVRTC."""
     key = hashlib.sha256(repr([name, arch, MACROS, _nvrtc_version()]).encode())
     for path in [sources()[op], *sorted(OPS.glob("*.cuh"))]:
         key.update(path.read_bytes())
-    return cache_dir() / f"{op}-{arch}-{key.hexdigest()[:16]}.cubin"
+    return f"{op}-{arch}-{key.hexdigest()[:16]}.cubin"
 
 
 def cubin(op, name, arch):
     """The cubin and its name of the kernel; the file on disk is a line with the name, then the cubin."""
-    path = cubin_path(op, name, arch)
-    with filelock.FileLock(f"{path}.lock"):
-        if not path.exists():
-            code, symbol, _ = compile_kernel(op, name, arch)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            try:
-                partial.write_bytes(symbol + b"\n" + code)
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
-    symbol, code = path.read_bytes().split(b"\n", 1)
+
+    def make(target):
+        code, symbol, _ = compile_kernel(op, name, arch)
+        target.write_bytes(symbol + b"\n" + code)
+
+    symbol, code = stored(cubin_name(op, name, arch), make).read_bytes().split(b"\n", 1)
     return code, symbol
 
 

@@ -11,7 +11,7 @@ import rich.table
 import torch
 
 import linzoo.backbones
-from linzoo.ops import backend_info, compile_cpu
+from linzoo.ops import backend_info, compile_cpu, kernel_cache
 from linzoo.ops.backend import resolve
 from linzoo.ops.self_check import self_check
 
@@ -56,7 +56,7 @@ def main(argv=None):
         "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "compiler": compiler,
-        "kernel cache": str(compile_cpu.cache_dir()),
+        "kernel cache": str(kernel_cache.cache_dir()),
         "models": str(len(linzoo.backbones.list_models())),
     }
     for name, value in facts.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from linzoo.ops import compile_cpu, compile_cuda, operator
+from linzoo.ops import compile_cpu, compile_cuda, kernel_cache, operator
 from linzoo.ops.backend import forced_backend
 
 EMULATOR = Path(__file__).with_name("emulator.h")
@@ -28,7 +28,7 @@ def emulated_kernel(op, name):
     key = hashlib.sha256(f"{source}{compile_cuda.MACROS}".encode())
     for path in (EMULATOR, compile_cuda.sources()[op], *sorted(compile_cpu.OPS.glob("*.cuh"))):
         key.update(path.read_bytes())
-    library = compile_cpu.cache_dir() / f"emulated-{op}-{key.hexdigest()[:16]}.so"
+    library = kernel_cache.cache_dir() / f"emulated-{op}-{key.hexdigest()[:16]}.so"
     if not library.exists():
         partial = library.with_suffix(f".{os.getpid()}.partial")
         command = [compile_cpu.find_compiler(), "-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{compile_cpu.OPS}"]

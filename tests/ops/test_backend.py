@@ -1,5 +1,7 @@
 """Choosing a backend, and compiling the CPU kernels: what a stranger's machine may lack."""
 
+import errno
+import hashlib
 import os
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import textwrap
 import pytest
 import torch
 
-from linzoo.ops import backend_info, compile_cpu, selective_scan, use_backend
+from linzoo.ops import backend_info, compile_cpu, kernel_cache, selective_scan, use_backend
 from linzoo.ops.backend import resolve
 
 CPU = torch.device("cpu")
@@ -86,12 +88,12 @@ def test_environment_forces_a_backend():
 
 @pytest.mark.slow
 def test_two_processes_compile_at_once(tmp_path):
-    """Both get a whole library, and nothing but it and its lock is left."""
+    """Both get a whole library, and nothing but it, its lock and its hash is left."""
     processes = [start(SCAN, LINZOO_CACHE=str(tmp_path), LINZOO_STRICT="1") for _ in range(2)]
     for process in processes:
         _, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
-    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".so", ".lock"]
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".so", ".lock", ".sha256"]
 
 
 @pytest.mark.slow
@@ -126,7 +128,48 @@ def test_unwritable_cache_directory(tmp_path):
     blocked.write_text("")
     result = run(SCAN, LINZOO_CACHE=str(blocked), LINZOO_STRICT="1")
     assert result.returncode == 0, result.stderr
-    assert f"LINZOO_CACHE: cannot write to {blocked}" in result.stderr
+    assert f"LINZOO_CACHE: cannot use {blocked}" in result.stderr
+
+
+@pytest.mark.slow
+def test_damaged_library_is_built_anew(tmp_path):
+    """One cut short would kill the process with SIGBUS; one that is whole but no library does not load."""
+    assert run(SCAN, LINZOO_CACHE=str(tmp_path)).returncode == 0
+    [library] = tmp_path.glob("selective_scan-cpu-*.so")
+    code, digest = library.read_bytes(), library.with_name(f"{library.name}.sha256")
+    text = b"no library"
+    for contents, recorded, said in (
+        (code[:30000], None, "is damaged; it is made anew"),
+        (b"", None, "is damaged; it is made anew"),
+        (text, hashlib.sha256(text).hexdigest(), "serves, since"),
+    ):
+        library.unlink()
+        library.write_bytes(contents)
+        if recorded:
+            digest.write_text(recorded)
+        result = run(SCAN, LINZOO_CACHE=str(tmp_path), LINZOO_STRICT="1")
+        assert result.returncode == 0 and said in result.stderr, result.stderr
+        assert library.read_bytes()[:4] == code[:4] and len(library.read_bytes()) == len(code)
+        assert run(SCAN, LINZOO_CACHE=str(tmp_path), LINZOO_STRICT="1").stderr == ""
+
+
+@pytest.mark.slow
+def test_lock_that_cannot_be_taken(tmp_path):
+    """As another user's: a temporary folder serves, and the cause is said."""
+    (tmp_path / f"{compile_cpu.library_name('selective_scan')}.lock").mkdir()
+    result = run(SCAN, LINZOO_CACHE=str(tmp_path), LINZOO_STRICT="1")
+    assert result.returncode == 0 and "Is a directory" in result.stderr and "LINZOO_CACHE: cannot use" in result.stderr
+    assert not list(tmp_path.glob("*.so"))
+
+
+def test_failed_write_leaves_nothing(tmp_path):
+    def full(path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"), pytest.warns(RuntimeWarning, match="No space left on device"):
+        kernel_cache.stored("kernel.so", full, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kernel.so.lock"]
 
 
 @pytest.mark.slow
@@ -141,10 +184,10 @@ def test_build_command(tmp_path):
 
 
 def test_key_changes_with_compiler_and_flags(monkeypatch):
-    path = compile_cpu.library_path("selective_scan")
-    assert path == compile_cpu.library_path("selective_scan")
+    path = compile_cpu.library_name("selective_scan")
+    assert path == compile_cpu.library_name("selective_scan")
     monkeypatch.setattr(compile_cpu, "FLAGS", [*compile_cpu.FLAGS, "-g"])
-    assert path != compile_cpu.library_path("selective_scan")
+    assert path != compile_cpu.library_name("selective_scan")
 
 
 def test_kernel_matches_reference_here():

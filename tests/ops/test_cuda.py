@@ -17,6 +17,7 @@ from linzoo.ops import (
     compile_cuda,
     deform_conv,
     diagonal_scan,
+    kernel_cache,
     rational,
     scan_order,
     selective_scan,
@@ -149,11 +150,11 @@ def test_kernel_arguments_must_fit(change, message):
 
 def test_cuda_compile_is_kept_on_disk(monkeypatch, tmp_path):
     """The second process reads the cubin; another architecture is another file."""
-    monkeypatch.setattr(compile_cuda, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(kernel_cache, "cache_dir", lambda: tmp_path)
     name = template("forward", torch.float32, torch.float32)
     compiled = compile_cuda.cubin("rational", name, "sm_90")
-    path = compile_cuda.cubin_path("rational", name, "sm_90")
-    assert path.exists() and path != compile_cuda.cubin_path("rational", name, "sm_80")
+    file = compile_cuda.cubin_name("rational", name, "sm_90")
+    assert (tmp_path / file).exists() and file != compile_cuda.cubin_name("rational", name, "sm_80")
     monkeypatch.setattr(compile_cuda, "compile_kernel", None)
     assert compile_cuda.cubin("rational", name, "sm_90") == compiled
     assert not list(tmp_path.glob("*.partial"))
