@@ -22,11 +22,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .layers.checkpoint import unwrap_state_dict
 from .layers.simple_pyramid import STRIDES, rescale
 from .layers.vit_adapter import ViTAdapter
+from .openmmlab_ops import stand_in
 
 __all__ = ["LinZooBackbone"]
 
 # What a checkpoint of mmengine holds beside tensors and plain data; mmseg's metrics are NumPy's float32.
 SAFE_GLOBALS = [*get_torch_safe_globals(), np.dtypes.Float32DType]
+
+stand_in()  # before mmdet is imported, which looks for mmcv's operators then
 
 
 @MODELS.register_module()

@@ -11,6 +11,7 @@ import rich.table
 import torch
 
 import linzoo.backbones
+from linzoo.backbones.openmmlab_ops import stand_in
 from linzoo.ops import backend_info, compile_cpu, kernel_cache
 from linzoo.ops.backend import resolve
 from linzoo.ops.self_check import self_check
@@ -29,6 +30,14 @@ def version(package):
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "-"
+
+
+def mmcv_operators():
+    """Which operators mmdet's models run on, or why there are none."""
+    try:
+        return stand_in() or "none: mmcv is not installed"
+    except ImportError as error:
+        return f"none: {error}"
 
 
 def check(op, device):
@@ -58,9 +67,10 @@ def main(argv=None):
         "compiler": compiler,
         "kernel cache": str(kernel_cache.cache_dir()),
         "models": str(len(linzoo.backbones.list_models())),
+        "mmcv's operators": mmcv_operators(),
     }
     for name, value in facts.items():
-        console.print(f"[bold]{name:13}[/bold] {value}")
+        console.print(f"[bold]{name:16}[/bold] {value}")
 
     table = rich.table.Table("operator", "device", "backend", "self-check", "why not faster", box=rich.box.SIMPLE)
     healthy = True

@@ -17,9 +17,22 @@ from .padding import pad_to_multiple
 def compiled_attention():
     """mmcv's deformable attention for CUDA tensors, None where mmcv comes without compiled operators."""
     try:
+        if not hasattr(importlib.import_module("mmcv._ext"), "__file__"):  # what stands in is no faster than ours
+            return None
         return importlib.import_module("mmcv.ops.multi_scale_deform_attn").MultiScaleDeformableAttnFunction.apply
     except ImportError:
         return None
+
+
+def sampled_attention(value, shapes, locations, weights):
+    """`deformable_attention` in PyTorch's operators."""
+    out = 0
+    for i, (level, shape) in enumerate(zip(value.split([h * w for h, w in shapes], 1), shapes, strict=True)):
+        maps = level.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, shape)  # (B heads, C, H, W)
+        grid = (2 * locations[:, :, :, i] - 1).transpose(1, 2).flatten(0, 1)  # (B heads, Q, points, 2)
+        sampled = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        out = out + (sampled * weights[:, :, :, i].transpose(1, 2).flatten(0, 1).unsqueeze(1)).sum(-1)
+    return out.unflatten(0, weights.shape[::2][:2]).permute(0, 3, 1, 2).flatten(2)
 
 
 def deformable_attention(value, shapes, locations, weights):
@@ -39,13 +52,7 @@ def deformable_attention(value, shapes, locations, weights):
         sizes = torch.tensor(shapes, device=value.device)
         starts = F.pad(sizes.prod(1).cumsum(0)[:-1], (1, 0))
         return compiled_attention()(value, sizes, starts, locations, weights, value.shape[0])
-    out = 0
-    for i, (level, shape) in enumerate(zip(value.split([h * w for h, w in shapes], 1), shapes, strict=True)):
-        maps = level.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, shape)  # (B heads, C, H, W)
-        grid = (2 * locations[:, :, :, i] - 1).transpose(1, 2).flatten(0, 1)  # (B heads, Q, points, 2)
-        sampled = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        out = out + (sampled * weights[:, :, :, i].transpose(1, 2).flatten(0, 1).unsqueeze(1)).sum(-1)
-    return out.unflatten(0, weights.shape[::2][:2]).permute(0, 3, 1, 2).flatten(2)
+    return sampled_attention(value, shapes, locations, weights)
 
 
 def as_tokens(maps):

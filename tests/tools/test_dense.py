@@ -1,6 +1,5 @@
 """Segmenters of mmseg and detectors of mmdet: every config, a step of every family, the tools, bad input."""
 
-import importlib.util
 import json
 import os
 import re
@@ -34,12 +33,10 @@ sys.path.append(str(ROOT / "tests/backbones"))
 from test_contract import few_blocks  # noqa: E402
 
 CONFIGS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").glob("*/*.py") if p.parent.name != "_base_")
-OPERATORS = importlib.util.find_spec("mmcv._ext") is not None and importlib.util.find_spec("mmdet") is not None
-needs_operators = pytest.mark.skipif(not OPERATORS, reason="mmcv without compiled operators, or no mmdet")
 
 
-def marked(path):
-    return pytest.param(path, id=str(path), marks=[needs_operators] * (path.parent.name == "det"))
+def named(path):
+    return pytest.param(path, id=str(path))
 
 
 def load(path):
@@ -59,7 +56,7 @@ def build(cfg):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [marked(path) for path in CONFIGS])
+@pytest.mark.parametrize("path", [named(path) for path in CONFIGS])
 def test_every_config_builds(path, monkeypatch):
     """Model, optimizer and pipelines; the data need not be there."""
     monkeypatch.chdir(ROOT)
@@ -81,11 +78,9 @@ def first_config_of_each_family(pattern):
     for path in sorted(
         (ROOT / "configs").glob(pattern), key=lambda p: (any(size in p.name for size in ("_l_", "_b_", "_s_")), p.name)
     ):
-        name = Config.fromfile(path, import_custom_modules=False).model.backbone.model_name if OPERATORS or (
-            path.parent.name == "seg") else path.stem  # fmt: skip
-        family = timm.model_entrypoint(name).__module__ if timm.is_model(name) else name
-        families.setdefault(family, path.relative_to(ROOT))
-    return [marked(path) for path in families.values()]
+        name = Config.fromfile(path, import_custom_modules=False).model.backbone.model_name
+        families.setdefault(timm.model_entrypoint(name).__module__, path.relative_to(ROOT))
+    return [named(path) for path in families.values()]
 
 
 def small_model(path):
@@ -130,7 +125,6 @@ def test_step_of_upernet(path):
 
 
 @pytest.mark.slow
-@needs_operators
 @pytest.mark.parametrize("path", first_config_of_each_family("det/mask-rcnn_*_1x_coco.py"))
 def test_step_of_mask_rcnn(path):
     from mmdet.structures import DetDataSample
@@ -160,9 +154,8 @@ def published(name):
     return {key: shape for key, shape, *_ in case["state_dict"]}
 
 
-@pytest.mark.parametrize(("task", "name"), [("seg", "vmamba_t"), ("seg", "groupmamba_t"),
-    pytest.param("det", "vmamba_t", marks=needs_operators),
-    pytest.param("det", "groupmamba_t", marks=needs_operators)])  # fmt: skip
+@pytest.mark.parametrize("task", ["seg", "det"])
+@pytest.mark.parametrize("name", ["vmamba_t", "groupmamba_t"])
 def test_authors_checkpoint_loads(task, name):
     """Backbone in the authors' keys, norms of the maps as VMamba has them, neck and heads in the toolkits' keys."""
     path = {"seg": "configs/seg/upernet_{}_ade20k.py", "det": "configs/det/mask-rcnn_{}_1x_coco.py"}[task].format(name)
@@ -256,7 +249,7 @@ def config(tmp_path, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["seg", pytest.param("det", marks=needs_operators)])
+@pytest.mark.parametrize("task", ["seg", "det"])
 def test_train_test_predict(task, config, data, tmp_path, capsys):
     """A run is written whole, its checkpoint evaluates to what validation found, and predictions are drawn."""
     path, work_dir, out = config(task), tmp_path / "w", tmp_path / "out"
@@ -389,15 +382,16 @@ def test_checkpoint_of_another_model(capsys, config, tmp_path):
     assert "does not fit the config's EncoderDecoder with 'groupmamba_t'" in line
 
 
-def test_detection_without_operators(capsys, config, tmp_path, monkeypatch):
-    for module in ("mmcv.ops", "mmdet"):
+def test_detection_without_mmdet(capsys, config, tmp_path, monkeypatch):
+    path = config("det")
+    for module in [name for name in sys.modules if name.partition(".")[0] == "mmdet"]:
         monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "mmdet", None)
     monkeypatch.delitem(sys.modules, "linzoo.tools.engine.detection", raising=False)
-    line = refused(capsys, train.main, config("det"), "--work-dir", tmp_path / "w")
-    assert "make operators" in line and not (tmp_path / "w").exists()
+    line = refused(capsys, train.main, path, "--work-dir", tmp_path / "w")
+    assert "linzoo[det]" in line and not (tmp_path / "w").exists()
 
 
-@needs_operators
 def test_coco_annotations(capsys, config, data, tmp_path):
     """A missing file, none at all, no annotation, unknown and missing categories."""
     file = data / "training.json"

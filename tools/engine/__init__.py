@@ -8,6 +8,8 @@ import contextlib
 import io
 import warnings
 
+from linzoo.backbones.openmmlab import LinZooBackbone  # noqa: F401  (first: it gives mmcv its operators)
+
 # mmpretrain and mmseg print lines and warn about optional parts (compiled operators) that we do without.
 with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -16,8 +18,6 @@ with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     import mmseg.datasets
     import mmseg.evaluation
     import mmseg.models  # noqa: F401
-
-from linzoo.backbones.openmmlab import LinZooBackbone  # noqa: F401
 
 from .classifier import Classifier, MesaHook
 from .curves import CurveHook

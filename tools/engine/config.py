@@ -67,7 +67,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
         cfg = Config.fromfile(path)
     except ModuleNotFoundError as e:
         raise InputError(
-            f"config {path!r} cannot be read: {e}; if it detects objects, `make operators` installs what it needs"
+            f"config {path!r} cannot be read: {e}; if it detects objects, `pip install 'linzoo[det]'` installs the rest"
         ) from e
     except Exception as e:  # the config is Python: anything may be wrong with it
         message = (str(e).strip().splitlines() or [""])[-1]

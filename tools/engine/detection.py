@@ -1,4 +1,4 @@
-"""What detection needs of mmdet, which needs mmcv's compiled operators: imported where a config detects objects."""
+"""What detection needs of mmdet: imported where a config detects objects."""
 
 import contextlib
 import io
@@ -17,10 +17,7 @@ try:
         import mmdet.evaluation
         import mmdet.models  # noqa: F401
 except ImportError as e:
-    raise InputError(
-        f"the config detects objects, which needs mmdet and mmcv with its compiled operators ({e}); "
-        "`make operators` builds and installs them, which takes about ten minutes"
-    ) from e
+    raise InputError(f"the config detects objects, which needs mmdet ({e}); `pip install 'linzoo[det]'`") from e
 
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, MODELS
