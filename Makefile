@@ -7,6 +7,8 @@ WORKERS ?= 2
 # One OpenMP thread per test process: oversubscribed OpenMP is many times slower than one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
+KERNELS := $(wildcard ops/*.h ops/*.cuh ops/*/*.cpp ops/*/*.cu tests/ops/*.h)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart denoise segmentation detection test test-fast lint clean
 
@@ -16,7 +18,7 @@ help:
 	@echo "make segmentation  GroupMamba-T segments digits on photographs, from the quickstart's weights and from random ones"
 	@echo "make detection   Mask R-CNN with it finds them"
 	@echo "make test        the whole test suite      make test-fast  without the slow tests"
-	@echo "make lint        ruff check and format     make clean      remove the environment and what runs wrote"
+	@echo "make lint        ruff, clang-format, pyright    make clean      remove the environment and what runs wrote"
 
 setup: $(VENV)/.installed
 
@@ -47,6 +49,8 @@ test-fast: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pyright
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info data work_dirs
