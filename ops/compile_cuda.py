@@ -4,6 +4,7 @@ An operator's ``cuda.cu`` holds kernel templates in device code alone; its ``cud
 on which grid, they run. A template is compiled at its first use for its device and kept on disk as a cubin, under a
 name made of everything that it depends on.
 """
+# pyright: reportAttributeAccessIssue=false
 
 import functools
 import hashlib

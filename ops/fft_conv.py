@@ -1,5 +1,6 @@
 """Long convolution by the fast Fourier transform: causal, or bidirectional, along one axis or several."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -51,18 +52,17 @@ def fft_conv(
         raise ValueError("backward_kernels: expected the shapes of kernels")
     dtype, axes = state_dtype(u.dtype), tuple(range(-len(kernels), 0))
     sizes = [length + k.shape[-1] for length, k in zip(u.shape[1:-1], kernels, strict=True)]
-    spectrum = None
+    spectra = []
     for i, (k, size) in enumerate(zip(kernels, sizes, strict=True)):
         zeros = size - k.shape[-1]
         k = torch.nn.functional.pad(_ranked(k, dtype), (0, zeros))
         if backward is not None:
             k = k + torch.nn.functional.pad(_ranked(backward[i], dtype).flip(-1), (zeros, 0))
         f = torch.fft.rfft(k) if axes[i] == -1 else torch.fft.fft(k)  # the real transform is that of the last axis
-        f = f.view(*f.shape[:2], *(-1 if axis == axes[i] else 1 for axis in axes))
-        spectrum = f if spectrum is None else spectrum * f
+        spectra.append(f.view(*f.shape[:2], *(-1 if axis == axes[i] else 1 for axis in axes)))
     # Channels in front: transforms run along contiguous memory, and compiled programs expect them there.
     transformed = torch.fft.rfftn(u.to(dtype).movedim(-1, 1).contiguous(), s=sizes, dim=axes)
-    spectrum = spectrum.sum(0)
+    spectrum = functools.reduce(torch.mul, spectra).sum(0)
     if out_channels is None:
         transformed = transformed * spectrum
     else:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
@@ -228,8 +229,7 @@ def _saved(ctx):
 def _has_tangents(tensors, transformed):
     """Whether a forward-mode derivative is being taken."""
     if transformed:
-        stack = torch._C._functorch.get_interpreter_stack() or ()
-        return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+        return any(level.key().name == "Jvp" for level in pyfunctorch.retrieve_all_functorch_interpreters())
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 

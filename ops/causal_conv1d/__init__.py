@@ -1,6 +1,7 @@
 """Causal depthwise convolution along a scan order: the short convolution in front of Mamba's selective scan."""
 
 import functools
+import importlib
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,7 @@ from torch import Tensor
 from ..backend import forced_backend
 from ..operator import Operator
 from ..tensors import check, state_dtype
-from . import cuda
-from .reference import causal_conv1d as reference
+from . import cuda, reference
 
 __all__ = ["causal_conv1d"]
 
@@ -49,8 +49,9 @@ def causal_conv1d(
     check(x=(x, "BLGC"), weight=(weight, "GCK"), bias=(bias, "GC"), order=(order, "GL"))
     if activation not in (None, "silu"):
         raise ValueError(f"activation: expected None or 'silu', got {activation!r}")
-    if x.is_cuda and forced_backend() is None and not torch.compiler.is_compiling() and _package() is not None:
-        return reference(x, weight, bias, order, functools.partial(_package_conv, activation=activation))
+    if x.is_cuda and forced_backend() is None and not torch.compiler.is_compiling() and (conv := _package()):
+        run = functools.partial(_package_conv, conv=conv, activation=activation)
+        return reference.causal_conv1d(x, weight, bias, order, run)
     if x.is_cuda and forced_backend() in (None, "cuda"):
         dtype = state_dtype(x.dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -61,24 +62,22 @@ def causal_conv1d(
 @functools.cache
 def _package():
     try:
-        import causal_conv1d as package
-    except ImportError:
+        return importlib.import_module("causal_conv1d").causal_conv1d_fn
+    except (ImportError, AttributeError):
         return None
-    return package
 
 
-def _package_conv(x, weight, bias, activation):
-    """``(B, T, D)`` with ``(D, K)``, by the `causal-conv1d` package."""
+def _package_conv(x, weight, bias, conv, activation):
+    """``(B, T, D)`` with ``(D, K)``, by `conv` of the `causal-conv1d` package."""
     bias = None if bias is None else bias.to(x.dtype)
-    y = _package().causal_conv1d_fn(x.transpose(1, 2), weight.to(x.dtype), bias, activation=activation)
-    return y.transpose(1, 2)
+    return conv(x.transpose(1, 2), weight.to(x.dtype), bias, activation=activation).transpose(1, 2)
 
 
 # The operator serves CUDA tensors; elsewhere autograd sees PyTorch's own.
 
 
 def _composed(x, weight, bias, order, silu):
-    y = reference(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), order)
+    y = reference.causal_conv1d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), order)
     return F.silu(y) if silu else y
 
 

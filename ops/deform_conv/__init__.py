@@ -8,9 +8,7 @@ from torch import Tensor
 
 from ..operator import Operator
 from ..tensors import check, state_dtype
-from . import cuda
-from .reference import deform_conv as reference
-from .reference import grid_sample
+from . import cuda, reference
 
 __all__ = ["deform_conv"]
 
@@ -109,10 +107,10 @@ _operator = Operator(
     "deform_conv",
     "(Tensor x, Tensor offset, Tensor weight, int stride, int padding, int dilation, float offset_scale) -> Tensor y",
     kernel="deform_conv",
-    reference=reference,
+    reference=reference.deform_conv,
     forward=_forward,
     backward=_backward,
     fake=lambda x, offset, weight, *options: x.new_empty(*weight.shape[:3], x.shape[-1]),
     flops=_flops,
-    export=functools.partial(reference, sample=grid_sample),
+    export=functools.partial(reference.deform_conv, sample=reference.grid_sample),
 )

@@ -5,9 +5,7 @@ from torch import Tensor
 
 from ..operator import Operator
 from ..tensors import check, state_dtype
-from . import cuda
-from .reference import diagonal_scan as reference
-from .reference import inputs_of
+from . import cuda, reference
 
 __all__ = ["diagonal_scan"]
 
@@ -68,7 +66,7 @@ def _backward(backend, dh, a, initial, reverse, h):
     return [da.sum(0) if constant else da, db] + ([] if dinitial is None else [dinitial])
 
 
-def _flops(a, b=None, h=None, **_):
+def _flops(b=(), h=(), **_):
     """4 per state and step: a complex product."""
     return 2 * torch.Size(b or h).numel()
 
@@ -77,11 +75,11 @@ _operator = Operator(
     "diagonal_scan",
     "(Tensor a, Tensor b, Tensor? initial, bool reverse) -> Tensor h",
     kernel="diagonal_scan",
-    reference=reference,
+    reference=reference.diagonal_scan,
     forward=_forward,
     backward=_backward,
     fake=lambda a, b, initial, reverse: b.new_empty(b.shape),
     flops=_flops,
     keep_first=True,
-    drop={"b": inputs_of},
+    drop={"b": reference.inputs_of},
 )

@@ -5,9 +5,7 @@ from torch import Tensor
 
 from ..operator import Operator
 from ..tensors import check, state_dtype
-from . import cuda
-from .reference import rational as reference
-from .reference import sign
+from . import cuda, reference
 
 __all__ = ["rational"]
 
@@ -47,8 +45,11 @@ def _table(numerator, denominator, channels):
     return torch.cat(parts, 1).t().contiguous()
 
 
-def _split_rows(rows, channels):
-    """Rows per task of the CPU kernel: from the problem's shape alone, so that results do not depend on threads."""
+def _split_rows(backend, x):
+    """Rows per task; on the CPU from the problem's shape alone, so that results do not depend on threads."""
+    rows, channels = x.shape
+    if backend == "cuda":
+        return cuda.split_rows(rows, channels, x.device)
     splits = max(PARALLEL_TASKS // -(-channels // LANES), 1)
     return max(-(-rows // splits), 1)
 
@@ -57,7 +58,7 @@ def _forward(backend, x, numerator, denominator):
     rows = x.contiguous().view(-1, x.shape[-1])
     y = torch.empty_like(rows)
     table = _table(numerator, denominator, x.shape[-1])
-    split_rows = cuda.split_rows(*rows.shape, x.device) if backend == "cuda" else _split_rows(*rows.shape)
+    split_rows = _split_rows(backend, rows)
     kernel = cuda.forward if backend == "cuda" else torch.ops.linzoo_cpu.rational_forward
     kernel(x=rows, table=table, split_rows=split_rows, y=y)
     return y.view(x.shape)
@@ -67,14 +68,14 @@ def _backward(backend, dy, x, numerator, denominator):
     channels = x.shape[-1]
     rows, dy = x.contiguous().view(-1, channels), dy.contiguous().view(-1, channels)
     dx = torch.empty_like(rows)
-    split_rows = cuda.split_rows(*rows.shape, x.device) if backend == "cuda" else _split_rows(*rows.shape)
+    split_rows = _split_rows(backend, rows)
     table = _table(numerator, denominator, channels)
     sums = table.new_empty(-(-rows.shape[0] // split_rows), 10, channels)
     kernel = cuda.backward if backend == "cuda" else torch.ops.linzoo_cpu.rational_backward
     kernel(dy=dy, x=rows, table=table, split_rows=split_rows, dx=dx, sums=sums)
     sums = sums.sum(0).t()
     dnum = sums[:, :6].reshape(numerator.shape[0], -1, 6).sum(1)
-    dden = sums[:, 6:].reshape(denominator.shape[0], -1, 4).sum(1) * sign(denominator)
+    dden = sums[:, 6:].reshape(denominator.shape[0], -1, 4).sum(1) * reference.sign(denominator)
     return [dx.view(x.shape), dnum, dden]
 
 
@@ -87,7 +88,7 @@ _operator = Operator(
     "rational",
     "(Tensor x, Tensor numerator, Tensor denominator) -> Tensor y",
     kernel="rational",
-    reference=reference,
+    reference=reference.rational,
     forward=_forward,
     backward=_backward,
     fake=lambda x, numerator, denominator: x.new_empty(x.shape),

@@ -24,7 +24,9 @@ def rational(x, numerator, denominator):
     """See `linzoo.ops.rational`."""
     dtype = state_dtype(x.dtype)
     x_, channels = x.to(dtype), x.shape[-1]
-    P = sum(a * x_**i for i, a in enumerate(_per_channel(numerator, channels, dtype)))
-    b = _per_channel(denominator, channels, dtype)
-    Q = 1 + sum(_magnitude(b_j) * _magnitude(x_) ** j for j, b_j in enumerate(b, start=1))
+    P, Q = torch.zeros_like(x_), torch.ones_like(x_)
+    for i, a in enumerate(_per_channel(numerator, channels, dtype)):
+        P = P + a * x_**i
+    for j, b in enumerate(_per_channel(denominator, channels, dtype), start=1):
+        Q = Q + _magnitude(b) * _magnitude(x_) ** j
     return (P / Q).to(x.dtype)

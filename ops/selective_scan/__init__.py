@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ..operator import CHUNK, Operator
 from ..tensors import check, promote, state_dtype
-from . import cuda
-from .reference import selective_scan as reference
+from . import cuda, reference
 
 __all__ = ["selective_scan", "selective_states"]
 
@@ -79,8 +78,8 @@ def selective_scan(
     )
     dtype = promote(u, dt, B, C)
     u, dt, B, C = (x.to(dtype) for x in (u, dt, B, C))
-    A, D, dt_weight, dt_bias = (None if x is None else x.to(state_dtype(dtype)) for x in (A, D, dt_weight, dt_bias))
-    return _operator(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge)
+    D, dt_weight, dt_bias = (None if x is None else x.to(state_dtype(dtype)) for x in (D, dt_weight, dt_bias))
+    return _operator(u, dt, A.to(state_dtype(dtype)), B, C, D, dt_weight, dt_bias, dt_softplus, order, merge)
 
 
 def selective_states(
@@ -116,7 +115,7 @@ def selective_states(
 
 
 def _reference(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, save, use_scan=False):
-    y, states = reference(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, use_scan)
+    y, states = reference.selective_scan(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, use_scan)
     kept = torch.stack(states[:: CHUNK.get(u.device.type, 1)], 2).transpose(3, 4) if save else A.new_empty(0)
     return y, kept
 

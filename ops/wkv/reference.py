@@ -119,10 +119,10 @@ def wkv6(r, k, v, w, u, order=None, bidirectional=True, use_scan=False):
     length = k.shape[1]
     xs = [tokens_in_order(x, order) for x in (r, k, v, _decay(w))]
     r, k, v, _ = xs
-    y, *states = _wkv6_past(*xs, use_scan)
+    y, *states = _wkv6_past(*xs, use_scan=use_scan)
     y = y + (r * u * k).sum(-1, keepdim=True) * v
     if bidirectional:
-        future, *after = _wkv6_past(*(x.flip(1) for x in xs), use_scan)
+        future, *after = _wkv6_past(*(x.flip(1) for x in xs), use_scan=use_scan)
         y, states = y + future.flip(1), states + after
     return tokens_in_place(y, order, length), states
 
