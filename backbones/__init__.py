@@ -1,6 +1,10 @@
 """Importing this package registers every model of the zoo with timm."""
 
+from typing import Literal
+
+from timm import is_model as _is_model
 from timm import list_models as _timm_list_models
+from timm.models import model_entrypoint as _model_entrypoint
 
 from .convs5 import ConvS5Video
 from .efficientvmamba import EfficientVMamba
@@ -48,50 +52,82 @@ __all__ = [
     "VMUNet",
     "VMamba",
     "ViM2",
+    "KINDS",
     "Vim",
+    "kind_of",
     "list_models",
 ]
 
-_FAMILIES = (
-    "efficientvmamba",
-    "groupmamba",
-    "hrvmamba",
-    "kat",
-    "localmamba",
-    "rwkvsam_backbone",
-    "s4",
-    "s4nd",
-    "spatialmamba",
-    "vim",
-    "vim2",
-    "vmamba",
-    "vrwkv",
-    "vssd",
-)
-_OTHER_FAMILIES = {
+Kind = Literal["backbone", "adopted", "pyramid", "segmentation", "restoration", "promptable", "occupancy", "video"]
+
+_FAMILIES: dict[Kind, tuple[str, ...]] = {
+    "backbone": (
+        "efficientvmamba",
+        "groupmamba",
+        "hrvmamba",
+        "kat",
+        "localmamba",
+        "rwkvsam_backbone",
+        "s4",
+        "s4nd",
+        "spatialmamba",
+        "vim",
+        "vim2",
+        "vmamba",
+        "vrwkv",
+        "vssd",
+    ),
     "adopted": ("efficientvim",),
     "pyramid": ("vrwkv_adapter",),
     "segmentation": ("vm_unet",),
     "restoration": ("fs_rwkv", "restore_rwkv"),
     "promptable": ("rwkvsam",),
     "occupancy": ("occrwkv",),
+    "video": ("convs5",),
 }
+KINDS: tuple[Kind, ...] = tuple(_FAMILIES)
 
 
-def list_models(filter="", kind="backbone"):
+def list_models(filter: str | list[str] = "", kind: Kind | None = "backbone") -> list[str]:
     """Names of the zoo's models, sorted.
 
     Args:
         filter: Wildcard pattern or a list of them, as in `timm.list_models`.
         kind: "backbone"; "adopted" for backbones of linear complexity that timm itself registers; "pyramid" for
-            backbones that give maps alone; "segmentation" for models whose output is mask logits; "restoration" for
-            those whose output is the restored image; "promptable" for those whose masks are of what points and boxes
-            ask for; "occupancy" for those that take voxels and tell their classes.
+            backbones that only give maps; "segmentation" for models that return mask logits; "restoration" for models
+            that return the restored image; "promptable" for models that return the masks of points and boxes;
+            "occupancy" for models of voxels; "video" for models of clips. None for all of them.
 
     Raises:
-        ValueError: `kind` is none of these.
+        ValueError: there is no such kind.
     """
-    kinds = {"backbone": _FAMILIES, **_OTHER_FAMILIES}
-    if kind not in kinds:
-        raise ValueError(f"kind: expected one of {', '.join(kinds)}, got {kind!r}")
-    return sorted({name for family in kinds[kind] for name in _timm_list_models(filter, module=family)})
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    families = [family for k in KINDS if kind in (k, None) for family in _FAMILIES[k]]
+    return sorted({name for family in families for name in _timm_list_models(filter, module=family)})
+
+
+def kind_of(name: str) -> Kind | None:
+    """The kind of a registered model, as `list_models` has it; None for a model that is not of the zoo."""
+    if not _is_model(name):
+        return None
+    family = _model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2]
+    return next((kind for kind, families in _FAMILIES.items() if family in families), None)
+
+
+def _check_registration() -> None:
+    """RuntimeError where a listed family registers no model, or a family that registers models is not listed."""
+    listed = {family for families in _FAMILIES.values() for family in families}
+    for family in sorted(listed):
+        if not _timm_list_models(module=family):
+            raise RuntimeError(
+                f"linzoo.backbones lists the family {family!r}, which registers no model; expected "
+                f"`from .{family} import ...` here and `@register_model` on its variants"
+            )
+    for name in _timm_list_models():
+        package, _, family = _model_entrypoint(name).__module__.rpartition(".")
+        if package == __name__ and family not in listed:
+            raise RuntimeError(f"{name!r} is registered, but linzoo.backbones does not list its family {family!r}")
+
+
+_check_registration()

@@ -4,30 +4,23 @@ This module alone needs mmengine; `linzoo.backbones` does not import it.
 """
 
 import re
-import sys
 from pathlib import Path
 
-import numpy as np
-import safetensors.torch
 import timm
 import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from mmengine.runner.checkpoint import get_torch_safe_globals
 from timm.layers import LayerNorm2d
-from timm.models import get_pretrained_cfg_value, group_parameters, model_entrypoint
+from timm.models import get_pretrained_cfg_value, group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers.checkpoint import unwrap_state_dict
+from .checkpoints import convert_state_dict, read_checkpoint
 from .layers.simple_pyramid import STRIDES, rescale
 from .layers.vit_adapter import ViTAdapter
 from .openmmlab_ops import stand_in
 
 __all__ = ["LinZooBackbone"]
-
-# What a checkpoint of mmengine holds beside tensors and plain data; mmseg's metrics are NumPy's float32.
-SAFE_GLOBALS = [*get_torch_safe_globals(), np.dtypes.Float32DType]
 
 stand_in()  # before mmdet is imported, which looks for mmcv's operators then
 
@@ -112,7 +105,9 @@ class LinZooBackbone(BaseModule):
         frozen = {name for group, names in groups.items() if group <= last for name in names}
         self.norm_eval = norm_eval
 
-        state = _read(pretrained, model) if isinstance(pretrained, (str, Path)) else None
+        state = None
+        if isinstance(pretrained, (str, Path)):
+            state = convert_state_dict(read_checkpoint(pretrained).state, model)
         self.taps = [taps[i] for i in self.out_indices]
         # As `features_only`: GroupMamba's last map alone is normed by the model's final norm.
         self.final_norm = not out_norm and not self.single_scale and _normed_features(model_name)
@@ -193,7 +188,7 @@ class LinZooBackbone(BaseModule):
         for name in norms:
             state_dict[prefix + name.replace("outnorm", "norms.", 1)] = published.pop(name)
         ours = self.model.state_dict()
-        for name, value in _filter(published, self.model).items():
+        for name, value in convert_state_dict(published, self.model).items():
             if name in ours:  # not the classifier, which a published file may still hold
                 state_dict[f"{prefix}model.{name}"] = value
 
@@ -211,35 +206,6 @@ def _normed_features(model_name):
     with torch.device("meta"):
         net = timm.create_model(model_name, features_only=True)
     return bool(getattr(net, "norm", False))
-
-
-def _filter(state, model):
-    """A state dict of any layout in the names of `model`."""
-    family = sys.modules[model_entrypoint(model.pretrained_cfg["architecture"]).__module__]
-    convert = getattr(family, "checkpoint_filter_fn", None)
-    return convert(state, model) if convert else unwrap_state_dict(state)
-
-
-def _read(source, model):
-    """The state dict of a file or URL in the names of `model`; of a larger model's its backbone alone."""
-    source = str(source)
-    if source.startswith(("http://", "https://")):
-        state = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-    elif not Path(source).is_file():
-        raise FileNotFoundError(f"pretrained: expected True, a URL or a file, got {source!r}: no such file")
-    elif source.endswith(".safetensors"):
-        state = safetensors.torch.load_file(source, device="cpu")
-    else:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            state = torch.load(source, map_location="cpu", weights_only=True)
-    state = unwrap_state_dict(state)
-    # A model around LinZooBackbone, or around the authors' class. ViTAdapter has a `backbone.` of its own.
-    for prefix in ("backbone.model.",) if isinstance(model, ViTAdapter) else ("backbone.model.", "backbone."):
-        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if part:
-            state = part
-            break
-    return _filter(state, model)
 
 
 def _load(model, state, source):

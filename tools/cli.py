@@ -6,7 +6,7 @@ import sys
 COMMANDS = ("doctor", "models", "benchmark", "train", "test", "predict")
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int | None:
     """Runs the tool that the first argument names with the others."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in COMMANDS:
@@ -14,4 +14,9 @@ def main(argv=None):
         line = f"linzoo: unknown command {argv[0]!r}; " if asked else ""
         print(f"{line}usage: linzoo {{{','.join(COMMANDS)}}} ...", file=sys.stderr if asked else sys.stdout)
         return 2 if asked else 0
-    return importlib.import_module(f"linzoo.tools.{argv[0]}").main(argv[1:])
+    try:
+        tool = importlib.import_module(f"linzoo.tools.{argv[0]}")
+    except ModuleNotFoundError as e:  # an optional part; its message says how to install it
+        print(f"error: linzoo {argv[0]}: {e}", file=sys.stderr)
+        return 2
+    return tool.main(argv[1:])

@@ -3,20 +3,18 @@
 import argparse
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from mmengine.device import get_device
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 
-from linzoo.tools import predict, train
+from linzoo.tools import train
 from linzoo.tools.engine import PairedImages, RestorationMetric
 from linzoo.tools.engine.config import load_config
-from linzoo.tools.engine.runner import write_atomically
+from linzoo.tools.engine.files import write_atomically
+from linzoo.tools.engine.task import build
 from linzoo.tools.engine.weights import load_weights
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 CONFIG = str(Path(__file__).resolve().parent.parent / "configs/restore/restore_rwkv_light_noisy.py")
 WORK_DIR = Path("work_dirs/denoise")
@@ -67,9 +65,8 @@ def draw(images: dict, pairs: list[dict], scores: dict, file: Path) -> None:
     """A picture: some images, each noisy, restored by every method, and clean."""
     rows = range(0, len(pairs), max(len(pairs) // 4, 1))
     columns = {**images, "clean": [pair["targets"] for pair in pairs]}
-    figure, axes = plt.subplots(
-        len(rows), len(columns), figsize=(2.2 * len(columns), 2.3 * len(rows)), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(2.2 * len(columns), 2.3 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for line, row in zip(axes, rows, strict=True):
         for axis, (name, outputs) in zip(line, columns.items(), strict=True):
             axis.imshow(outputs[row][0].clamp(0, 1), cmap="gray", vmin=0, vmax=1)
@@ -77,7 +74,6 @@ def draw(images: dict, pairs: list[dict], scores: dict, file: Path) -> None:
             if row == 0:
                 axis.set_title(f"{name}\n{scores[name]['PSNR']:.2f} dB" if name in scores else name, fontsize=10)
     write_atomically(file, lambda partial: figure.savefig(partial, format="png", dpi=110))
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
     train.main([CONFIG, "--work-dir", str(WORK_DIR), "--resume"])
     cfg = load_config(CONFIG, None)
-    model = predict.build(cfg)
+    model = build(cfg)
     load_weights(model.model, str(WORK_DIR / "export/model.safetensors"))
     model.to(get_device()).eval()
     data = PairedImages(cfg.val_dataloader.dataset.data_root, cfg.val_dataloader.dataset.data_prefix)

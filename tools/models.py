@@ -18,7 +18,7 @@ from rich.table import Table
 from timm.models import get_pretrained_cfg, get_pretrained_cfg_value, model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from linzoo.backbones import list_models
+from linzoo.backbones import KINDS, kind_of, list_models
 from linzoo.backbones.published import PUBLISHED, Published
 
 COLUMNS = (
@@ -27,43 +27,47 @@ COLUMNS = (
 )  # fmt: skip
 
 
-KINDS = ("backbone", "adopted", "pyramid", "segmentation", "restoration", "promptable")
-
-
-def family_of(name):
+def family_of(name: str) -> str:
     """The family of a registered model: its file in `linzoo.backbones`, or timm's."""
     return model_entrypoint(name).__module__.rpartition(".")[2]
 
 
-def create(name, size, **kwargs):
+def create(name: str, size: int, **kwargs) -> torch.nn.Module:
     """`timm.create_model` for square images of `size`, also where the architecture fixes its input size."""
     if get_pretrained_cfg_value(name, "fixed_input_size"):
         kwargs["img_size"] = size
     return timm.create_model(name, **kwargs)
 
 
-def measure(name, size=224):
-    """Parameter count and multiply-accumulates of one image of `size` x `size`: `(parameters, macs)`."""
-    model = create(name, size, device="meta").eval()
+def measure(name: str, size: int = 224) -> tuple[int, float | None]:
+    """Parameters and multiply-accumulates of one image, or frame of a clip, of `size` x `size`.
+
+    MACs are None where they depend on what is in the scene, as those of occupancy do.
+    """
+    model, kind = create(name, size, device="meta").eval(), kind_of(name)
+    parameters = sum(p.numel() for p in model.parameters())
+    if kind == "occupancy":
+        return parameters, None
+    shape = (1, *((1,) if kind == "video" else ()), model.in_chans, size, size)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(torch.empty(1, model.in_chans, size, size, device="meta"))
+        model(torch.empty(shape, device="meta"))
     counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
     macs = sum(count if op.startswith("linzoo") else count / 2 for op, count in counts.items())
-    return sum(p.numel() for p in model.parameters()), macs
+    return parameters, macs
 
 
-def describe(name):
+def describe(name: str) -> dict:
     """One row of the list, with `COLUMNS` as keys; None where there is no figure."""
     cfg = get_pretrained_cfg(name)
-    published = PUBLISHED.get(name, Published(None, None, None, "", cfg.input_size[-1]))
+    published = PUBLISHED.get(name, Published(None, None, None, "", (cfg.input_size or (None,))[-1]))
     params, macs = measure(name, published.size)
     papers = cfg.paper_ids or ()
     return {
         "name": name,
         "family": family_of(name),
         "params_m": round(params / 1e6, 2),
-        "gmacs": round(macs / 1e9, 2),
+        "gmacs": None if macs is None else round(macs / 1e9, 2),
         "size": published.size,
         "published_params_m": published.params_m,
         "published_gmacs": published.gmacs,
@@ -76,7 +80,7 @@ def describe(name):
     }
 
 
-def print_table(rows):
+def print_table(rows: list[dict]) -> None:
     """The rows as a table on the terminal, the published figures in brackets beside ours."""
     table = Table(caption="in brackets: as published; parameters in millions, MACs in 10^9 of one image of px x px")
     for title in ("model", "family", "params", "MACs", "px", "top-1", "paper", "weights", "licence", "note"):
@@ -85,6 +89,7 @@ def print_table(rows):
         )
 
     def beside(ours, theirs):
+        ours = "" if ours is None else ours
         return f"{ours}" if theirs is None else f"{ours} ({theirs})"
 
     for r in rows:
@@ -94,7 +99,7 @@ def print_table(rows):
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("filters", nargs="*", metavar="filter", help="wildcards of model names, such as 'groupmamba*'")
     parser.add_argument("--csv", action="store_true", help="comma-separated values instead of a table")
@@ -107,10 +112,11 @@ def main(argv=None):
         names += [name for name in found if name not in names]
     rows = [describe(name) for name in names]
     if not args.csv:
-        return print_table(rows)
+        print_table(rows)
+        return
     writer = csv.DictWriter(sys.stdout, COLUMNS)
     writer.writeheader()
-    return writer.writerows(rows)
+    writer.writerows(rows)
 
 
 if __name__ == "__main__":

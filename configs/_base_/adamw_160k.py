@@ -16,8 +16,8 @@ default_hooks = dict(
     ),
     sync_buffers=dict(type="SyncBuffersHook"),
     resume=dict(type="ResumeHook"),
-    progress=dict(type="ProgressHook", metric="mIoU"),
-    curves=dict(type="CurveHook", metric="mIoU"),
+    progress=dict(type="ProgressHook"),
+    curves=dict(type="CurveHook"),
 )
 # `--cfg-options auto_scale_lr.enable=True` scales the learning rate to another number of images a step.
 auto_scale_lr = dict(base_batch_size=16, enable=False)

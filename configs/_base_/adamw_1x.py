@@ -14,8 +14,8 @@ default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=3, save_best="coco/bbox_mAP", rule="greater"),
     sync_buffers=dict(type="SyncBuffersHook"),
     resume=dict(type="ResumeHook"),
-    progress=dict(type="ProgressHook", metric="coco/bbox_mAP", unit=""),
-    curves=dict(type="CurveHook", metric="coco/bbox_mAP"),
+    progress=dict(type="ProgressHook"),
+    curves=dict(type="CurveHook"),
 )
 # `--cfg-options auto_scale_lr.enable=True` scales the learning rate to another number of images a step.
 auto_scale_lr = dict(base_batch_size=16, enable=False)

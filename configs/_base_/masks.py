@@ -8,9 +8,4 @@ test_evaluator = val_evaluator
 val_cfg = dict()
 test_cfg = dict()
 
-default_hooks = dict(
-    checkpoint=dict(save_best="mask/mIoU"),
-    progress=dict(metric="mask/mIoU"),
-    curves=dict(metric="mask/mIoU"),
-    export=dict(metric="mask/mIoU"),
-)
+default_hooks = dict(checkpoint=dict(save_best="mask/mIoU"))

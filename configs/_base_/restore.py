@@ -7,9 +7,4 @@ test_evaluator = val_evaluator
 val_cfg = dict()
 test_cfg = dict()
 
-default_hooks = dict(
-    checkpoint=dict(save_best="restore/PSNR"),
-    progress=dict(metric="restore/PSNR", unit="dB"),
-    curves=dict(metric="restore/PSNR"),
-    export=dict(metric="restore/PSNR"),
-)
+default_hooks = dict(checkpoint=dict(save_best="restore/PSNR"))

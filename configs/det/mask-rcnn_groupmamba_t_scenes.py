@@ -35,6 +35,6 @@ default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=3, save_best="coco/bbox_mAP_50", rule="greater"),
     sync_buffers=dict(type="SyncBuffersHook"),
     resume=dict(type="ResumeHook"),
-    progress=dict(type="ProgressHook", metric="coco/bbox_mAP_50", unit=""),
-    curves=dict(type="CurveHook", metric="coco/bbox_mAP_50"),
+    progress=dict(type="ProgressHook"),
+    curves=dict(type="CurveHook"),
 )

@@ -47,13 +47,4 @@ train_cfg = dict(by_epoch=True, max_epochs=80)
 optim_wrapper = dict(optimizer=dict(type="Adam", lr=1e-3, betas=(0.9, 0.999)))
 param_scheduler = [dict(type="ExponentialLR", gamma=0.98, end=80)]
 
-# Without the export of runtime.py, which writes what timm needs to feed images.
-default_hooks = dict(
-    _delete_=True,
-    logger=dict(type="LoggerHook", interval=50),
-    checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=3, save_best="occupancy/mIoU", rule="greater"),
-    sync_buffers=dict(type="SyncBuffersHook"),
-    resume=dict(type="ResumeHook"),
-    progress=dict(type="ProgressHook", metric="occupancy/mIoU"),
-    curves=dict(type="CurveHook", metric="occupancy/mIoU"),
-)
+default_hooks = dict(checkpoint=dict(save_best="occupancy/mIoU"))

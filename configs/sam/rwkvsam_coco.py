@@ -55,9 +55,4 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", eta_min=1e-6, end=max_epochs, convert_to_iter_based=True),
 ]
 
-default_hooks = dict(
-    checkpoint=dict(save_best="prompt/box_mIoU"),
-    progress=dict(metric="prompt/box_mIoU"),
-    curves=dict(metric="prompt/box_mIoU"),
-    export=dict(metric="prompt/box_mIoU"),
-)
+default_hooks = dict(checkpoint=dict(save_best="prompt/box_mIoU"))

@@ -31,6 +31,6 @@ default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=3, save_best="mIoU", rule="greater"),
     sync_buffers=dict(type="SyncBuffersHook"),
     resume=dict(type="ResumeHook"),
-    progress=dict(type="ProgressHook", metric="mIoU"),
-    curves=dict(type="CurveHook", metric="mIoU"),
+    progress=dict(type="ProgressHook"),
+    curves=dict(type="CurveHook"),
 )

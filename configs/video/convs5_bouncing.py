@@ -45,12 +45,4 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", eta_min=1e-5, begin=1, end=max_epochs, convert_to_iter_based=True),
 ]
 
-# Without the export of runtime.py, which writes what timm needs to feed images.
-default_hooks = dict(
-    _delete_=True,
-    logger=dict(type="LoggerHook", interval=25),
-    checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=3, save_best="frame/below_copy", rule="greater"),
-    resume=dict(type="ResumeHook"),
-    progress=dict(type="ProgressHook", metric="frame/below_copy"),
-    curves=dict(type="CurveHook", metric="frame/below_copy"),
-)
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(save_best="frame/below_copy"))

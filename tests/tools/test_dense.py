@@ -25,8 +25,9 @@ from test_bad_input import refused
 import linzoo.backbones  # noqa: F401
 from linzoo.tools import make_data, predict, scenes, test, train
 from linzoo.tools.engine import InputError
-from linzoo.tools.engine.config import load_config, without_start
-from linzoo.tools.engine.weights import check_parts
+from linzoo.tools.engine.config import load_config
+from linzoo.tools.engine.task import without_start
+from linzoo.tools.engine.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests/backbones"))
@@ -156,7 +157,7 @@ def published(name):
 
 @pytest.mark.parametrize("task", ["seg", "det"])
 @pytest.mark.parametrize("name", ["vmamba_t", "groupmamba_t"])
-def test_authors_checkpoint_loads(task, name):
+def test_authors_checkpoint_loads(task, name, tmp_path):
     """Backbone in the authors' keys, norms of the maps as VMamba has them, neck and heads in the toolkits' keys."""
     path = {"seg": "configs/seg/upernet_{}_ade20k.py", "det": "configs/det/mask-rcnn_{}_1x_coco.py"}[task].format(name)
     model = build(load(path))
@@ -174,7 +175,8 @@ def test_authors_checkpoint_loads(task, name):
             }
     heads = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
     state |= {key: torch.randn(v.shape, generator=generator) if v.ndim else v for key, v in heads.items()}
-    check_parts(model, dict(state), "published.pth")
+    torch.save({"state_dict": state}, tmp_path / "published.pth")
+    load_weights(model, tmp_path / "published.pth")
     loaded = model.state_dict()
     for key in heads:
         assert loaded[key].equal(state[key]), key
@@ -190,8 +192,9 @@ def test_authors_checkpoint_loads(task, name):
         assert loaded["backbone.model.norm.weight"].equal(state["backbone.norm4.weight"])
         assert loaded["backbone.model.stages.1.norm.bias"].equal(state["backbone.norm2.bias"])
     del state[next(key for key in state if key.endswith("A_logs"))]
+    torch.save({"state_dict": state}, tmp_path / "published.pth")
     with pytest.raises(InputError, match="published.pth' does not fit"):
-        check_parts(model, dict(state), "published.pth")
+        load_weights(model, tmp_path / "published.pth")
 
 
 # --- tools ----------------------------------------------------------------------------------------------------------
@@ -362,7 +365,7 @@ def test_label_maps(capsys, config, data, tmp_path):
         ("model['backbone'].update(out_indices=(0, 1, 2, 4))", "out_indices: expected different levels from 0 to 3"),
         ("model['backbone'].update(model_name='groupmamba')", "no such model in timm or LinZoo (did you mean 'groupma"),
         ("model['backbone'].update(frozen_stage=1)", "did you mean 'frozen_stages'?"),
-        ("model['backbone'].update(pretrained='absent.pth')", "pretrained 'absent.pth': no such file"),
+        ("model['backbone'].update(pretrained='absent.pth')", "pretrained: checkpoint 'absent.pth': no such file"),
         ("model['backbone']['model_kwargs'].update(depth=3)", "depth"),
         ("optim_wrapper = dict(paramwise_cfg=dict(layer_decay=2.0))", "layer_decay"),
     ],

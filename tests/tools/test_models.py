@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from linzoo.backbones import list_models
+from linzoo.backbones import kind_of, list_models
 from linzoo.backbones.published import PUBLISHED
 from linzoo.tools import models
 
 TOLERANCE = 0.03
-ALL = [name for kind in models.KINDS for name in list_models(kind=kind)]
+ALL = list_models(kind=None)
 
 
 def off(measured, published):
@@ -23,7 +23,7 @@ def off(measured, published):
 def test_costs_agree_with_the_published_ones(name):
     row, published = models.describe(name), PUBLISHED.get(name)
     assert row["params_m"] > 0
-    assert row["gmacs"] > 0
+    assert row["gmacs"] is None if kind_of(name) == "occupancy" else row["gmacs"] > 0
     if published:
         assert published.source
         differs = off(row["params_m"], published.params_m) or off(row["gmacs"], published.gmacs)

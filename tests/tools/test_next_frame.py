@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from test_bad_input import refused
 
 import linzoo.backbones  # noqa: F401
-from linzoo.tools import test, train
+from linzoo.tools import predict, test, train
 from linzoo.tools.engine import NextFrame, NextFrameMetric
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +54,17 @@ def test_train_and_test(tmp_path, config, capsys):
     capsys.readouterr()
     test.main([config, str(tmp_path / "run" / "epoch_1.pth")])
     metrics = json.loads(capsys.readouterr().out.splitlines()[-1])
+    predict.main([config, str(tmp_path / "run/export/model.safetensors"), str(tmp_path / "data/val.npy"),
+                  "--out", str(tmp_path / "out"), "--frames", "3"])  # fmt: skip
+    frames = np.load(tmp_path / "out/frames/val.npy")
+    assert frames.shape == (4, 3, 16, 16) and frames.dtype == np.uint8
+    state = load_file(tmp_path / "run/export/model.safetensors")
+    model = timm.create_model("convs5_video", **SMALL).eval()
+    model.load_state_dict(state)
+    seen = torch.from_numpy(np.load(tmp_path / "data/val.npy"))[:, :, None].float() / 127.5 - 1
+    with torch.no_grad():
+        expected = (model.generate(seen, 3)[:, :, 0] + 1) * 127.5
+    assert np.abs(frames - expected.numpy()).max() <= 0.51
     clips = np.load(tmp_path / "data/val.npy") / 255.0
     copied = np.mean((clips[:, 4:-1] - clips[:, 5:]) ** 2)
     assert metrics["frame/copy_one_step"] == pytest.approx(copied, rel=1e-5)

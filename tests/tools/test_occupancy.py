@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from test_bad_input import refused
 from torch.nn import functional as F
 
@@ -212,11 +213,21 @@ def test_artifacts(config, tmp_path, capsys):
     model = timm.create_model("occrwkv", **SMALL)
     model.load_state_dict(ends[0])
 
+    scenes, out = tmp_path / "kitti/sequences/08/voxels", tmp_path / "out"
+    predict.main([str(config), str(work_dir / "export/model.safetensors"), str(scenes), "--out", str(out)])
+    first, _ = json.loads((out / "predictions.json").read_text())
+    labels = np.fromfile(out / "labels/000000.label", np.uint16).reshape(GRID)
+    assert sum(first["voxels"].values()) == labels.size and first["voxels"]["road"] == (labels == ROAD).sum()
+    model = timm.create_model("occrwkv", **SMALL).eval()
+    model.load_state_dict(load_file(work_dir / "export/model.safetensors"))
+    with torch.no_grad():
+        classes = model(VoxelScenes(str(tmp_path / "kitti"), ["08"], GRID)[0]["inputs"][None]).argmax(1)[0]
+    assert (learning_map()[labels] == classes.numpy()).all()
     (tmp_path / "image.png").write_bytes(b"")
     line = refused(
         capsys, predict.main, config, work_dir / "epoch_2.pth", tmp_path / "image.png", "--out", tmp_path / "out"
     )
-    assert "model_name='occrwkv' takes voxels, not images" in line
+    assert "image.png' holds no voxel file; expected files ending in .bin" in line
 
 
 def test_bad_files(data, config, capsys, tmp_path):
@@ -241,7 +252,10 @@ def test_bad_files(data, config, capsys, tmp_path):
     (folder / "000005.invalid").unlink()
     with pytest.raises(InputError, match="000005.bin' are alone; expected '000005.invalid' beside them"):
         scene(1)
-    with pytest.raises(InputError, match="model_name='vrwkv_t' takes no voxels"):
+    with pytest.raises(
+        InputError,
+        match="model_name='vrwkv_t' is of kind 'backbone'; expected a model of kind occupancy, such as 'occrwkv'",
+    ):
         SceneCompleter("vrwkv_t")
     with pytest.raises(InputError, match="class_counts=.*; expected 20 numbers above 1"):
         SceneCompleter("occrwkv", class_counts=[5.0, 5.0], **SMALL)

@@ -238,8 +238,21 @@ def test_artifacts(config, tmp_path, capsys):
     ends = [torch.load(tmp_path / run / "epoch_2.pth", weights_only=False)["state_dict"] for run in ("run", "part")]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
-    line = refused(capsys, predict.main, config, work_dir / "export/model.safetensors", work_dir, "--out", work_dir)
-    assert "model_name='rwkvsam' needs points or boxes" in line
+    asked = config, work_dir / "export/model.safetensors", tmp_path / "data/val", "--out", tmp_path / "out"
+    assert "model_name='rwkvsam' needs points or boxes" in refused(capsys, predict.main, *asked)
+    prompts = ["--point", "10", "30", "--box", "2", "2", "30", "40"]
+    predict.main([str(a) for a in (*asked, *prompts)])
+    results = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert len(results) == 3 and (tmp_path / "out/predictions.png").is_file()
+    for result in results:
+        by_point, by_box = result["masks"]
+        assert by_point["point"] == [10, 30] and by_box["box"] == [2, 2, 30, 40]
+        mask = np.asarray(Image.open(by_box["mask"]))
+        assert mask.shape == (44, 60) and (mask > 0).mean() == pytest.approx(by_box["share"])
+    prompts = ["--box", "200", "2", "230", "40"]
+    assert "expected x0 < x1, y0 < y1 and a part of the image of 60 x 44" in refused(
+        capsys, predict.main, *asked, *prompts
+    )
 
 
 def test_bad_files(data, config, capsys, tmp_path):
@@ -264,9 +277,11 @@ def test_bad_files(data, config, capsys, tmp_path):
     with pytest.raises(InputError, match="cannot read image .*1.png'"):
         PromptedMasks(str(data), "val.json", "val")[1]
     (data / "val/2.png").unlink()
-    with pytest.raises(InputError, match="image .*2.png' not found; .*val.json' names it"):
+    with pytest.raises(InputError, match="image .*2.png' not found .*val.json' names it"):
         PromptedMasks(str(data), "val.json", "val")
-    with pytest.raises(InputError, match="model_name='vrwkv_t' takes no prompts"):
+    with pytest.raises(
+        InputError, match="model_name='vrwkv_t' is of kind 'backbone'; expected a model of kind promptable"
+    ):
         PromptSegmenter("vrwkv_t")
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from linzoo.tools import train
-from linzoo.tools.engine.runner import latest_checkpoint, write_atomically
+from linzoo.tools.engine.files import write_atomically
+from linzoo.tools.engine.resume import latest_checkpoint
 from linzoo.tools.engine.weights import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +124,7 @@ def test_killed_while_writing(tmp_path):
 def test_latest_checkpoint(tmp_path):
     assert latest_checkpoint(tmp_path) is None
     for epoch in (1, 2):
-        (tmp_path / f"epoch_{epoch}.pth").write_bytes(b"x")
+        torch.save({"state_dict": {}}, tmp_path / f"epoch_{epoch}.pth")
         os.utime(tmp_path / f"epoch_{epoch}.pth", (epoch, epoch))
     assert latest_checkpoint(tmp_path) is None, "these are another run's: a run of its own writes the pointer"
     pointer = tmp_path / "last_checkpoint"

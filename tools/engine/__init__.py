@@ -4,35 +4,28 @@ Importing the package registers them all, so a config only needs
 `custom_imports = dict(imports=["linzoo.backbones", "linzoo.tools.engine"])`.
 """
 
-import contextlib
-import io
-import warnings
+from .openmmlab import import_openmmlab
 
-from linzoo.backbones.openmmlab import LinZooBackbone  # noqa: F401  (first: it gives mmcv its operators)
+import_openmmlab()
 
-# mmpretrain and mmseg print lines and warn about optional parts (compiled operators) that we do without.
-with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import mmpretrain.datasets
-    import mmpretrain.models  # noqa: F401
-    import mmseg.datasets
-    import mmseg.evaluation
-    import mmseg.models  # noqa: F401
+from linzoo.backbones.openmmlab import LinZooBackbone  # noqa: E402
 
-from .classifier import Classifier, MesaHook
-from .curves import CurveHook
-from .data import Clips, ImageFolder, LabelMaps, LoadMask, MaskedImages
-from .errors import InputError
-from .export import ExportHook
-from .next_frame import NextFrame, NextFrameMetric
-from .occupancy import OccupancyMetric, SceneCompleter, VoxelScenes
-from .optim import AutocastOptimWrapper, LayerDecay, TimmWeightDecay
-from .progress import ProgressHook
-from .promptable import PromptedMasks, PromptMetric, PromptSegmenter
-from .restorer import PairedImages, RestorationMetric, Restorer
-from .resume import ResumeHook
-from .runner import Runner
-from .segmenter import MaskMetric, Segmenter
+from .classifier import Classifier, ImageFolder, MesaHook  # noqa: E402
+from .curves import CurveHook  # noqa: E402
+from .dense import LabelMaps  # noqa: E402
+from .errors import InputError  # noqa: E402
+from .export import ExportHook  # noqa: E402
+from .images import LoadImage  # noqa: E402
+from .next_frame import Clips, NextFrame, NextFrameMetric  # noqa: E402
+from .occupancy import OccupancyMetric, SceneCompleter, VoxelScenes  # noqa: E402
+from .optim import AutocastOptimWrapper, LayerDecay, TimmWeightDecay  # noqa: E402
+from .progress import ProgressHook  # noqa: E402
+from .promptable import PromptedMasks, PromptMetric, PromptSegmenter  # noqa: E402
+from .restorer import PairedImages, RestorationMetric, Restorer  # noqa: E402
+from .resume import ResumeHook  # noqa: E402
+from .runner import Runner  # noqa: E402
+from .segmenter import LoadMask, MaskedImages, MaskMetric, Segmenter  # noqa: E402
+from .task import Task, TimmModel  # noqa: E402
 
 __all__ = [
     "AutocastOptimWrapper",
@@ -44,6 +37,8 @@ __all__ = [
     "InputError",
     "LabelMaps",
     "LayerDecay",
+    "LinZooBackbone",
+    "LoadImage",
     "LoadMask",
     "MaskMetric",
     "MaskedImages",
@@ -62,6 +57,8 @@ __all__ = [
     "Runner",
     "SceneCompleter",
     "Segmenter",
+    "Task",
+    "TimmModel",
     "TimmWeightDecay",
     "VoxelScenes",
 ]

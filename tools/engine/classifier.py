@@ -1,16 +1,72 @@
-"""A timm model as mmpretrain classifier, with an optional teacher."""
+"""Classification: folders of images, a timm model to train on them, with an optional teacher."""
 
-import timm
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
+from matplotlib.axes import Axes
+from mmengine.config import Config
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from mmpretrain.models import TimmClassifier
-from mmpretrain.registry import MODELS
+from mmengine.runner import Runner
+from mmpretrain.datasets import CustomDataset
+from mmpretrain.registry import DATASETS, MODELS
+from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .data import NamesImages, existing_folder
 from .errors import InputError
+from .images import ENDINGS, find_files, read_rgb
+from .task import Job, Task, TimmModel
+from .weights import create_model
+
+
+def find_classes(root: str | Path) -> dict[str, list[Path]]:
+    """The class folders of `root`, sorted, with their images; hidden folders are none.
+
+    InputError where the folder is missing or a class has no image in it.
+    """
+    root = existing_folder(root, "expected one folder of images per class", Path(root).parent)
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        raise InputError(f"data folder {str(root)!r} holds no class folder; expected one folder of images per class")
+    found = {folder.name: find_files(folder) for folder in folders}
+    for folder in folders:
+        if not found[folder.name]:
+            raise InputError(f"class folder {str(folder)!r} holds no image; expected files ending in {ENDINGS}")
+    return found
+
+
+@DATASETS.register_module()
+class ImageFolder(NamesImages, CustomDataset):
+    """mmpretrain's folder-per-class data set that refuses empty classes and names an image it cannot read.
+
+    Args:
+        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+    """
+
+    def __init__(self, make: str | None = None, **kwargs):
+        super().__init__(**kwargs)
+
+    def _find_samples(self) -> list[tuple[str, int]]:
+        found = find_classes(self.img_prefix)
+        self.folder_to_idx = {name: i for i, name in enumerate(found)}
+        self._metainfo["classes"] = tuple(found)
+        return [(str(f.relative_to(self.img_prefix)), i) for i, files in enumerate(found.values()) for f in files]
+
+    @staticmethod
+    def check(settings: dict, cfg: Config) -> list[str] | None:
+        """The names of the classes; InputError where folders are missing, or as many as the model does not have."""
+        if settings.get("ann_file"):
+            return None
+        folder = Path(settings.get("data_root", ""), settings.get("data_prefix", ""))
+        found = list(find_classes(folder))
+        count = cfg.model.get("num_classes", len(found))
+        if count != len(found):
+            raise InputError(f"config key model.num_classes={count}: {str(folder)!r} has {len(found)} class folders")
+        return found
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, kind: str, tau: float = 1.0) -> Tensor:
@@ -34,8 +90,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, kind: str, tau: float = 
 
 
 @MODELS.register_module()
-class Classifier(TimmClassifier):
-    """A model of timm's registry to train, with an optional timm teacher.
+class Classifier(TimmModel):
+    """A classifier to train, with an optional timm teacher.
 
     With distillation "hard" or "soft" the model must be of DeiT's distilled kind (`set_distilled_training`), so that in
     training it returns (logits, dist_logits), and
@@ -46,7 +102,10 @@ class Classifier(TimmClassifier):
     the output that it is evaluated with.
 
     Args:
-        model_name: timm name of the model; other keywords go to `timm.create_model`.
+        model_name: timm name of the model; `pretrained` and other keywords as in `TimmModel`.
+        loss: settings of a loss of mmpretrain.
+        train_cfg: `augments`, mmpretrain's augmentations of batches.
+        data_preprocessor: settings of mmpretrain's preprocessor.
         teacher: keywords of `timm.create_model` for the teacher.
         distillation: "hard", "soft" or "none".
         alpha: weight of the teacher's term.
@@ -58,6 +117,9 @@ class Classifier(TimmClassifier):
         self,
         model_name: str,
         *,
+        loss: dict | nn.Module | None = None,
+        train_cfg: dict | None = None,
+        data_preprocessor: dict | None = None,
         teacher: dict | None = None,
         distillation: str = "none",
         alpha: float = 0.5,
@@ -65,7 +127,11 @@ class Classifier(TimmClassifier):
         mesa: float = 0.0,
         **kwargs,
     ):
-        super().__init__(model_name, **kwargs)
+        data_preprocessor = {"type": "mmpretrain.ClsDataPreprocessor", **(data_preprocessor or {})}
+        if (train_cfg or {}).get("augments"):
+            data_preprocessor["batch_augments"] = train_cfg
+        super().__init__(model_name, data_preprocessor=data_preprocessor, **kwargs)
+        self.loss_module = loss if isinstance(loss, nn.Module) else MODELS.build(loss or {"type": "CrossEntropyLoss"})
         self.mesa, self.ask_average = mesa, None
         if distillation not in ("hard", "soft", "none"):
             raise InputError(f"distillation={distillation!r}; expected 'hard', 'soft' or 'none'")
@@ -79,35 +145,61 @@ class Classifier(TimmClassifier):
         if not hasattr(self.model, "set_distilled_training"):
             raise InputError(f"model_name={model_name!r} has no distillation head; expected distillation='none'")
         self.model.set_distilled_training(True)
-        self.ask_teacher = _frozen(timm.create_model(**teacher))
+        self.ask_teacher = _frozen(create_model(**teacher))
 
-    def init_weights(self):
-        """Nothing: timm initialises or loads in `create_model`, and a second initialisation would undo a loading."""
+    def forward(self, inputs: Tensor, data_samples: list[DataSample] | None = None, mode: str = "tensor"):
+        """Images (B, 3, H, W) to logits (B, K), to the losses ("loss"), or to samples with scores ("predict")."""
+        if mode == "loss":
+            return self.loss(inputs, data_samples)
+        logits = self.model(inputs)
+        if mode == "tensor":
+            return logits
+        samples = data_samples or [DataSample() for _ in logits]
+        for sample, scores in zip(samples, logits.softmax(1), strict=True):
+            sample.set_pred_score(scores).set_pred_label(scores.argmax(0, keepdim=True))
+        return samples
 
-    def loss(self, inputs: Tensor, data_samples: list, **kwargs) -> dict[str, Tensor]:
+    def loss(self, inputs: Tensor, data_samples: list[DataSample]) -> dict[str, Tensor]:
         """The losses of a batch of images (B, 3, H, W) with their labels or label scores."""
+        mixed = "gt_score" in data_samples[0]
+        targets = [sample.gt_score if mixed else sample.gt_label for sample in data_samples]
+        targets = torch.stack(targets) if mixed else torch.cat(targets)
         if self.distillation == "none":
             logits = self.model(inputs)
-            losses = self._get_loss(logits, data_samples, **kwargs)
+            losses = {"loss": self.loss_module(logits, targets)}
             if self.ask_average is not None:
                 losses["loss_mesa"] = self.mesa * F.cross_entropy(logits, self.ask_average(inputs).softmax(dim=1))
             return losses
         logits, dist_logits = self.model(inputs)
-        label_loss = self._get_loss(logits, data_samples, **kwargs)["loss"]
+        label_loss = self.loss_module(logits, targets)
         teacher_loss = distillation_loss(dist_logits, self.ask_teacher(inputs), self.distillation, self.tau)
         return {"loss_label": (1 - self.alpha) * label_loss, "loss_teacher": self.alpha * teacher_loss}
 
-    # State dicts hold the timm model's own names. mmpretrain's versions of these two hooks serve a classifier at the
-    # root only: within an EMA copy the one has no effect, and the other drops keys outside `prefix` (the step count).
-    @staticmethod
-    def _remove_state_dict_prefix(self, state_dict, prefix, local_metadata):
-        for key in [k for k in state_dict if k.startswith(f"{prefix}model.")]:
-            state_dict[prefix + key.removeprefix(f"{prefix}model.")] = state_dict.pop(key)
+    def predict_files(self, job: Job) -> list[dict]:
+        """Of each image its path, label, confidence (softmax) and the five likeliest labels with their confidences."""
+        samples = [sample for batch in job.batches() for sample in self.test_step(batch)]
+        classes, results = job.classes or [str(i) for i in range(len(samples[0].pred_score))], []
+        for path, sample in zip(job.inputs, samples, strict=True):
+            scores, labels = sample.pred_score.sort(descending=True)
+            likeliest = zip(scores[:5].tolist(), labels[:5].tolist(), strict=True)
+            top5 = [{"label": classes[label], "confidence": score} for score, label in likeliest]
+            results.append(dict(path=str(path), **top5[0], top5=top5))
+        return results
 
     @staticmethod
-    def _add_state_dict_prefix(state_dict, prefix, *_):
-        for key in [k for k in state_dict if k.startswith(prefix)]:
-            state_dict[f"{prefix}model.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+    def draw(axis: Axes, result: dict) -> None:
+        """The image with its label and confidence; red where the image's folder names another of the labels."""
+        axis.imshow(read_rgb(result["path"]))
+        folder, names = Path(result["path"]).parent.name, {top["label"] for top in result["top5"]}
+        color = "crimson" if folder in names and folder != result["label"] else "black"
+        axis.set_title(f"{result['label']}  {result['confidence']:.0%}", fontsize=10, color=color)
+
+
+class BackboneClassifier(Task):
+    """mmpretrain's classifiers around a backbone."""
+
+    predict_files = Classifier.predict_files
+    draw = staticmethod(Classifier.draw)
 
 
 @HOOKS.register_module()
@@ -127,7 +219,7 @@ class MesaHook(Hook):
     def __init__(self, begin: int):
         self.begin = begin
 
-    def before_train_epoch(self, runner):
+    def before_train_epoch(self, runner: Runner) -> None:
         """Switch the term on."""
         average = next((hook for hook in runner.hooks if isinstance(hook, EMAHook)), None)
         if average is None:
@@ -137,7 +229,7 @@ class MesaHook(Hook):
         classifier.ask_average = _frozen(average.ema_model.module.model) if on else None
 
 
-def _frozen(teacher: nn.Module):
+def _frozen(teacher: nn.Module) -> Callable[[Tensor], Tensor]:
     """The teacher as a plain function: no parameter of it enters the optimizer, checkpoints, DDP or EMA copies."""
     teacher.eval().requires_grad_(False)
 

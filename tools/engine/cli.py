@@ -2,33 +2,66 @@
 
 import argparse
 import functools
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 
 from mmengine.config import DictAction
 
-from .errors import InputError
+from .errors import InputError, note
 
 
-def config_parser(description: str) -> argparse.ArgumentParser:
+class _Options(DictAction):
+    """mmengine's KEY=VALUE, which does not survive values that it cannot read, and takes the blanks out of paths."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            super().__call__(parser, namespace, values, option_string)
+            for key, value in (item.split("=", 1) for item in values):
+                if " " in value and not set("[](),") & set(value):
+                    getattr(namespace, self.dest)[key] = value
+        except (AssertionError, RecursionError, ValueError) as e:
+            given = " ".join(values)
+            raise InputError(f"--cfg-options {given}: expected KEY=VALUE of numbers, names and lists of them") from e
+
+
+def config_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser that knows CONFIG and --cfg-options."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="config file")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
+    parser.add_argument("--cfg-options", nargs="+", action=_Options, metavar="KEY=VALUE", help="override the config")
     return parser
 
 
-def command(main: Callable) -> Callable:
-    """Decorates a tool's `main(argv=None)`: an InputError becomes one line on stderr and exit status 2."""
+def command(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], None]:
+    """Decorates a tool's `main(argv=None)`: wrong input and failed writes become a line on stderr and status 2."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
+        raises, logging.raiseExceptions = logging.raiseExceptions, False  # a full disk is said once, below
         try:
-            main(argv)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                main(argv)
         except InputError as e:
             # An error raised in a data-loader worker carries the worker's traceback before its own message.
             line = str(e).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
-            print(f"error: {line}", file=sys.stderr)
-            sys.exit(2)
+        except OSError as e:
+            line = f"{e.strerror or e}" + (f": {str(e.filename)!r}" if e.filename else "")
+        else:
+            return
+        finally:
+            logging.raiseExceptions = raises
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
 
     return run
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Ours are notes for users; the rest as Python shows it."""
+    if "linzoo" in filename:
+        note(str(message))
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)

@@ -2,11 +2,14 @@
 
 import ast
 import copy
+import dataclasses
 import importlib
 import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mmengine.registry
 import timm
@@ -15,13 +18,19 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope, Registry
 from mmengine.runner import EpochBasedTrainLoop, LogProcessor, TestLoop, ValLoop
 from mmpretrain.registry import MODELS
+from timm.models import PretrainedCfg
+from torch import nn
 from torch.utils.data import DataLoader
 
+from .dense import DENSE
 from .errors import InputError, did_you_mean, existing_file
+from .resume import latest_checkpoint, refuse_what_cannot_be_resumed
 from .runner import Runner
+from .task import Task, TimmModel, without_start
+from .weights import fit, read_checkpoint, weights_file
 
 
-def _parameters(function) -> set[str]:
+def _parameters(function: Callable) -> set[str]:
     return set(inspect.signature(function).parameters) - {"self"}
 
 
@@ -37,8 +46,6 @@ TOP_LEVEL = _parameters(Runner.__init__) - {"cfg"} | {
 }
 _LOADER = _parameters(DataLoader.__init__) | {"num_batch_per_epoch"}
 ANY = "**"
-# The kinds of `model` that are made by `timm.create_model(model_name, ...)`.
-TIMM_MODELS = ("Classifier", "NextFrame", "PromptSegmenter", "Restorer", "SceneCompleter", "Segmenter")
 # Dictionaries without a `type` of their own.
 SECTIONS = {
     "train_dataloader": _LOADER,
@@ -51,6 +58,10 @@ SECTIONS = {
     "randomness": _parameters(Runner.set_randomness),
     "model.teacher": _parameters(timm.create_model) | {ANY},
     "model.init_from": _parameters(timm.create_model) | {ANY},
+    **{
+        f"model{part}.pretrained_cfg_overlay": {field.name for field in dataclasses.fields(PretrainedCfg)}
+        for part in ("", ".teacher", ".init_from")
+    },
     "env_cfg": {"cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"},
 }
 
@@ -82,16 +93,47 @@ def load_config(path: str, options: dict | None = None) -> Config:
         for key, value in cfg.items():
             if key in TOP_LEVEL:
                 _check(value, key, cfg.get("default_scope"))
-        _check_model(cfg.get("model", {}))
+        model = cfg.get("model", {})
+        if isinstance(model.get("backbone"), dict) and model.backbone.get("type") == "LinZooBackbone":
+            _check_name(str(model.backbone.get("model_name")), "model.backbone")
+            _build_without_memory(without_start(model.backbone), "model.backbone")
+        _check_model(model)
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        _read_by_ours(cfg.get(loader), cfg.get("default_scope"))
     return cfg
 
 
-def without_start(model: dict) -> dict:
-    """The settings of a model that is to load a checkpoint: with nothing to start or learn from."""
-    off = {"pretrained": False, "distillation": "none", "init_from": None}
-    if isinstance(model.get("backbone"), dict):
-        model = {**model, "backbone": without_start(model["backbone"])}
-    return {**model, **{key: off[key] for key in off.keys() & model.keys()}}
+def task_of(cfg: Config) -> type[Task]:
+    """The task of a config's model: its class, or the one for OpenMMLab's models around a backbone.
+
+    Raises:
+        InputError: the model is neither.
+    """
+    model, scope = cfg.get("model", {}), cfg.get("default_scope")
+    kind = model.get("type") if inspect.isclass(model.get("type")) else MODELS.get(str(model.get("type")))
+    if inspect.isclass(kind) and issubclass(kind, Task):
+        return kind
+    if "backbone" in model and scope in DENSE:
+        return DENSE[scope]
+    raise InputError(
+        f"config key model.type={model.get('type')!r}: expected a model of linzoo.tools.engine, or one with a backbone "
+        f"and default_scope one of {', '.join(DENSE)}"
+    )
+
+
+def _read_by_ours(node: Any, scope: str | None) -> None:
+    """Let `LoadImage` and `LoadLabelMap` read where OpenMMLab's would by their defaults: check and run then agree."""
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            _read_by_ours(item, scope)
+    elif isinstance(node, dict):
+        kind = str(node.get("type")).rpartition(".")[2]
+        if kind == "LoadImageFromFile" and node.keys() <= {"type", "to_float32"}:
+            node["type"] = "mmengine.LoadImage"
+        elif kind == "LoadAnnotations" and scope == "mmseg" and node.keys() <= {"type", "reduce_zero_label"}:
+            node["type"] = "mmengine.LoadLabelMap"
+        for item in node.values():
+            _read_by_ours(item, scope)
 
 
 def _check_option(cfg: Config, option: str) -> None:
@@ -127,7 +169,7 @@ def _check_top_level(cfg: Config, path: str) -> None:
             raise InputError(f"config {path!r}: unknown key {key!r}{did_you_mean(key, TOP_LEVEL)}")
 
 
-def _check(node, path: str, scope: str | None) -> None:
+def _check(node: Any, path: str, scope: str | None) -> None:
     """Every dictionary with a `type` must name something registered and give it arguments that it takes."""
     if isinstance(node, (list, tuple)):
         for i, item in enumerate(node):
@@ -147,7 +189,7 @@ def _check(node, path: str, scope: str | None) -> None:
         _check(value, f"{path}.{key}", scope)
 
 
-def _resolve(name: str, path: str, scope: str | None):
+def _resolve(name: str, path: str, scope: str | None) -> Callable:
     modules = [mmengine.registry] + ([importlib.import_module(f"{scope}.registry")] if scope else [])
     registries = [x for module in modules for x in vars(module).values() if isinstance(x, Registry)]
     for registry in reversed(registries):
@@ -159,7 +201,7 @@ def _resolve(name: str, path: str, scope: str | None):
     raise InputError(f"config key {path}.type={name!r}: nothing is registered under it{did_you_mean(name, names)}")
 
 
-def _arguments(of) -> set[str]:
+def _arguments(of: Callable) -> set[str]:
     """Names of the arguments of a class or function, with ANY among them where it takes any keyword."""
     names = set()
     for owner in inspect.getmro(of) if inspect.isclass(of) else (of,):
@@ -177,55 +219,68 @@ def _arguments(of) -> set[str]:
     return names | {ANY}
 
 
-def _check_model(model: ConfigDict) -> None:
-    """A timm model must exist and take the keywords that the config gives it: it is built without memory."""
-    if isinstance(model.get("backbone"), dict) and model.backbone.get("type") == "LinZooBackbone":
-        _check_backbone(model.backbone)
-    if model.get("type") not in TIMM_MODELS:
+def _check_model(model: ConfigDict, start: bool = False) -> None:
+    """A timm model must exist, and take the keywords and files that the config gives it: it is built without memory.
+
+    Args:
+        start: whether the files that it is to start from are read; published weights never are.
+    """
+    kind = model.get("type") if inspect.isclass(model.get("type")) else MODELS.get(str(model.get("type")))
+    if not (inspect.isclass(kind) and issubclass(kind, TimmModel)):
         return
     model = copy.deepcopy(model)
     for key, settings in (("model", model), *((f"model.{name}", model.get(name)) for name in ("teacher", "init_from"))):
         if not settings:
             continue
-        settings["pretrained"] = False
         name = str(settings.get("model_name"))
-        base = name.split(".")[0]
-        if not timm.is_model(base):
-            raise InputError(
-                f"config key {key}.model_name={name!r}: no such model in timm or LinZoo"
-                f"{did_you_mean(base, timm.list_models())}"
+        _check_name(name, key)
+        try:
+            file = start and weights_file(
+                name, settings.get("pretrained", False), settings.get("pretrained_cfg_overlay")
             )
-    try:
-        with torch.device("meta"):
-            MODELS.build(model)
-    except TypeError as e:
-        raise InputError(f"config key model: {model.model_name!r} does not take these keywords: {e}") from e
+        except InputError as e:
+            raise InputError(f"config key {key}.{e}") from e
+        settings["pretrained"] = file or False
+    _build_without_memory(model, "model")
 
 
-def _check_backbone(backbone: ConfigDict) -> None:
-    """A backbone must exist, take its keywords, and have the levels asked for: it is built without memory."""
-    name = str(backbone.get("model_name")).partition(".")[0]
-    if not timm.is_model(name):
-        raise InputError(
-            f"config key model.backbone.model_name={name!r}: no such model in timm or LinZoo"
-            f"{did_you_mean(name, timm.list_models())}"
-        )
-    _build_backbone(without_start(backbone))
+def _check_name(name: str, key: str) -> None:
+    base = name.partition(".")[0]
+    if not timm.is_model(base):
+        hint = did_you_mean(base, timm.list_models())
+        raise InputError(f"config key {key}.model_name={name!r}: no such model in timm or LinZoo{hint}")
 
 
-def check_start(cfg: Config) -> None:
-    """InputError where the file that a backbone is to start from is missing or another model's."""
-    backbone = cfg.model.get("backbone", {})
-    start = backbone.get("pretrained", False)
-    if isinstance(start, str) and not start.startswith("http"):
-        existing_file("config key model.backbone.pretrained", start)
-        _build_backbone(backbone)
-
-
-def _build_backbone(settings: dict) -> None:
+def _build_without_memory(settings: ConfigDict, key: str) -> nn.Module:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nothing is copied to where there is no memory
-            MODELS.build(settings)
-    except (TypeError, ValueError) as e:
-        raise InputError(f"config key model.backbone: {e}") from e
+            return MODELS.build(settings)
+    except FileNotFoundError as e:
+        raise InputError(f"config key {key}.pretrained: {e}") from e
+    except ValueError as e:
+        raise InputError(f"config key {key}: {e}") from e
+    except TypeError as e:
+        name = settings.get("model_name", settings.get("type"))
+        raise InputError(f"config key {key}: {name!r} does not take these keywords: {e}") from e
+
+
+def check_start(cfg: Config) -> None:
+    """Check what a run is to start from, before anything of it is written.
+
+    Raises:
+        InputError: a file is missing, damaged or another model's; a setting changed that a resumed run cannot follow.
+    """
+    backbone = cfg.model.get("backbone")
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
+        if isinstance(backbone, dict) and isinstance(backbone.get("pretrained"), str):
+            _build_without_memory(backbone, "model.backbone")
+        _check_model(cfg.model, start=True)
+    resumed = latest_checkpoint(cfg.work_dir) if cfg.get("resume") else None
+    source = resumed or cfg.get("load_from")
+    if source:
+        with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
+            model = task_of(cfg).weights(_build_without_memory(without_start(cfg.model), "model"))
+        fit(model, read_checkpoint(source).state, source, start=not resumed)
+    if resumed:
+        refuse_what_cannot_be_resumed(cfg, resumed)

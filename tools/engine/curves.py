@@ -2,14 +2,21 @@
 
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 from mmengine.dist import master_only
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop, Runner
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from .files import write_atomically
+
+
+def best_metric(runner: Runner) -> str | None:
+    """The validation metric of a run: the first that `save_best` of its checkpoint hook names."""
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook):
+            return next(iter(getattr(hook, "key_indicators", ())), None)  # "auto" until the first validation
+    return None
 
 
 @HOOKS.register_module()
@@ -17,33 +24,29 @@ class CurveHook(Hook):
     """After training, draws loss, learning rate and validation metric over the epochs in `work_dir/curves.png`.
 
     The histories live in mmengine's message hub, hence in every checkpoint: the curves of a resumed run are whole.
-
-    Args:
-        metric: the validation metric to draw.
     """
 
     priority = "LOWEST"
 
-    def __init__(self, metric: str = "accuracy/top1"):
-        self.metric = metric
-
     @master_only
-    def after_train(self, runner):
+    def after_train(self, runner: Runner) -> None:
         """Draw the picture."""
         scalars = {name: buffer.data[0] for name, buffer in runner.message_hub.log_scalars.items()}
         per_epoch = len(runner.train_dataloader)
         interval = runner.val_interval / (per_epoch if isinstance(runner.train_loop, IterBasedTrainLoop) else 1)
-        figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+        metric = best_metric(runner)
+        figure = Figure(figsize=(13, 3.6), layout="constrained")
         for axis, name, label in zip(
-            axes, ("train/loss", "train/lr", f"val/{self.metric}"), ("loss", "learning rate", self.metric), strict=True
+            figure.subplots(1, 3),
+            ("train/loss", "train/lr", f"val/{metric}"),
+            ("loss", "learning rate", metric),
+            strict=True,
         ):
             values = scalars.get(name, [])
-            if name.startswith("val/"):
-                steps = [step * interval for step in range(1, len(values) + 1)]
-            else:
-                steps = [step / per_epoch for step in range(1, len(values) + 1)]
+            every = interval if name.startswith("val/") else 1 / per_epoch
+            steps = [step * every for step in range(1, len(values) + 1)]
             axis.plot(steps, values, marker="." if name.startswith("val/") else None, linewidth=1)
             axis.set(xlabel="epoch", title=label)
             axis.grid(alpha=0.3)
-        figure.savefig(Path(runner.work_dir, "curves.png"), dpi=120)
-        plt.close(figure)
+        file = Path(runner.work_dir, "curves.png")
+        write_atomically(file, lambda partial: figure.savefig(partial, format="png", dpi=120))

@@ -1,83 +1,201 @@
-"""What mmseg's segmenters and mmdet's detectors find in images, written and drawn."""
+"""mmseg's segmenters and mmdet's detectors: label maps, and what is found in images, written and drawn."""
 
+import argparse
 from pathlib import Path
+from typing import ClassVar
 
+import mmengine.registry
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, VISUALIZERS, DefaultScope
-from PIL import Image
+from mmseg.datasets import BaseSegDataset
+from mmseg.datasets.transforms import LoadAnnotations
 
-from .runner import write_atomically
+from .classifier import BackboneClassifier
+from .data import CHECKS, ENOUGH, NamesImages, existing_folder, spread
+from .errors import InputError
+from .files import save_image
+from .images import find_files, image_size, is_hidden, read_labels, read_rgb
+from .task import Job, Task
 
-VISUALIZER = {"mmseg": "SegLocalVisualizer", "mmdet": "DetLocalVisualizer"}
+
+@mmengine.registry.TRANSFORMS.register_module()
+class LoadLabelMap(LoadAnnotations):
+    """mmseg's transform, reading by `read_labels`: `load_config` puts it in place of that one."""
+
+    def _load_seg_map(self, results: dict) -> None:
+        labels = read_labels(results["seg_map_path"])
+        if results["reduce_zero_label"] if self.reduce_zero_label is None else self.reduce_zero_label:
+            labels = np.where(np.isin(labels, (0, 255)), 255, labels - 1).astype(np.uint8)
+        mapped = labels.copy()
+        for old, new in (results.get("label_map") or {}).items():
+            mapped[labels == old] = new
+        results["gt_seg_map"] = mapped
+        results["seg_fields"].append("gt_seg_map")
 
 
-def predict_dense(
-    cfg: Config, model: torch.nn.Module, images: list[Path], folder: Path, out: Path, threshold: float
-) -> list[dict]:
-    """Segment images or detect objects in them; write what is found and pictures of it, placed as below `folder`.
+@mmengine.registry.DATASETS.register_module()
+class LabelMaps(NamesImages, BaseSegDataset):
+    """mmseg's data set of images with label maps of equal names, which names what it cannot read.
 
     Args:
-        cfg: training config of mmseg or mmdet; its test pipeline prepares the images.
-        model: the model with its weights, in eval mode.
-        images: paths.
-        folder: what the images' places are relative to.
-        out: label maps (indices of classes) go to `out/labels`, pictures to `out/drawn`, both as PNG files.
-        threshold: the score under which an object is left out.
-
-    Returns:
-        for each image its path and that of its picture; of a segmented one the label map and each class's share of the
-        pixels; of the others the objects with label, score, box (x1, y1, x2, y2 in pixels) and area of the mask, if
-        the model finds masks, in pixels.
+        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
     """
-    scope = cfg.default_scope
-    with DefaultScope.overwrite_default_scope(scope):
-        steps = [step for step in cfg.test_dataloader.dataset.pipeline if step.type != "LoadAnnotations"]
-        pipeline = Compose(steps)
-        visualizer = VISUALIZERS.build(dict(type=VISUALIZER[scope], name=str(out)))
-        dataset = DATASETS.get(f"{scope}.{cfg.test_dataloader.dataset.type}")
-        visualizer.dataset_meta = {**dataset.METAINFO, **cfg.test_dataloader.dataset.get("metainfo", {})}
-        classes, results = visualizer.dataset_meta["classes"], []
-        for path in images:
-            with torch.inference_mode():
-                [sample] = model.test_step(pseudo_collate([pipeline({"img_path": str(path), "img_id": 0})]))
-            sample = sample.cpu()
-            result = {"path": str(path), "drawn": str(_place(out / "drawn", path, folder))}
-            if scope == "mmseg":
-                labels = sample.pred_sem_seg.data[0].numpy().astype(np.uint8)
-                result["labels"] = str(_place(out / "labels", path, folder))
-                _save(labels, result["labels"])
-                shares = np.bincount(labels.ravel(), minlength=len(classes)) / labels.size
-                result["shares"] = {name: float(share) for name, share in zip(classes, shares, strict=True) if share}
-            else:
-                found = sample.pred_instances
-                sample.pred_instances = found = found[found.scores >= threshold]
-                areas = found.masks.flatten(1).sum(1).tolist() if "masks" in found else [None] * len(found)
-                result["objects"] = [
-                    dict(label=classes[label], score=score, box=box, **({} if area is None else {"area": area}))
-                    for label, score, box, area in zip(
-                        found.labels.tolist(), found.scores.tolist(), found.bboxes.tolist(), areas, strict=True
-                    )
-                ]
-            _draw(visualizer, path, sample, result["drawn"], threshold)
-            results.append(result)
-    return results
+
+    def __init__(self, make: str | None = None, **kwargs):
+        super().__init__(**kwargs)
+
+    def load_data_list(self) -> list[dict]:
+        """The paths of each image and its label map, but for hidden folders'."""
+        root = Path(self.data_prefix.get("img_path", ""))
+        return [info for info in super().load_data_list() if not is_hidden(info["img_path"], root)]
+
+    def prepare_data(self, idx: int) -> dict:
+        """A prepared image; InputError where its label map holds a label beside the classes'."""
+        item = super().prepare_data(idx)
+        if "gt_sem_seg" in getattr(item["data_samples"], "_data_fields", ()):
+            labels = item["data_samples"].gt_sem_seg.data.unique().tolist()
+            shifted = [label + (self.reduce_zero_label and label < 255) for label in labels]
+            _check_labels(self.get_data_info(idx)["seg_map_path"], shifted, self.metainfo, self.reduce_zero_label)
+        return item
 
 
-def _draw(visualizer, path: Path, sample, file: str, threshold: float) -> None:
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    settings = {"with_labels": False} if hasattr(sample, "pred_sem_seg") else {"pred_score_thr": threshold}
-    visualizer.add_datasample("", pixels, sample, draw_gt=False, show=False, **settings)
-    _save(visualizer.get_image(), file)
+def _check_labels(path: str | Path, labels: list[int], metainfo: dict, shift: bool) -> None:
+    known = len(metainfo["classes"])
+    odd = [label for label in labels if known + shift <= label < 255]
+    if odd:
+        raise InputError(
+            f"label map {str(path)!r} holds the label {odd[0]}; expected 0 to {known - 1 + shift} or 255, "
+            f"as the data set has {known} classes"
+        )
 
 
-def _place(below: Path, path: Path, folder: Path) -> Path:
-    return below / path.relative_to(folder).with_suffix(".png")
+def check_label_maps(settings: dict, cfg: Config) -> None:
+    """The label maps of a data set of mmseg's, each against its image.
+
+    Raises:
+        InputError: a folder is missing or empty; an image has no map, or one of another size, in colour, turned, or
+            with labels beside the classes'; no map shows two classes, as maps of 0 and 255 do for two.
+    """
+    kind = DATASETS.get(f"{cfg.default_scope}.{settings['type']}")
+    metainfo = {**kind.METAINFO, **(settings.get("metainfo") or {})}
+    shift = settings.get("reduce_zero_label", kind.__name__ == "ADE20KDataset")
+    endings = settings.get("img_suffix", ".jpg"), settings.get("seg_map_suffix", ".png")
+    root, prefix, names = Path(settings.get("data_root") or ""), settings.get("data_prefix", {}), []
+    if settings.get("ann_file") or not metainfo.get("classes"):
+        return
+    folders = [root / prefix.get(key, "") for key in ("img_path", "seg_map_path")]
+    for folder, ending in zip(folders, endings, strict=True):
+        existing_folder(folder, "expected images and label maps of equal names", root)
+        names.append({str(f.relative_to(folder)).removesuffix(ending) for f in find_files(folder, (ending,))})
+    if not names[0]:
+        raise InputError(f"data folder {str(folders[0])!r} holds no image; expected files ending in {endings[0]}")
+    alone = sorted(names[0] - names[1])
+    if alone:
+        raise InputError(
+            f"image {str(folders[0] / (alone[0] + endings[0]))!r} has no label map ({len(alone)} such); expected "
+            f"{str(folders[1] / (alone[0] + endings[1]))!r}"
+        )
+    pairs = [[f / (name + ending) for f, ending in zip(folders, endings, strict=True)] for name in sorted(names[0])]
+    for image, label_map in pairs:
+        size, expected = image_size(label_map, "label map"), image_size(image)
+        if size != expected:
+            found, said = (f"{w} x {h}" for h, w in (size, expected))
+            raise InputError(f"label map {str(label_map)!r} is {found}; expected {said} as its image {str(image)!r}")
+    seen, files = set(), spread([label_map for _, label_map in pairs])
+    for i, path in enumerate(files):
+        if i >= ENOUGH and len(seen - {255}) > 1:
+            break
+        labels = np.bincount(read_labels(path).ravel(), minlength=256).nonzero()[0].tolist()
+        _check_labels(path, labels, metainfo, shift)
+        seen |= {label for label in labels if not (shift and label == 0)}
+    if len(seen - {255}) < 2 and (255 in seen or not settings.get("test_mode")):
+        raise InputError(
+            f"label map {str(files[0])!r} and all others hold the labels {sorted(seen)} alone; expected two of the "
+            f"{len(metainfo['classes'])} classes' at least, as 255 is ignored"
+        )
 
 
-def _save(pixels: np.ndarray, file: str) -> None:
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda partial: Image.fromarray(pixels).save(partial, format="png"))
+CHECKS["BaseSegDataset"] = check_label_maps
+
+
+class DenseTask(Task):
+    """What is found in each pixel or for each object, drawn by OpenMMLab's visualizer."""
+
+    kinds, tables = ("backbone", "adopted", "pyramid"), True
+    visualizer: ClassVar[str]
+
+    def predict_files(self, job: Job) -> list[dict]:
+        """Of each image its path, its picture and what the task finds; pictures and label maps are PNG files."""
+        scope, settings = job.cfg.default_scope, job.cfg.test_dataloader.dataset
+        with DefaultScope.overwrite_default_scope(scope):
+            visualizer = VISUALIZERS.build(dict(type=job.task.visualizer, name=str(job.out)))
+            dataset = DATASETS.get(f"{scope}.{settings.type}")
+            visualizer.dataset_meta = {**dataset.METAINFO, **settings.get("metainfo", {})}
+            drawn, labels, results = job.place("drawn", ".png"), job.place("labels", ".png"), []
+            samples = (sample.cpu() for batch in job.batches(1) for sample in self.test_step(batch))
+            for i, (path, sample) in enumerate(zip(job.inputs, samples, strict=True)):
+                found = job.task.found(sample, visualizer.dataset_meta["classes"], labels[i], job.options)
+                visualizer.add_datasample(
+                    "", read_rgb(path), sample, draw_gt=False, show=False, **job.task.drawing(job.options)
+                )
+                save_image(visualizer.get_image(), drawn[i])
+                results.append({"path": str(path), "drawn": str(drawn[i]), **found})
+        return results
+
+
+class SegmentationTask(DenseTask):
+    """mmseg's segmenters: a label map, and each class's share of the pixels."""
+
+    visualizer = "SegLocalVisualizer"
+
+    @staticmethod
+    def found(sample, classes: tuple[str, ...], file: Path, options: argparse.Namespace) -> dict:
+        """The label map's file, written, and the shares."""
+        labels = sample.pred_sem_seg.data[0].numpy().astype(np.uint8)
+        save_image(labels, file)
+        shares = np.bincount(labels.ravel(), minlength=len(classes)) / labels.size
+        named = zip(classes, shares, strict=True)
+        return {"labels": str(file), "shares": {name: float(share) for name, share in named if share}}
+
+    @staticmethod
+    def drawing(options: argparse.Namespace) -> dict:
+        """How the visualizer draws."""
+        return {"with_labels": False}
+
+
+class DetectionTask(DenseTask):
+    """mmdet's detectors: objects with label, score, box (x1, y1, x2, y2) and, where there are masks, area in pixels."""
+
+    visualizer = "DetLocalVisualizer"
+
+    @staticmethod
+    def options(parser: argparse._ArgumentGroup) -> None:
+        """Which objects are left out."""
+        parser.add_argument("--threshold", type=float, default=0.5, help="score under which objects are left out")
+
+    @staticmethod
+    def found(sample, classes: tuple[str, ...], file: Path, options: argparse.Namespace) -> dict:
+        """The objects."""
+        found = sample.pred_instances
+        sample.pred_instances = found = found[found.scores >= options.threshold]
+        objects = [
+            dict(label=classes[label], score=score, box=box)
+            for label, score, box in zip(
+                found.labels.tolist(), found.scores.tolist(), found.bboxes.tolist(), strict=True
+            )
+        ]
+        areas = torch.as_tensor(found.masks).flatten(1).sum(1).tolist() if "masks" in found else []
+        for entry, area in zip(objects, areas, strict=False):
+            entry["area"] = area
+        return {"objects": objects}
+
+    @staticmethod
+    def drawing(options: argparse.Namespace) -> dict:
+        """How the visualizer draws."""
+        return {"pred_score_thr": options.threshold}
+
+
+# The task of a model that has a backbone, by the package that the config's `default_scope` names.
+DENSE = {"mmseg": SegmentationTask, "mmdet": DetectionTask, "mmpretrain": BackboneClassifier}

@@ -1,70 +1,35 @@
 """What detection needs of mmdet: imported where a config detects objects."""
 
-import contextlib
-import io
-import json
-import warnings
+from collections.abc import Sequence
 
-from .data import _NamesImages
+from .coco import check_coco
+from .data import CHECKS, NamesImages
 from .errors import InputError
+from .openmmlab import import_openmmlab
 
 try:
-    import mmcv.ops  # noqa: F401
-
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import mmdet.datasets
-        import mmdet.evaluation
-        import mmdet.models  # noqa: F401
+    import_openmmlab("mmcv.ops", "mmdet.datasets", "mmdet.evaluation", "mmdet.models")
 except ImportError as e:
     raise InputError(f"the config detects objects, which needs mmdet ({e}); `pip install 'linzoo[det]'`") from e
 
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, MODELS
+from mmengine.config import Config
 from mmengine.model import BaseModule
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 @DATASETS.register_module()
-class CocoImages(_NamesImages, CocoDataset):
-    """mmdet's COCO data set, which refuses annotations that it would otherwise skip in silence.
+class CocoImages(NamesImages, CocoDataset):
+    """mmdet's COCO data set, whose annotations `check_annotations` checks before a run.
 
     Args:
         make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
-
-    Raises:
-        InputError: the file is no COCO file; it has an annotation of a category that it does not define, or a category
-            that the classes do not name, or lacks one that they do; no image to train on has an annotation.
     """
 
     def __init__(self, make: str | None = None, **kwargs):
         super().__init__(**kwargs)
-
-    def load_data_list(self) -> list[dict]:
-        """The images with their annotations."""
-        try:
-            found = super().load_data_list()
-        except (json.JSONDecodeError, KeyError, TypeError, AssertionError) as e:
-            raise InputError(f"annotations {self.ann_file!r} cannot be read; expected a COCO file ({e!r})") from e
-        if len(self.cat_ids) < len(self.metainfo["classes"]):
-            raise InputError(
-                f"annotations {self.ann_file!r} have {len(self.cat_ids)} of the data set's "
-                f"{len(self.metainfo['classes'])} classes; expected a category for each of {self.metainfo['classes']}"
-            )
-        return found
-
-    def parse_data_info(self, raw_data_info: dict) -> dict:
-        """An image's entry; InputError for an annotation of an unknown category."""
-        for annotation in raw_data_info["raw_ann_info"]:
-            category = annotation["category_id"]
-            if category not in self.cat_ids:
-                name = self.coco.cats.get(category, {}).get("name")
-                raise InputError(
-                    f"annotations {self.ann_file!r}: annotation {annotation['id']} has the unknown category {category}"
-                    f"{f' ({name!r})' if name else ''}; expected one of {self.metainfo['classes']}"
-                )
-        return super().parse_data_info(raw_data_info)
 
     def filter_data(self) -> list[dict]:
         """The images to train on."""
@@ -72,6 +37,17 @@ class CocoImages(_NamesImages, CocoDataset):
         if not found:
             raise InputError(f"annotations {self.ann_file!r} hold no annotated image; expected some to train on")
         return found
+
+
+def check_annotations(settings: dict, cfg: Config) -> None:
+    """The annotations of a data set of mmdet's; InputError names the first that is impossible."""
+    classes = (settings.get("metainfo") or {}).get("classes", CocoDataset.METAINFO["classes"])
+    masks = any(step.get("with_mask") for step in settings.get("pipeline", ()))
+    folder = settings.get("data_prefix", {}).get("img", "")
+    check_coco(settings.get("data_root") or "", settings["ann_file"], folder, classes, masks)
+
+
+CHECKS["CocoDataset"] = check_annotations
 
 
 @MODELS.register_module()
@@ -88,7 +64,7 @@ class FinerFPN(BaseModule):
         coarser: Levels coarser than the coarsest one.
     """
 
-    def __init__(self, in_channels, out_channels=256, finer=0, coarser=0):
+    def __init__(self, in_channels: Sequence[int], out_channels: int = 256, finer: int = 0, coarser: int = 0):
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
         self.ups = nn.ModuleList(nn.ConvTranspose2d(out_channels, out_channels, 2, 2) for _ in range(finer))
@@ -97,7 +73,7 @@ class FinerFPN(BaseModule):
         widths = [in_channels[-1]] + [out_channels] * (coarser - 1)
         self.downs = nn.ModuleList(nn.Conv2d(width, out_channels, 3, 2, 1) for width in widths[:coarser])
 
-    def forward(self, inputs):
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Maps ``(B, in_channels[i], H_i, W_i)`` to levels ``(B, out_channels, ...)``, from fine to coarse."""
         maps = [lateral(x) for lateral, x in zip(self.laterals, inputs, strict=True)]
         for i in range(len(maps) - 1, 0, -1):

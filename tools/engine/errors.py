@@ -1,5 +1,7 @@
-"""Errors that a user can act on: one line, no traceback."""
+"""Errors that a user can act on, and notes: one line, no traceback."""
 
+import os
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -7,6 +9,12 @@ from pathlib import Path
 
 class InputError(ValueError):
     """A wrong argument, config, checkpoint or image. The message names it, its value and what was expected."""
+
+
+def note(line: str) -> None:
+    """Say on stderr, once for all processes, what a user did not ask for but should know."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {line}", file=sys.stderr)
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

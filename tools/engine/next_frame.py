@@ -1,39 +1,89 @@
-"""A model of video that predicts the next frame, to train; how much better than copying it is."""
+"""Video: clips in one file, a model that predicts the next frame, to train; how much better than copying it is."""
 
+import argparse
+from pathlib import Path
+
+import mmengine.registry
 import numpy as np
-import timm
 import torch
+from matplotlib.axes import Axes
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
-from mmengine.model import BaseModel
 from mmengine.registry import METRICS, MODELS
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
-from .classifier import Classifier
+from ..make_data import MAKERS
+from .data import first_line
+from .errors import InputError
+from .files import write_atomically
+from .task import Job, TimmModel, find_inputs
+
+
+def read_clips(path: str | Path) -> np.ndarray:
+    """The clips of a file, uint8 ``(clips, frames, height, width)``; InputError where it holds none."""
+    try:
+        clips = np.load(path, mmap_mode="r")
+    except (EOFError, OSError, ValueError) as e:
+        raise InputError(f"cannot read clips {str(path)!r}; expected a whole .npy file ({first_line(e)})") from e
+    if clips.ndim != 4 or clips.dtype != np.uint8:
+        raise InputError(f"clips {str(path)!r} are {clips.dtype} {clips.shape}; expected uint8 of four axes")
+    return clips
+
+
+@mmengine.registry.DATASETS.register_module()
+class Clips(Dataset):
+    """The clips of a file ``data_root/part.npy``, uint8 ``(clips, frames, height, width)``, as `inputs` (T, 1, H, W).
+
+    Args:
+        data_root: folder of the files.
+        part: name of the file, without its ending.
+        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+    """
+
+    def __init__(self, data_root: str, part: str, make: str | None = None):
+        if make and not Path(data_root).exists():
+            MAKERS[make](data_root)
+        self.clips = read_clips(self.file(data_root, part))
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"inputs": torch.from_numpy(self.clips[index].copy()).unsqueeze(1)}
+
+    @staticmethod
+    def file(data_root: str, part: str) -> Path:
+        """The path of a file; InputError where it is not there."""
+        path = Path(data_root, f"{part}.npy")
+        if not path.is_file():
+            raise InputError(f"clips {str(path)!r} not found; expected uint8 frames (clips, frames, height, width)")
+        return path
+
+    @staticmethod
+    def check(settings: dict, cfg: Config) -> None:
+        """InputError where the file is not there or holds no clips."""
+        read_clips(Clips.file(settings["data_root"], settings["part"]))
 
 
 @MODELS.register_module()
-class NextFrame(BaseModel):
-    """A next-frame model of timm's registry, trained by half the squared and half the absolute error.
+class NextFrame(TimmModel):
+    """A next-frame model, trained by half the squared and half the absolute error.
 
-    It sees all frames of a clip but the last one and says what follows each. The state dict has the timm model's own
-    names.
+    It sees all frames of a clip but the last one and says what follows each.
 
     Args:
         model_name: timm name of a model that maps clips ``(B, T, C, H, W)`` in [-1, 1] to those one frame later, and
-            to its states; further arguments go to `timm.create_model`.
+            to its states; further arguments as in `TimmModel`.
         context: Frames that are seen before errors count in "predict": one frame does not tell where things move.
-        data_preprocessor: settings of mmengine's preprocessor.
     """
 
-    def __init__(self, model_name: str, *args, context: int = 5, data_preprocessor: dict | None = None, **kwargs):
-        super().__init__(data_preprocessor)
-        self.model, self.context = timm.create_model(model_name, *args, **kwargs), context
-        self._register_state_dict_hook(Classifier._remove_state_dict_prefix)
-        self._register_load_state_dict_pre_hook(Classifier._add_state_dict_prefix)
+    kinds, needs = ("video",), "generate"
 
-    def init_weights(self):
-        """Nothing: timm initialises or loads in `create_model`, and a second initialisation would undo a loading."""
+    def __init__(self, model_name: str, *args, context: int = 5, **kwargs):
+        super().__init__(model_name, *args, **kwargs)
+        self.context = context
 
     def forward(self, inputs: list[Tensor], data_samples=None, mode: str = "tensor"):
         """Clips, uint8 ``(T, C, H, W)`` each, to predictions, losses or errors.
@@ -63,6 +113,43 @@ class NextFrame(BaseModel):
             return predicted
         predicted = predicted.float()
         return {"loss_l2": F.mse_loss(predicted, following) / 2, "loss_l1": F.l1_loss(predicted, following) / 2}
+
+    @staticmethod
+    def options(parser: argparse._ArgumentGroup) -> None:
+        """How far clips are continued."""
+        parser.add_argument("--frames", type=int, default=10, help="by how many frames clips are continued")
+
+    @staticmethod
+    def find(path: str) -> list[Path]:
+        """Files of clips at a path."""
+        return find_inputs(path, "file of clips", (".npy",))
+
+    def predict_files(self, job: Job) -> list[dict]:
+        """Of each file of clips its path and that of the frames that follow, uint8 ``(clips, frames, H, W)``."""
+        device, results = next(self.parameters()).device, []
+        for path, file in zip(job.inputs, job.place("frames", ".npy"), strict=True):
+            made = []
+            for clip in read_clips(path):
+                seen = torch.from_numpy(clip.copy()).to(device)[None, :, None].float() / 127.5 - 1
+                try:
+                    frames = self.model.generate(seen, job.options.frames)[0, :, 0]
+                except ValueError as e:
+                    raise InputError(f"clips {str(path)!r}: {e}") from e
+                made.append(((frames + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy())
+            write_atomically(file, lambda partial, made=made: _save(np.stack(made), partial))
+            results.append({"path": str(path), "frames": str(file)})
+        return results
+
+    @staticmethod
+    def draw(axis: Axes, result: dict) -> None:
+        """The last frame of the first clip above those that follow."""
+        frames = [np.load(result["path"], mmap_mode="r")[0, -1], *np.load(result["frames"])[0]]
+        axis.imshow(np.vstack(frames), cmap="gray", vmin=0, vmax=255)
+
+
+def _save(clips: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:  # given a path, NumPy adds its ending
+        np.save(file, clips)
 
 
 @METRICS.register_module()

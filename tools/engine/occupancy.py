@@ -6,27 +6,29 @@ from pathlib import Path
 
 import mmengine.registry
 import numpy as np
-import timm
 import torch
+from matplotlib.axes import Axes
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
-from mmengine.model import BaseModel
 from mmengine.registry import METRICS, MODELS
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .classifier import Classifier
-from .data import find_scenes
 from .errors import InputError
+from .files import write_atomically
+from .task import Job, TimmModel, find_inputs
 
 IGNORE = 255
+GRID = (256, 256, 32)  # voxels along x, y and z
 # SemanticKITTI's labels of each class of scene completion, from 1 on; moving objects are what they are standing still.
+# The first is what a prediction is written as.
 CLASSES = {
     "car": (10, 252),
     "bicycle": (11,),
     "motorcycle": (15,),
     "truck": (18, 258),
-    "other-vehicle": (13, 16, 20, 256, 257, 259),
+    "other-vehicle": (20, 13, 16, 256, 257, 259),
     "person": (30, 254),
     "bicyclist": (31, 253),
     "motorcyclist": (32, 255),
@@ -54,6 +56,51 @@ def learning_map() -> np.ndarray:
     return table
 
 
+def find_scenes(data_root: str | Path, sequences: Sequence[str], labelled: bool = True) -> list[Path]:
+    """SemanticKITTI's voxel files `sequences/<sequence>/voxels/<scene>.bin`, sorted.
+
+    InputError where a sequence is missing or empty, or a scene lacks the `.label` and `.invalid` that it should have.
+    """
+    found = []
+    for sequence in sequences:
+        folder = Path(data_root, "sequences", str(sequence).zfill(2), "voxels")  # a command line makes 8 of "08"
+        scenes = sorted(folder.glob("*.bin"))
+        if not scenes:
+            raise InputError(f"voxel folder {str(folder)!r} not found or empty; expected SemanticKITTI's <scene>.bin")
+        for scene in scenes if labelled else ():
+            for ending in (".label", ".invalid"):
+                if not scene.with_suffix(ending).is_file():
+                    raise InputError(f"voxels {str(scene)!r} are alone; expected {scene.stem + ending!r} beside them")
+        found += scenes
+    return found
+
+
+def read_voxels(path: Path, grid: Sequence[int], dtype: type, per_byte: int = 1) -> np.ndarray:
+    """A file's values, in as many as the grid has voxels, `per_byte` in a byte."""
+    expected = math.prod(grid) // per_byte * np.dtype(dtype).itemsize
+    try:
+        size = path.stat().st_size
+        if size != expected:
+            raise InputError(f"voxels {str(path)!r} have {size} bytes; expected {expected} of {tuple(grid)} voxels")
+        values = np.fromfile(path, dtype)
+    except OSError as e:
+        raise InputError(f"cannot read voxels {str(path)!r} ({e})") from e
+    return values if per_byte > 1 else values.reshape(grid)
+
+
+def read_bits(path: Path, grid: Sequence[int]) -> np.ndarray:
+    """A file of a bit a voxel, the first one the highest of its byte, as bool ``(X, Y, Z)``."""
+    return np.unpackbits(read_voxels(path, grid, np.uint8, per_byte=8)).reshape(grid).astype(bool)
+
+
+def read_sweep(path: Path, grid: Sequence[int]) -> Tensor:
+    """The voxels that a sweep hit, float32 ``(1, X, Y, Z)`` of 0 and 1; InputError where there is none."""
+    occupied = read_bits(path, grid)
+    if not occupied.any():
+        raise InputError(f"voxels {str(path)!r} are all empty; expected some that the sweep hit")
+    return torch.from_numpy(occupied.astype(np.float32))[None]
+
+
 @mmengine.registry.DATASETS.register_module()
 class VoxelScenes(Dataset):
     """SemanticKITTI's scenes, `sequences/<sequence>/voxels/<scene>.{bin,label,invalid}`.
@@ -73,9 +120,7 @@ class VoxelScenes(Dataset):
 
     METAINFO = {"classes": ("empty", *CLASSES)}
 
-    def __init__(
-        self, data_root: str, sequences: Sequence[str], grid: Sequence[int] = (256, 256, 32), labelled: bool = True
-    ):
+    def __init__(self, data_root: str, sequences: Sequence[str], grid: Sequence[int] = GRID, labelled: bool = True):
         self.files = find_scenes(data_root, sequences, labelled)
         self.grid, self.labelled, self.learning_map = tuple(grid), labelled, learning_map()
         self.metainfo = self.METAINFO
@@ -85,36 +130,22 @@ class VoxelScenes(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         path = self.files[index]
-        occupied = self.read_bits(path)
-        if not occupied.any():
-            raise InputError(f"voxels {str(path)!r} are all empty; expected some that the sweep hit")
-        item = {"inputs": torch.from_numpy(occupied.astype(np.float32))[None], "path": str(path)}
+        item = {"inputs": read_sweep(path, self.grid), "path": str(path)}
         if self.labelled:
             file = path.with_suffix(".label")
-            labels = self.read(file, np.uint16)
+            labels = read_voxels(file, self.grid, np.uint16)
             targets = self.learning_map[labels]
             if (targets < 0).any():
                 odd = int(labels[targets < 0][0])
                 raise InputError(f"labels {str(file)!r} hold {odd}; expected labels of SemanticKITTI")
-            targets[self.read_bits(path.with_suffix(".invalid"))] = IGNORE
+            targets[read_bits(path.with_suffix(".invalid"), self.grid)] = IGNORE
             item["targets"] = torch.from_numpy(targets.astype(np.uint8))
         return item
 
-    def read(self, path: Path, dtype, per_byte: int = 1) -> np.ndarray:
-        """A file's values, in as many as the grid has voxels, `per_byte` in a byte."""
-        expected = int(np.prod(self.grid)) // per_byte * np.dtype(dtype).itemsize
-        try:
-            size = path.stat().st_size
-            if size != expected:
-                raise InputError(f"voxels {str(path)!r} have {size} bytes; expected {expected} of {self.grid} voxels")
-            values = np.fromfile(path, dtype)
-        except OSError as e:
-            raise InputError(f"cannot read voxels {str(path)!r} ({e})") from e
-        return values if per_byte > 1 else values.reshape(self.grid)
-
-    def read_bits(self, path: Path) -> np.ndarray:
-        """A file of a bit a voxel, the first one the highest of its byte, as bool ``(X, Y, Z)``."""
-        return np.unpackbits(self.read(path, np.uint8, per_byte=8)).reshape(self.grid).astype(bool)
+    @staticmethod
+    def check(settings: dict, cfg: Config) -> None:
+        """InputError where a sequence is missing or empty, or a scene lacks its labels."""
+        find_scenes(settings["data_root"], settings["sequences"], settings.get("labelled", True))
 
 
 def coarse_labels(targets: Tensor, stride: int, classes: int) -> Tensor:
@@ -161,42 +192,28 @@ def occupancy_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None
 
 
 @MODELS.register_module()
-class SceneCompleter(BaseModel):
-    """A semantic occupancy model of timm's registry, to train. The state dict has the timm model's own names.
+class SceneCompleter(TimmModel):
+    """A semantic occupancy model to train.
 
     The loss is cross-entropy plus Lovasz-softmax: thrice that of the voxels; that of the classes of occupied cells at
     strides 2, 4 and 8; that of empty and occupied cells at the same strides.
 
     Args:
-        model_name: timm name of a model such as `linzoo.backbones.OccRWKV`; other arguments go to `timm.create_model`.
+        model_name: timm name of a model such as `linzoo.backbones.OccRWKV`; other arguments as in `TimmModel`.
         class_counts: how many voxels of each class a data set has, the first empty ones. Classes weigh
             ``1 / log(count + 0.001)`` in the cross-entropies; None for equal weights.
-        data_preprocessor: settings of mmengine's preprocessor.
 
     Raises:
-        InputError: the model has no branches, or another number of classes than counts.
+        InputError: as `TimmModel`; the model has another number of classes than counts.
     """
 
-    def __init__(
-        self,
-        model_name: str,
-        *args,
-        class_counts: Sequence[float] | None = None,
-        data_preprocessor: dict | None = None,
-        **kwargs,
-    ):
-        super().__init__(data_preprocessor)
-        self.model = timm.create_model(model_name, *args, **kwargs)
-        if not hasattr(self.model, "branches"):
-            raise InputError(f"model_name={model_name!r} takes no voxels; expected a model such as 'occrwkv'")
+    kinds, needs = ("occupancy",), "branches"
+
+    def __init__(self, model_name: str, *args, class_counts: Sequence[float] | None = None, **kwargs):
+        super().__init__(model_name, *args, **kwargs)
         if class_counts is not None and (len(class_counts) != self.model.num_classes or min(class_counts) <= 1):
             raise InputError(f"class_counts={class_counts}; expected {self.model.num_classes} numbers above 1")
         self.class_counts = class_counts
-        self._register_state_dict_hook(Classifier._remove_state_dict_prefix)
-        self._register_load_state_dict_pre_hook(Classifier._add_state_dict_prefix)
-
-    def init_weights(self):
-        """Nothing: timm initialises or loads in `create_model`, and a second initialisation would undo a loading."""
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, path=None, mode: str = "tensor"):
         """Voxels ``(B, 1, X, Y, Z)`` to logits, to the losses, or to a list of pairs (classes, targets) on the CPU."""
@@ -226,6 +243,33 @@ class SceneCompleter(BaseModel):
                 occupancy_loss(of_grid.movedim(1, -1).flatten(0, 3), occupied.flatten())
             )
         return losses
+
+    @staticmethod
+    def find(path: str) -> list[Path]:
+        """Voxel files at a path."""
+        return find_inputs(path, "voxel file", (".bin",))
+
+    def predict_files(self, job: Job) -> list[dict]:
+        """Of each scene its path, the file of its labels, as SemanticKITTI has them, and how many voxels each has."""
+        names, written = ("empty", *CLASSES), np.array([0, *(labels[0] for labels in CLASSES.values())], np.uint16)
+        if self.model.num_classes != len(names):
+            raise InputError(f"the model has {self.model.num_classes} classes; expected SemanticKITTI's {len(names)}")
+        grid = job.cfg.test_dataloader.dataset.get("grid", GRID)
+        device, results = next(self.parameters()).device, []
+        for path, file in zip(job.inputs, job.place("labels", ".label"), strict=True):
+            classes = self(read_sweep(path, grid)[None].to(device)).argmax(1)[0].cpu().numpy()
+            write_atomically(file, written[classes].tofile)
+            counts = np.bincount(classes.ravel(), minlength=len(names)).tolist()
+            facts = {"grid": classes.shape, "voxels": dict(zip(names, counts, strict=True))}
+            results.append({"path": str(path), "labels": str(file), **facts})
+        return results
+
+    @staticmethod
+    def draw(axis: Axes, result: dict) -> None:
+        """The scene from above: of each column the class of its highest voxel that is not empty."""
+        classes = learning_map()[np.fromfile(result["labels"], np.uint16).reshape(result["grid"])]
+        top = classes.shape[2] - 1 - (classes[..., ::-1] > 0).argmax(2)
+        axis.imshow(np.take_along_axis(classes, top[..., None], 2)[..., 0], cmap="tab20", vmin=0, vmax=len(CLASSES))
 
 
 @METRICS.register_module()

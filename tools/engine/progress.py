@@ -8,8 +8,11 @@ import time
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import Runner
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .curves import best_metric
 
 COLUMNS = (
     "epoch {task.fields[epoch]}",
@@ -25,19 +28,14 @@ class ProgressHook(Hook):
     """Records images/s for the log, and on a terminal, a live bar and a line per epoch replace the log's lines.
 
     Only the main process shows anything. The log file has every line either way.
-
-    Args:
-        metric: the validation metric to show.
-        unit: its unit.
     """
 
     priority = "ABOVE_NORMAL"
 
-    def __init__(self, metric: str = "accuracy/top1", unit: str = "%"):
-        self.metric, self.unit = metric, unit
+    def __init__(self):
         self.bar = self.clock = None
 
-    def before_train(self, runner):
+    def before_train(self, runner: Runner) -> None:
         """Start the bar on a terminal."""
         if not (is_main_process() and sys.stdout.isatty()):
             return
@@ -64,12 +62,14 @@ class ProgressHook(Hook):
         self.bar.start()
         atexit.register(self.bar.stop)  # an error must not leave the terminal without its cursor
 
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
         """Start the clock at the first batch of an epoch; loading it counts from then on."""
         if batch_idx == 0 or self.clock is None:
             self.clock = time.perf_counter()
 
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+    ) -> None:
         """Record images/s over all processes and move the bar."""
         now = time.perf_counter()
         images = len(data_batch["inputs"]) * get_world_size() / (now - self.clock)
@@ -87,16 +87,17 @@ class ProgressHook(Hook):
             lr=runner.message_hub.get_scalar("train/lr").current(),
         )
 
-    def after_val_epoch(self, runner, metrics=None):
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Print the epoch's line."""
-        if self.bar is None or self.metric not in (metrics or {}):
+        metric = best_metric(runner)
+        if self.bar is None or metric not in (metrics or {}):
             return
-        score = f"{self.metric.rpartition('/')[2]} {metrics[self.metric]:.2f} {self.unit}"
+        score = f"{metric.rpartition('/')[2]} {metrics[metric]:.2f}"
         self.bar.update(self.task, score=score)
         loss = runner.message_hub.get_scalar("train/loss").mean(len(runner.train_dataloader))
         self.bar.console.print(f"epoch {runner.epoch}/{runner.max_epochs}  loss {loss:.4f}  {score}")
 
-    def after_train(self, runner):
+    def after_train(self, runner: Runner) -> None:
         """Stop the bar."""
         if self.bar is not None:
             self.bar.stop()

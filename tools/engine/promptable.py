@@ -1,27 +1,28 @@
 """Masks asked for by points and boxes: COCO files, a timm model that follows prompts, to train, and its metric."""
 
+import argparse
 import contextlib
 import io
-import json
 from pathlib import Path
 
 import mmengine.registry
 import numpy as np
-import timm
 import torch
+from matplotlib.axes import Axes
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
-from mmengine.model import BaseModel
 from mmengine.registry import METRICS, MODELS
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
 
-from .classifier import Classifier
-from .data import check_coco
-from .errors import InputError
-from .segmenter import dice_loss
+from .coco import check_coco
+from .errors import InputError, note
+from .files import save_image
+from .images import check_size, read_labels, read_rgb
+from .segmenter import dice_loss, draw_outline
+from .task import Job, TimmModel
 
 
 @mmengine.registry.DATASETS.register_module()
@@ -49,25 +50,22 @@ class PromptedMasks(Dataset):
 
         self.folder, self.most, self.augment = Path(data_root, data_prefix), most, augment
         path = check_coco(data_root, ann_file, data_prefix)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.coco = COCO(str(path))
-            objects = [a for a in self.coco.anns.values() if a.get("segmentation") and not a.get("iscrowd")]
-            self.images = {}
-            for annotation in objects:
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.coco = COCO(str(path))
+        self.images = {}
+        for annotation in self.coco.anns.values():
+            if annotation.get("segmentation") and not annotation.get("iscrowd"):
                 self.images.setdefault(annotation["image_id"], []).append(annotation)
-            files = [self.folder / self.coco.imgs[i]["file_name"] for i in self.images]
-        except (AssertionError, AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise InputError(
-                f"annotations {str(path)!r} cannot be read ({type(e).__name__}: {e}); expected COCO's images and "
-                "annotations"
-            ) from e
-        if not files:
+        if not self.images:
             raise InputError(f"annotations {str(path)!r} hold no mask; expected objects with a segmentation")
-        missing = next((file for file in files if not file.is_file()), None)
-        if missing:
-            raise InputError(f"image {str(missing)!r} not found; {str(path)!r} names it")
+        if left_out := len(self.coco.anns) - sum(map(len, self.images.values())):
+            note(f"{left_out} of {len(self.coco.anns)} objects of {str(path)!r} are crowds or without mask: left out")
         self.ids = sorted(self.images)
+
+    @staticmethod
+    def check(settings: dict, cfg: Config) -> None:
+        """InputError where files are missing or an annotation is impossible."""
+        check_coco(settings["data_root"], settings["ann_file"], settings.get("data_prefix", ""))
 
     def __len__(self):
         return len(self.ids)
@@ -75,13 +73,8 @@ class PromptedMasks(Dataset):
     def __getitem__(self, index: int) -> dict:
         record, objects = self.coco.imgs[self.ids[index]], self.images[self.ids[index]]
         path = str(self.folder / record["file_name"])
-        try:
-            image = decode_image(path, ImageReadMode.RGB, apply_exif_orientation=False)
-        except (RuntimeError, ValueError) as e:
-            raise InputError(f"cannot read image {path!r}; expected a whole image file ({e})") from e
-        if image.shape[1:] != (record["height"], record["width"]):
-            size, said = f"{image.shape[2]} x {image.shape[1]}", f"{record['width']} x {record['height']}"
-            raise InputError(f"image {path!r} is {size}; expected {said} as its annotations")
+        image = torch.from_numpy(read_rgb(path).copy()).permute(2, 0, 1).contiguous()
+        check_size(path, image.shape[1:], (record["height"], record["width"]))
         if self.augment:
             objects = [objects[i] for i in torch.randperm(len(objects))[: self.most]]
         masks = torch.from_numpy(np.stack([self.coco.annToMask(o) for o in objects[: self.most]])).bool()
@@ -141,34 +134,25 @@ def mask_iou(predicted: Tensor, true: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class PromptSegmenter(BaseModel):
-    """A promptable segmenter of timm's registry, to train. The state dict has the timm model's own names.
+class PromptSegmenter(TimmModel):
+    """A promptable segmenter to train.
 
     Each object is asked for twice, by a point and by its box. Of either mask the loss is binary cross-entropy and Dice
     at `num_points` places, drawn where the mask is uncertain, and the squared error of the IoU that the model says.
 
     Args:
-        model_name: timm name of a model such as `linzoo.backbones.RWKVSAM`; other arguments go to `timm.create_model`.
+        model_name: timm name of a model such as `linzoo.backbones.RWKVSAM`; other arguments as in `TimmModel`.
         num_points: places at which masks are compared.
-        data_preprocessor: settings of mmengine's preprocessor, which leaves images as they are.
     """
 
-    def __init__(
-        self, model_name: str, *args, num_points: int = 12544, data_preprocessor: dict | None = None, **kwargs
-    ):
-        super().__init__(data_preprocessor)
-        self.model, self.num_points = timm.create_model(model_name, *args, **kwargs), num_points
-        if not hasattr(self.model, "encode_image"):
-            raise InputError(f"model_name={model_name!r} takes no prompts; expected a model such as 'rwkvsam'")
-        self._register_state_dict_hook(Classifier._remove_state_dict_prefix)
-        self._register_load_state_dict_pre_hook(Classifier._add_state_dict_prefix)
+    kinds, needs = ("promptable",), "encode_image"
 
-    def init_weights(self):
-        """Nothing: timm initialises or loads in `create_model`, and a second initialisation would undo a loading."""
+    def __init__(self, model_name: str, *args, num_points: int = 12544, **kwargs):
+        super().__init__(model_name, *args, **kwargs)
+        self.num_points = num_points
 
-    @property
-    def data_config(self) -> dict:
-        """timm's words for how the model prepares its images."""
+    def data_config(self, dataset, pipeline: list[dict]) -> dict:
+        """timm's words for how the model itself prepares its images."""
         cfg, side = self.model.pretrained_cfg, self.model.img_size
         return {"input_size": (3, side, side), "mean": cfg["mean"], "std": cfg["std"], "crop_pct": 1.0}
 
@@ -242,6 +226,45 @@ class PromptSegmenter(BaseModel):
         bce = F.binary_cross_entropy_with_logits(values, truth, reduction="none").mean(1)
         masks = F.interpolate(masks[:, None], (height, width), mode="bilinear", antialias=True)[:, 0] > 0.5
         return bce, dice_loss(values, truth, reduction="none"), (scores - mask_iou(logits > 0, masks)).square()
+
+    @staticmethod
+    def options(parser: argparse._ArgumentGroup) -> None:
+        """What to ask for in every image."""
+        for name, parts in (("--point", ("X", "Y")), ("--box", ("X0", "Y0", "X1", "Y1"))):
+            numbers = dict(type=float, action="append", default=[], nargs=len(parts), metavar=parts)
+            parser.add_argument(name, help="of an object, in pixels; repeatable", **numbers)
+
+    def predict_files(self, job: Job) -> list[dict]:
+        """Of each image its path, and of each point and box the file of its mask, 0 and 255, share and score."""
+        asked = [("point", point) for point in job.options.point] + [("box", box) for box in job.options.box]
+        if not asked:
+            name = self.model.pretrained_cfg["architecture"]
+            raise InputError(f"model_name={name!r} needs points or boxes; expected --point X Y or --box X0 Y0 X1 Y1")
+        files = [job.place("masks", f".{i}.png") for i in range(len(asked))]
+        device, results = next(self.parameters()).device, []
+        for row, path in enumerate(job.inputs):
+            image = self.model.encode_image(torch.from_numpy(read_rgb(path).copy()).permute(2, 0, 1).to(device))
+            found = []
+            for i, (kind, prompt) in enumerate(asked):
+                prompt = torch.tensor([prompt], device=device)
+                prompts = {"boxes": prompt} if kind == "box" else {"points": prompt[None]}
+                try:
+                    mask = self.model.predict(image, **prompts)
+                except ValueError as e:
+                    raise InputError(f"image {str(path)!r}: {e}") from e
+                pixels, file = mask.masks[0].cpu().numpy(), files[i][row]
+                save_image(pixels.astype(np.uint8) * 255, file)
+                facts = {"share": float(pixels.mean()), "score": float(mask.scores[0])}
+                found.append({kind: prompt[0].tolist(), "mask": str(file), **facts})
+            results.append({"path": str(path), "masks": found})
+        return results
+
+    @staticmethod
+    def draw(axis: Axes, result: dict) -> None:
+        """The image with the outlines of its masks."""
+        axis.imshow(read_rgb(result["path"]))
+        for i, found in enumerate(result["masks"]):
+            draw_outline(axis, read_labels(found["mask"]) > 0, f"C{i}")
 
 
 @METRICS.register_module()

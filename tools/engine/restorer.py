@@ -1,13 +1,15 @@
 """Restoration: pairs of degraded and clean images, a timm model that maps the ones to the others, its metrics."""
 
+import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mmengine.registry
 import numpy as np
-import timm
 import torch
+from matplotlib.axes import Axes
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
-from mmengine.model import BaseModel
 from mmengine.registry import METRICS, MODELS
 from PIL import Image
 from torch import Tensor
@@ -15,14 +17,14 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from .classifier import Classifier
 from .data import pair_files
 from .errors import InputError
+from .files import save_image
+from .images import RANGES, image_size, read_pixels
+from .task import Job, TimmModel
 
-RANGES = {np.dtype("uint8"): 255, np.dtype("uint16"): 65535}  # what white is; floats are taken as they are
 
-
-def read_image(path: Path, channels: int) -> Tensor:
+def read_image(path: str | Path, channels: int) -> Tensor:
     """An image file as float32 `(channels, H, W)`, integers of 8 or 16 bits scaled to [0, 1], floats as they are.
 
     Args:
@@ -32,19 +34,9 @@ def read_image(path: Path, channels: int) -> Tensor:
     Raises:
         InputError: the file is no image, or its kind or channels do not fit.
     """
-    try:
-        with Image.open(path) as file:
-            if file.mode not in ("L", "RGB", "F") and not file.mode.startswith("I"):  # palettes, alpha, bits
-                file = file.convert("RGB" if channels == 3 else "L")
-            if file.mode == "RGB" and channels == 1:
-                file = file.convert("L")
-            pixels = np.asarray(file)
-    except (OSError, SyntaxError, ValueError) as e:
-        raise InputError(f"cannot read image {str(path)!r}; expected a whole image file ({e})") from e
-    if pixels.dtype == np.int32 and pixels.min() >= 0 and pixels.max() <= 65535:
-        pixels = pixels.astype(np.uint16)  # how older Pillows read 16-bit files
-    if pixels.dtype not in RANGES and pixels.dtype != np.float32:
-        raise InputError(f"image {str(path)!r} holds {pixels.dtype} values; expected 8 or 16 bits, or float32")
+    pixels = read_pixels(path)
+    if pixels.ndim == 3 and channels == 1:
+        pixels = np.asarray(Image.fromarray(pixels).convert("L"))
     image = torch.from_numpy(pixels.astype(np.float32) / RANGES.get(pixels.dtype, 1))
     image = image.permute(2, 0, 1) if image.dim() == 3 else image.expand(channels, -1, -1)
     return image.contiguous()
@@ -94,15 +86,29 @@ class PairedImages(Dataset):
         images = [
             read_image(path, self.channels) for path in ([clean] if self.noise is not None else [degraded, clean])
         ]
-        sizes = [f"{image.shape[2]} x {image.shape[1]}" for image in images]
-        if sizes[0] != sizes[-1]:
-            raise InputError(f"image {str(degraded)!r} is {sizes[0]}; expected {sizes[1]} as its target {str(clean)!r}")
-        if self.crop and min(images[0].shape[1:]) < self.crop:
-            raise InputError(f"image {str(clean)!r} is {sizes[0]}; expected sides of {self.crop} at least, as the crop")
+        _check_sizes(degraded, clean, images[0].shape[1:], images[-1].shape[1:])
+        height, width = images[0].shape[1:]
+        if self.crop and min(height, width) < self.crop:
+            size = f"{width} x {height}"
+            raise InputError(f"image {str(clean)!r} is {size}; expected sides of {self.crop} at least, as the crop")
         images = self.augment(torch.stack(images))
         target = images[-1]
         inputs = images[0] if self.noise is None else target + self.noise * torch.randn_like(target)
         return {"inputs": inputs, "targets": target, "path": str(clean)}
+
+    @staticmethod
+    def check(settings: dict, cfg: Config) -> None:
+        """InputError where files are missing or alone, or the two of a pair differ in size."""
+        root, noisy = Path(settings.get("data_root", ""), settings.get("data_prefix", "")), settings.get("noise")
+        for degraded, clean in pair_files(root, ("input", "target")):
+            if noisy is None:
+                _check_sizes(degraded, clean, image_size(degraded), image_size(clean))
+
+
+def _check_sizes(degraded: Path, clean: Path, size: Sequence[int], expected: Sequence[int]) -> None:
+    if tuple(size) != tuple(expected):
+        found, said = (f"{w} x {h}" for h, w in (size, expected))
+        raise InputError(f"image {str(degraded)!r} is {found}; expected {said} as its target {str(clean)!r}")
 
 
 def charbonnier_loss(restored: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
@@ -114,29 +120,25 @@ LOSSES = {"l1": F.l1_loss, "charbonnier": charbonnier_loss}
 
 
 @MODELS.register_module()
-class Restorer(BaseModel):
-    """A restoration model of timm's registry, to train. The state dict has the timm model's own names.
+class Restorer(TimmModel):
+    """A restoration model to train.
 
     Args:
-        model_name: timm name of a model that maps images (B, C, H, W) to restored ones; other arguments go to
-            `timm.create_model`.
+        model_name: timm name of a model that maps images (B, C, H, W) to restored ones; other arguments as in
+            `TimmModel`.
         loss: "l1" or "charbonnier".
-        data_preprocessor: settings of mmengine's preprocessor.
 
     Raises:
         InputError: there is no such loss.
     """
 
-    def __init__(self, model_name: str, *args, loss: str = "l1", data_preprocessor: dict | None = None, **kwargs):
-        super().__init__(data_preprocessor)
+    kinds = ("restoration",)
+
+    def __init__(self, model_name: str, *args, loss: str = "l1", **kwargs):
         if loss not in LOSSES:
             raise InputError(f"loss={loss!r}; expected one of {', '.join(LOSSES)}")
-        self.model, self.loss = timm.create_model(model_name, *args, **kwargs), loss
-        self._register_state_dict_hook(Classifier._remove_state_dict_prefix)
-        self._register_load_state_dict_pre_hook(Classifier._add_state_dict_prefix)
-
-    def init_weights(self):
-        """Nothing: timm initialises or loads in `create_model`, and a second initialisation would undo a loading."""
+        super().__init__(model_name, *args, **kwargs)
+        self.loss = loss
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, path=None, mode: str = "tensor"):
         """Images (B, C, H, W) to restored ones, to the loss, or to a list of pairs (restored, target) on the CPU."""
@@ -147,6 +149,34 @@ class Restorer(BaseModel):
         if mode == "loss":
             return {f"loss_{self.loss}": LOSSES[self.loss](restored, targets)}
         return list(zip(restored.cpu(), targets.cpu(), strict=True))
+
+    @staticmethod
+    def options(parser: argparse._ArgumentGroup) -> None:
+        """The tiles in which images are restored."""
+        parser.add_argument("--tile", type=int, default=256, help="side of the tiles in which images are restored")
+        parser.add_argument("--overlap", type=int, default=32, help="by how much those tiles overlap")
+
+    def predict_files(self, job: Job) -> list[dict]:
+        """Of each image its path and the restored one's: PNG files of as many bits, TIFF files for floats."""
+        files = {kind: job.place("restored", kind) for kind in (".png", ".tiff")}
+        device, results = next(self.parameters()).device, []
+        for i, path in enumerate(job.inputs):
+            image = read_image(path, self.model.in_chans).to(device)
+            restored = restore_tiled(self.model, image, job.options.tile, job.options.overlap).cpu()
+            dtype, pixels = read_pixels(path).dtype, restored.permute(1, 2, 0).squeeze(-1).numpy()
+            if white := RANGES.get(dtype):
+                pixels = (pixels.clip(0, 1) * white).round().astype(dtype)
+            file = files[".png" if white else ".tiff"][i]
+            save_image(pixels, file)
+            results.append({"path": str(path), "restored": str(file)})
+        return results
+
+    @staticmethod
+    def draw(axis: Axes, result: dict) -> None:
+        """The image above the restored one."""
+        parts = [read_pixels(result[key]) for key in ("path", "restored")]
+        parts = [np.dstack([part] * 3) if part.ndim == 2 else part for part in parts]
+        axis.imshow(np.vstack([(part / RANGES.get(part.dtype, 1)).clip(0, 1) for part in parts]))
 
 
 @METRICS.register_module()
@@ -184,7 +214,7 @@ class RestorationMetric(BaseMetric):
         return {name: float(np.mean([measured[name] for measured in results])) for name in results[0]}
 
 
-def restore_tiled(model, image: Tensor, tile: int = 256, overlap: int = 32) -> Tensor:
+def restore_tiled(model: Callable[[Tensor], Tensor], image: Tensor, tile: int = 256, overlap: int = 32) -> Tensor:
     """Restores an image in tiles that fade into each other, so that memory does not grow with the image.
 
     Args:

@@ -1,7 +1,6 @@
 """mmengine's runner, hardened: whole checkpoints only, exact resumption, CPU processes."""
 
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -9,40 +8,15 @@ import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner as MMRunner
+from torch import nn
 from torch.distributed import init_process_group
 
-from linzoo.backbones.openmmlab import LinZooBackbone
-
-from .weights import check_fit, check_parts, read_checkpoint
-
-
-def write_atomically(path: str | os.PathLike, write) -> None:
-    """Call `write(partial)` on a temporary name in the same folder, then move it to `path`: whole or not there."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    with open(partial, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-
-
-def latest_checkpoint(work_dir: str | os.PathLike) -> Path | None:
-    """The checkpoint to resume from, or None where this run has written none.
-
-    `last_checkpoint` names it. Its folder is ignored, since a work dir may have been moved; where the name is torn (the
-    pointer is not written atomically), the newest checkpoint stands in: checkpoints themselves are whole.
-    """
-    pointer = Path(work_dir, "last_checkpoint")
-    if not pointer.exists():
-        return None
-    named = pointer.with_name(Path(pointer.read_text().strip() or "torn").name)
-    if named.is_file():
-        return named
-    found = (path for kind in ("epoch", "iter") for path in pointer.parent.glob(f"{kind}_*.pth"))
-    return max(found, key=lambda p: p.stat().st_mtime, default=None)
+from .data import first_line
+from .errors import InputError
+from .files import write_atomically
+from .resume import latest_checkpoint
+from .task import Task
+from .weights import fit, load_start, read_checkpoint
 
 
 class Runner(MMRunner):
@@ -84,36 +58,48 @@ class Runner(MMRunner):
         return MMRunner.build_dataloader(dataloader, seed, diff_rank_seed)
 
     def load_or_resume(self) -> None:
-        """As mmengine's, from the last whole checkpoint.
+        """Resume the work dir's run from its last whole checkpoint, where it has one; else start from `load_from`.
 
         Partial files are removed, and a new run forgets the pointer to an earlier run's checkpoint.
         """
-        if self._resume and self._load_from is None:
-            found = latest_checkpoint(self.work_dir)
-            if found is None:
-                self.logger.info(f"No checkpoint in {self.work_dir} to resume from: training starts from scratch.")
-            else:
-                self.resume(str(found))
-            self._has_loaded = True
+        found = latest_checkpoint(self.work_dir) if self._resume else None
         barrier()
         if is_main_process() and self._train_loop is not None:
             for partial in Path(self.work_dir).glob(".*.partial"):
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
             if not self._resume:
                 Path(self.work_dir, "last_checkpoint").unlink(missing_ok=True)
-        super().load_or_resume()
+        if self._has_loaded:
+            return
+        if found is not None:
+            self.resume(str(found))
+        elif self._load_from is not None:
+            load_start(self.trained, self._load_from)
+            self.call_hook("after_load_checkpoint", checkpoint={"state_dict": self.trained.state_dict()})
+            self.logger.info(f"Training starts from {self._load_from}.")
+        elif self._resume:
+            self.logger.info(f"No checkpoint in {self.work_dir} to resume from: training starts from scratch.")
+        self._has_loaded = True
 
-    def resume(self, filename, *args, **kwargs) -> None:
+    @property
+    def trained(self) -> nn.Module:
+        """The model without the wrapper of distributed training."""
+        return self.model.module if is_model_wrapper(self.model) else self.model
+
+    def resume(self, filename: str, *args, **kwargs) -> None:
         """As mmengine's, refusing another model's checkpoint; the sampler follows the resumed seed as well."""
-        trained = self.model.module if is_model_wrapper(self.model) else self.model
-        if isinstance(getattr(trained, "backbone", None), LinZooBackbone):
-            check_parts(trained, read_checkpoint(filename)[0], filename)
-        elif hasattr(trained, "model"):  # ours, around a timm model
-            check_fit(trained.model, read_checkpoint(filename)[0], filename)
-        super().resume(filename, *args, **kwargs)
+        state, classes = read_checkpoint(filename)
+        fit(self.trained.weights() if isinstance(self.trained, Task) else self.trained, state, filename)
+        ours = getattr(self.train_dataloader.dataset, "metainfo", {}).get("classes")
+        if classes and ours and classes != list(ours):
+            raise InputError(f"--resume: the classes are {list(ours)} and were {classes} when {filename!r} was written")
+        try:
+            super().resume(filename, *args, **kwargs)
+        except (IndexError, KeyError, TypeError, ValueError) as e:
+            raise InputError(f"--resume: the config does not go on from {filename!r}: {first_line(e)}") from e
         self.train_dataloader.sampler.seed = self.seed
 
-    def save_checkpoint(self, out_dir, filename, *args, **kwargs) -> None:
+    def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
         """As mmengine's, but the file appears whole or not at all."""
         if is_main_process():
             save = super().save_checkpoint

@@ -1,16 +1,79 @@
-"""A timm model that returns mask logits, to train; the metrics of its masks."""
+"""Segmentation of one class: images with masks, a timm model that returns mask logits, to train, its metrics."""
 
-import timm
+from pathlib import Path
+
+import mmengine.registry
+import numpy as np
 import torch
+from matplotlib.axes import Axes
+from mmcv.transforms import BaseTransform
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.evaluator import BaseMetric
-from mmengine.model import BaseModel
 from mmengine.registry import METRICS, MODELS
 from mmengine.structures import PixelData
 from torch import Tensor
 from torch.nn import functional as F
 
-from .classifier import Classifier
+from .data import ENOUGH, NamesImages, pair_files, spread
 from .errors import InputError
+from .files import save_image
+from .images import image_size, read_labels, read_rgb
+from .task import Job, TimmModel
+from .weights import create_model
+
+
+def read_mask(path: str | Path, image: str | Path, size: tuple[int, int]) -> np.ndarray:
+    """The mask of an image of `size`, uint8 (H, W) of 0 and 1.
+
+    InputError where it cannot be read, is not of the image's size, or holds values beside 0 and 255 (or 0 and 1).
+    """
+    mask = read_labels(path, "mask")
+    if mask.shape != tuple(size):
+        found, expected = (f"{w} x {h}" for h, w in (mask.shape, size))
+        raise InputError(f"mask {str(path)!r} is {found}; expected {expected} as its image {str(image)!r}")
+    values = np.bincount(mask.ravel(), minlength=256).nonzero()[0]
+    odd = [int(value) for value in values if value not in (0, values[-1])]
+    if odd or values[-1] not in (0, 1, 255):
+        raise InputError(f"mask {str(path)!r} holds the value {(odd or values)[-1]}; expected 0 and 255, or 0 and 1")
+    return (mask > 0).astype(np.uint8)
+
+
+@mmengine.registry.TRANSFORMS.register_module()
+class LoadMask(BaseTransform):
+    """Adds the mask of a loaded image, as mmseg's transforms expect it: `gt_seg_map` (H, W) of 0 and 1."""
+
+    def transform(self, results: dict) -> dict:
+        """Reads the mask by `read_mask`."""
+        results["gt_seg_map"] = read_mask(results["seg_map_path"], results["img_path"], results["img"].shape[:2])
+        results["seg_fields"].append("gt_seg_map")
+        return results
+
+
+@mmengine.registry.DATASETS.register_module()
+class MaskedImages(NamesImages, BaseDataset):
+    """Images of `data_root/data_prefix/images` with their masks in `masks/` beside it, of equal names.
+
+    Args:
+        data_prefix: folder below `data_root`.
+        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+    """
+
+    def __init__(self, data_root: str, data_prefix: str = "", make: str | None = None, **kwargs):
+        self.folder = Path(data_root, data_prefix)
+        super().__init__(data_root=data_root, **kwargs)
+
+    def load_data_list(self) -> list[dict]:
+        """The paths of each image and its mask."""
+        pairs = pair_files(self.folder)
+        return [dict(img_path=str(image), seg_map_path=str(mask), seg_fields=[]) for image, mask in pairs]
+
+    @staticmethod
+    def check(settings: dict, cfg: Config) -> None:
+        """InputError where files are missing or alone, or a mask is none."""
+        pairs = pair_files(Path(settings["data_root"], settings.get("data_prefix", "")))
+        for image, mask in spread(pairs)[:ENOUGH]:
+            read_mask(mask, image, image_size(image))
 
 
 def dice_loss(logits: Tensor, masks: Tensor, reduction: str = "mean") -> Tensor:
@@ -27,40 +90,30 @@ def dice_loss(logits: Tensor, masks: Tensor, reduction: str = "mean") -> Tensor:
 
 
 @MODELS.register_module()
-class Segmenter(BaseModel):
-    """A dense model of timm's registry, trained by binary cross-entropy plus Dice loss.
-
-    The images of a batch have one size. The state dict has the timm model's own names.
+class Segmenter(TimmModel):
+    """A dense model, trained by binary cross-entropy plus Dice loss. The images of a batch have one size.
 
     Args:
-        model_name: timm name of a model whose output is one map of mask logits; other arguments go to
-            `timm.create_model`.
+        model_name: timm name of a model whose output is one map of mask logits; other arguments as in `TimmModel`.
         init_from: keywords of `timm.create_model` for a classifier that the model's `init_from_classifier` starts from.
-        data_preprocessor: settings of mmengine's preprocessor.
 
     Raises:
         InputError: the model has another number of classes than one, or cannot start from that classifier.
     """
 
-    def __init__(
-        self, model_name: str, *args, init_from: dict | None = None, data_preprocessor: dict | None = None, **kwargs
-    ):
-        super().__init__(data_preprocessor)
-        self.model = timm.create_model(model_name, *args, **kwargs)
+    kinds = ("segmentation",)
+
+    def __init__(self, model_name: str, *args, init_from: dict | None = None, **kwargs):
+        super().__init__(model_name, *args, **kwargs)
         if self.model.num_classes != 1:
             raise InputError(f"model_name={model_name!r} has num_classes={self.model.num_classes}; expected one mask")
         if init_from is not None:
             if not hasattr(self.model, "init_from_classifier"):
                 raise InputError(f"model_name={model_name!r} cannot start from a classifier; expected init_from=None")
             try:
-                self.model.init_from_classifier(timm.create_model(**init_from).state_dict())
+                self.model.init_from_classifier(create_model(**init_from).state_dict())
             except ValueError as e:
                 raise InputError(f"init_from={dict(init_from)}: {model_name!r} cannot start from it: {e}") from e
-        self._register_state_dict_hook(Classifier._remove_state_dict_prefix)
-        self._register_load_state_dict_pre_hook(Classifier._add_state_dict_prefix)
-
-    def init_weights(self):
-        """Nothing: timm initialises or loads in `create_model`, and a second initialisation would undo a loading."""
 
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = "tensor"):
         """Images (B, 3, H, W) to logits (B, 1, H, W), to the losses, or to the samples with predicted masks.
@@ -83,6 +136,36 @@ class Segmenter(BaseModel):
             sample.seg_logits = PixelData(data=map_)
             sample.pred_sem_seg = PixelData(data=(map_ >= 0).long())
         return data_samples
+
+    def predict_files(self, job: Job) -> list[dict]:
+        """Of each image its path, its mask's path and the mask's share of the pixels.
+
+        A mask is a PNG file of 0 and 255, as large as the image: 255 where the probability, interpolated from the
+        model's map, is at least 0.5.
+        """
+        files, results = job.place("masks", ".png"), []
+        samples = (sample for batch in job.batches() for sample in self.test_step(batch))
+        for path, file, sample in zip(job.inputs, files, samples, strict=True):
+            p = F.interpolate(sample.seg_logits.data.sigmoid()[None], sample.ori_shape, mode="bilinear")
+            mask = (p[0, 0] >= 0.5).to("cpu", torch.uint8).numpy() * 255
+            save_image(mask, file)
+            results.append({"path": str(path), "mask": str(file), "share": float((mask > 0).mean())})
+        return results
+
+    @staticmethod
+    def draw(axis: Axes, result: dict) -> None:
+        """The image with the outline of its mask and its share of the image."""
+        axis.imshow(read_rgb(result["path"]))
+        draw_outline(axis, read_labels(result["mask"]) > 0)
+        axis.set_title(f"{result['share']:.1%}", fontsize=10)
+
+
+def draw_outline(axis: Axes, mask: np.ndarray, color: str = "cyan") -> None:
+    """The outline of a mask (H, W), closed at the image's edge."""
+    inside = np.pad(mask, 1)
+    if inside.any():
+        height, width = inside.shape
+        axis.contour(range(-1, width - 1), range(-1, height - 1), inside, [0.5], colors=color, linewidths=1)
 
 
 @METRICS.register_module()

@@ -1,102 +1,119 @@
-"""Reading checkpoints strictly, and telling which model they belong to."""
+"""Loading checkpoints strictly, and telling which model they belong to."""
 
-import json
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
-from safetensors import safe_open
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 
-from linzoo.backbones.openmmlab import SAFE_GLOBALS
+from linzoo.backbones import checkpoints
+from linzoo.backbones.openmmlab import LinZooBackbone
 
-from .errors import InputError, existing_file
+from .errors import InputError, note
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], list[str] | None]:
-    """The weights of a checkpoint and its class names, where it knows them.
+class Fit(NamedTuple):
+    """The tensors of a checkpoint in the names of a model, and those of the model that begin anew."""
 
-    Args:
-        path: `.safetensors` (class names from timm's `config.json` beside it) or a checkpoint of mmengine. Nothing but
-            tensors and plain data is unpickled.
-    """
-    path = existing_file("checkpoint", str(path))
+    state: dict[str, Tensor]
+    anew: list[str]
+
+
+def read_checkpoint(path: str | Path) -> checkpoints.Checkpoint:
+    """`linzoo.backbones.checkpoints.read_checkpoint`, with InputError for what cannot be read."""
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as f:
-                state = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-            config = path.with_name("config.json")
-            return state, json.loads(config.read_text()).get("label_names") if config.is_file() else None
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(checkpoint["state_dict"]), checkpoint.get("meta", {}).get("dataset_meta", {}).get("classes")
-    except Exception as e:  # a damaged or foreign file raises one of a dozen kinds, and all mean the same
-        raise InputError(
-            f"checkpoint {str(path)!r} cannot be read ({type(e).__name__}); "
-            "expected a whole .safetensors file or a checkpoint written by train.py"
-        ) from e
+        return checkpoints.read_checkpoint(path)
+    except FileNotFoundError as e:
+        what = "a folder" if Path(path).is_dir() else "no such file"
+        raise InputError(f"checkpoint {str(path)!r}: {what}; expected an existing file") from e
+    except ValueError as e:
+        raise InputError(str(e)) from e
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str] | None:
-    """Load a checkpoint into a timm model, every tensor of it; the class names that the checkpoint knows.
+    """Load a checkpoint of any trainer and layout, every tensor of it; the class names that the checkpoint knows.
 
     Args:
-        model: what `timm.create_model` returned.
+        model: what `timm.create_model` returned, or a segmenter or detector around a backbone.
         path: see `read_checkpoint`.
 
     Raises:
         InputError: tensors differ in name or shape; the message says which registered variant they fit.
     """
     state, classes = read_checkpoint(path)
-    check_fit(model, state, path)
-    model.load_state_dict(state)
+    model.load_state_dict(fit(model, state, path).state, strict=False)
     return classes
 
 
-def check_fit(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """InputError where the tensors of `state` are not those of `model`, naming the variant that they fit."""
-    want, have = _shapes(model.state_dict()), _shapes(state)
-    if want == have:
-        return
-    wrong = sorted(key for key in want.keys() | have.keys() if want.get(key) != have.get(key))
-    key, name = wrong[0], model.pretrained_cfg["architecture"]
-    fits = _variant_of(have, name, getattr(model, "num_classes", None))
+def load_start(model: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint to train on from; a classifier of another number of classes begins anew, which is said.
+
+    Raises:
+        InputError: other tensors differ in name or shape.
+    """
+    found = fit(model, read_checkpoint(path).state, path, start=True)
+    if next(model.parameters()).is_meta:
+        return  # it was the check that mattered
+    model.load_state_dict(found.state, strict=False)
+    if found.anew:
+        note(f"the checkpoint {str(path)!r} has another classifier; these begin anew: {', '.join(found.anew)}")
+
+
+def fit(model: nn.Module, state: dict[str, Tensor], path: str | Path, start: bool = False) -> Fit:
+    """The tensors of `state` that `model` has, in its names.
+
+    Args:
+        start: whether classifiers may begin anew: tensors that are absent or of another number of classes.
+
+    Raises:
+        InputError: tensors differ in name or shape; the message names the variant that they fit.
+    """
+    backbone = getattr(model, "backbone", None)
+    dense = not hasattr(model, "pretrained_cfg") and isinstance(backbone, nn.Module)
+    ours = model.state_dict()
+    try:
+        if dense:
+            state = dict(checkpoints.strip_prefixes(state, ours.keys()))
+            if isinstance(backbone, LinZooBackbone):
+                backbone._convert_published(state, "backbone.")
+        else:
+            state = checkpoints.convert_state_dict(state, model)
+    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError):
+        pass  # of no layout that the family knows: what differs is said below
+    want, have = _shapes(ours), _shapes(state)
+    # Files of old have no step counts of BatchNorms.
+    wrong = {key for key in want.keys() | have.keys() if want.get(key) != have.get(key)}
+    wrong -= {key for key in wrong if key.endswith("num_batches_tracked") and key not in have}
+    heads = _heads(model) if start else ()
+    anew = sorted(key for key in wrong & want.keys() if key.startswith(heads) and _may_begin_anew(key, want, have))
+    wrong -= {*anew, *(key for key in wrong - want.keys() if key.startswith(heads))}
+    if not wrong:
+        return Fit({key: value for key, value in state.items() if key in want and key not in anew}, anew)
+    inner = model if not dense else getattr(backbone, "model", None)
+    name = getattr(inner, "pretrained_cfg", {}).get("architecture", type(backbone or model).__name__)
+    which = f"the config's {type(model).__name__} with {name!r}" if dense else f"model {name!r}"
+    part = {k.removeprefix("backbone.model."): v for k, v in have.items() if k.startswith("backbone.model.")}
+    fits = _variant_of(part or have, name, getattr(model, "num_classes", None))
+    key = min(wrong)
     raise InputError(
-        f"checkpoint {str(path)!r} does not fit model {name!r}: {len(wrong)} tensors differ, such as {key!r} "
+        f"checkpoint {str(path)!r} does not fit {which}: {len(wrong)} tensors differ, such as {key!r} "
         f"(checkpoint {have.get(key, 'absent')}, model {want.get(key, 'absent')}); "
         + (f"it fits {fits}" if fits else "no registered variant of the zoo fits it")
     )
 
 
-def load_parts(model: nn.Module, path: str | Path) -> list[str] | None:
-    """Load a segmenter's or detector's checkpoint, every tensor of it; the class names that the checkpoint knows.
-
-    A checkpoint of the authors' own model is converted (see `LinZooBackbone`).
-
-    Raises:
-        InputError: tensors differ in name or shape.
-    """
-    state, classes = read_checkpoint(path)
-    check_parts(model, state, path)
-    return classes
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    """How the names of the tensors begin that depend on the number of classes."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    dense = ("decode_head.", "auxiliary_head.", "bbox_head.", "roi_head.", "head.")
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names)) or dense
 
 
-def check_parts(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load `state` into a segmenter or detector; InputError where its tensors are not those of the model."""
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as e:  # shapes
-        wrong = [line.strip() for line in str(e).splitlines()[1:]]
-    else:
-        # Files of old have no step counts of BatchNorms.
-        wrong = [f"no {key!r}" for key in missing if not key.endswith("num_batches_tracked")]
-        wrong += [f"{key!r} is not in the model" for key in unexpected]
-    if wrong:
-        name = model.backbone.model.pretrained_cfg["architecture"]
-        raise InputError(
-            f"checkpoint {str(path)!r} does not fit the config's {type(model).__name__} with {name!r}: "
-            f"{len(wrong)} tensors differ, such as: {wrong[0]}"
-        )
+def _may_begin_anew(key: str, want: dict, have: dict) -> bool:
+    """Whether a tensor of a head is absent, or differs in its first axis alone, as that of a classifier."""
+    return key not in have or want[key][1:] == have[key][1:]
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -105,7 +122,9 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _variant_of(shapes: dict, name: str, num_classes: int | None) -> str | None:
     """The registered model of the zoo, or of the family of `name`, that has these shapes, as a phrase."""
-    family = timm.model_entrypoint(name).__module__
+    if not shapes:
+        return None
+    family = timm.model_entrypoint(name).__module__ if timm.is_model(name) else None
     modules = {variant: timm.model_entrypoint(variant).__module__ for variant in timm.list_models()}
     variants = [v for v, module in modules.items() if module == family or module.startswith("linzoo.")]
     # The lengths of the head's vectors are the candidates for the number of classes.
@@ -115,6 +134,8 @@ def _variant_of(shapes: dict, name: str, num_classes: int | None) -> str | None:
             bare = _shapes_of(variant, 0)
         except (RuntimeError, ValueError):  # a model that is nothing without classes
             continue
+        if bare.items() > shapes.items():  # a backbone, of which a segmenter or detector leaves out the norm
+            return repr(variant)
         if not shapes.items() >= bare.items():
             continue
         for count in counts:
@@ -126,3 +147,35 @@ def _variant_of(shapes: dict, name: str, num_classes: int | None) -> str | None:
 def _shapes_of(variant: str, num_classes: int) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return _shapes(timm.create_model(variant, num_classes=num_classes).state_dict())
+
+
+def weights_file(model_name: str, pretrained: bool | str, overlay: dict | None) -> str | None:
+    """The file or URL that a model is to start from, where there is one; None for published weights, or for none.
+
+    InputError where published weights are asked for and there are none.
+    """
+    if pretrained is not True:
+        return pretrained or None
+    cfg = vars(get_pretrained_cfg(model_name) or PretrainedCfg()) | (overlay or {})
+    if not any(cfg[key] for key in ("url", "hf_hub_id", "file", "state_dict")):
+        raise InputError(f"pretrained=True: no weights of {model_name!r} are published; expected a file of them")
+    return (overlay or {}).get("file")
+
+
+def create_model(
+    model_name: str, *args, pretrained: bool | str = False, pretrained_cfg_overlay: dict | None = None, **kwargs
+) -> nn.Module:
+    """`timm.create_model`, whose `pretrained` may also be a file or URL of weights, of any trainer and layout.
+
+    A classifier of another number of classes begins anew. timm's `pretrained_cfg_overlay=dict(file=...)` is the same.
+
+    Raises:
+        InputError: the file is missing or another model's; there are no published weights.
+    """
+    file = weights_file(model_name, pretrained, pretrained_cfg_overlay)
+    if overlay := {key: value for key, value in (pretrained_cfg_overlay or {}).items() if key != "file"}:
+        kwargs["pretrained_cfg_overlay"] = overlay
+    model = timm.create_model(model_name, *args, pretrained=pretrained is True and file is None, **kwargs)
+    if file is not None:
+        load_start(model, file)
+    return model

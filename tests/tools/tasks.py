@@ -1,0 +1,163 @@
+"""A tiny model, config and data of every task that the tools train, for tests of what is common to all."""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from test_occupancy import write_scenes
+from test_promptable import write_coco
+
+ROOT = Path(__file__).resolve().parents[2]
+LOADERS = """
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset={train})
+val_dataloader = dict(batch_size=2, num_workers=0, dataset={val})
+test_dataloader = val_dataloader
+train_cfg = dict(by_epoch=True, max_epochs=1, val_interval=1)
+param_scheduler = []
+"""
+PIPELINE = '[dict(type="LoadImageFromFile"), dict(type="Load{kind}"), dict(type="PackSegInputs")]'
+CONFIGS = {
+    "classification": (
+        '["{configs}/_base_/runtime.py", "{configs}/_base_/digits.py"]',
+        'model = dict(type="Classifier", model_name="test_byobnet", num_classes=3)\n'
+        'data_preprocessor = dict(num_classes=3)\noptim_wrapper = dict(optimizer=dict(type="AdamW", lr=1e-3))\n',
+        'dict(data_root="{data}", data_prefix="{part}", make=None)',
+    ),
+    "segmentation": (
+        '["{configs}/seg/mhs_vm_unet_inked.py"]',
+        "model = dict(dims=(8, 16, 32, 64))\n",
+        f'dict(data_root="{{data}}/pairs", data_prefix="{{part}}", make=None, pipeline={PIPELINE.format(kind="Mask")})',
+    ),
+    "label maps": (
+        '["{configs}/seg/upernet_groupmamba_t_scenes.py"]',
+        "head = dict(num_classes=3, channels=8)\n"
+        'backbone = dict(model_name="test_convnext", pretrained=False)\n'
+        "model = dict(data_preprocessor=dict(size=(32, 48)), backbone=backbone,"
+        "    decode_head=dict(in_channels=[24, 32, 48, 64], **head), auxiliary_head=dict(in_channels=48, **head))\n",
+        'dict(data_root="{data}/maps", data_prefix=dict(img_path="images/{part}", seg_map_path="maps/{part}"),'
+        ' make=None, reduce_zero_label=False, metainfo=dict(classes=("a", "b", "c"), palette=[[0] * 3] * 3),'
+        f" pipeline={PIPELINE.format(kind='Annotations')})",
+    ),
+    "restoration": (
+        '["{configs}/restore/restore_rwkv_light_noisy.py"]',
+        "model = dict(dim=8, depths=(1, 1, 1, 1), refinement=1)\n",
+        'dict(data_root="{data}/restore", data_prefix="{part}", make=None, noise=None, crop=32, length=4)',
+    ),
+    "promptable": (
+        '["{configs}/sam/rwkvsam_coco.py"]',
+        'model = dict(num_points=64, backbone_name="rwkvsam_backbone_t", img_size=64, dim=32,'
+        " backbone_args=dict(dims=(8, 16, 32), depths=(1, 1, 1, 1)))\n",
+        'dict(data_root="{data}/coco", ann_file="{part}.json", data_prefix="{part}")',
+    ),
+    "occupancy": (
+        '["{configs}/occ/occrwkv_semantickitti.py"]',
+        "model = dict(height=8, dims=(16, 32, 32, 32, 32), voxel_dim=16, drop_rate=0.0)\n",
+        'dict(data_root="{data}/kitti", grid=(32, 32, 8), sequences=["{part}"])',
+    ),
+    "video": (
+        '["{configs}/video/convs5_bouncing.py"]',
+        "model = dict(dims=(8, 8, 8), dim=8, depth=2, d_state=8, num_groups=2, context=3)\n",
+        'dict(data_root="{data}/clips", part="{part}", make=None)',
+    ),
+}
+OF_IMAGES = ("classification", "segmentation", "label maps", "restoration", "promptable")
+ASKED = {"promptable": ["--point", "20", "20"], "video": ["--frames", "2"]}  # options of predict
+
+
+class Tiny(NamedTuple):
+    """What a test of a task needs.
+
+    Attributes:
+        config: path of the training config.
+        inputs: what `predict` is given.
+        images: folder of the images to train on, with what stands beside each in `others`.
+        others: folder of the masks, label maps or targets of these images; None where there are none.
+        options: options that `predict` needs.
+    """
+
+    config: str
+    inputs: Path
+    images: Path
+    others: Path | None
+    options: list[str]
+
+
+def write_task(task: str, folder: Path) -> Tiny:
+    """Writes the data and the config of a task."""
+    data, rng = folder / "data", np.random.default_rng(0)
+    parts = {"occupancy": ("00", "08")}.get(task, ("train", "val"))
+    for part in parts:
+        places = {
+            "classification": [data / part / name for name in "abc"],
+            "segmentation": [data / "pairs" / part / name for name in ("images", "masks")],
+            "label maps": [data / "maps" / name / part for name in ("images", "maps")],
+            "restoration": [data / "restore" / part / name for name in ("input", "target")],
+        }.get(task, [])
+        for place in places:
+            place.mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)
+            mask = np.zeros((32, 48), np.uint8)
+            mask[5:20, 5 + i : 30] = 1
+            if task == "classification":
+                for place in places:
+                    Image.fromarray(pixels).save(place / f"{i}.png")
+            elif task == "restoration":
+                for place in places:
+                    Image.fromarray(pixels).convert("L").resize((64, 48)).save(place / f"{i}.png")
+            elif places:
+                Image.fromarray(pixels).save(places[0] / f"{i}.png")
+                Image.fromarray(mask * (255 if task == "segmentation" else 1)).save(places[1] / f"{i}.png")
+        if task == "promptable":
+            write_coco(data / "coco", part, 4)
+        elif task == "occupancy":
+            write_scenes(data / "kitti", part, 2)
+        elif task == "video":
+            (data / "clips").mkdir(parents=True, exist_ok=True)
+            np.save(data / "clips" / f"{part}.npy", rng.integers(0, 255, (4, 6, 16, 16), dtype=np.uint8))
+    base, model, dataset = (text.replace("{configs}", str(ROOT / "configs")) for text in CONFIGS[task])
+    train, val = (dataset.format(data=data, part=part) if "{part}" in dataset else dataset for part in parts)
+    config = folder / "config.py"
+    config.write_text(f"_base_ = {base}\n{model}{LOADERS.format(train=train, val=val)}")
+    images = {"classification": data / "train/a", "promptable": data / "coco/train"}
+    images = places[0] if task in CONFIGS and task not in images and places else images.get(task, data)
+    inputs = {"occupancy": data / "kitti/sequences/08/voxels", "video": data / "clips/val.npy"}
+    if task in OF_IMAGES:
+        inputs[task] = folder / "inputs"
+        inputs[task].mkdir()
+        mode = "L" if task == "restoration" else "RGB"
+        for i in range(2):
+            Image.fromarray(rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)).convert(mode).save(
+                inputs[task] / f"{i}.png"
+            )
+    others = places[1] if len(places) == 2 else None
+    return Tiny(str(config), inputs[task], images, others, ASKED.get(task, []))
+
+
+def write_weights(config: str, file: Path, wrap=lambda state: {"state_dict": state}) -> Path:
+    """What a trainer writes for a config: random weights, wrapped as it does."""
+    from linzoo.tools.engine.config import load_config, task_of
+    from linzoo.tools.engine.task import build
+
+    cfg = load_config(config)
+    torch.manual_seed(1)
+    torch.save(wrap(task_of(cfg).weights(build(cfg)).state_dict()), file)
+    return file
+
+
+WRAPPERS = {
+    "bare": lambda s: s,
+    "DDP": lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
+    "DDP of compiled": lambda s: {"model": {f"module._orig_mod.{k}": v for k, v in s.items()}},
+    "Lightning": lambda s: {
+        "state_dict": {**{f"model.{k}": v for k, v in s.items()}, "loss.weight": torch.ones(3)},
+        "pytorch-lightning_version": "2.4.0",
+        "hyper_parameters": {"lr": 1e-3},
+    },
+    "timm's": lambda s: {"arch": "x", "state_dict": s, "args": argparse.Namespace(model="x", lr=1e-3)},
+    "averaged": lambda s: {"model": {k: v * 0 for k, v in s.items()}, "model_ema": s},
+    "half": lambda s: {"state_dict": {k: v.half() if v.is_floating_point() else v for k, v in s.items()}},
+}

@@ -1,0 +1,80 @@
+"""Results, written whole or not at all, each input's to a place of its own."""
+
+import contextlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError
+
+from .errors import InputError
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path beside `path` to write a file or folder to.
+
+    Where writing fails (a full disk, a quota, no permission), what is there of it is removed.
+
+    Raises:
+        InputError: it failed.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+    except BaseException as e:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+        if isinstance(e, (OSError, RuntimeError, SafetensorError)):  # torch raises RuntimeError
+            reason = e.strerror if isinstance(e, OSError) and e.strerror else (str(e).splitlines() or [""])[0]
+            line = f"cannot write {str(path)!r} ({reason}); nothing of it is left, what was written before is kept"
+            raise InputError(line) from e
+        raise
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
+    """Call `write(partial)` on a temporary name in the same folder, then move it to `path`: whole or not there."""
+    path = Path(path)
+    with whole(path) as partial:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        with open(partial, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def save_image(pixels: np.ndarray, path: str | os.PathLike) -> None:
+    """Write pixels as the kind of image file that the name says, PNG or TIFF."""
+    kind = Path(path).suffix[1:]
+    write_atomically(path, lambda partial: Image.fromarray(pixels).save(partial, format=kind))
+
+
+def place(inputs: Sequence[Path], folder: Path, below: Path, ending: str) -> list[Path]:
+    """A file below `below` for each input, placed as that is below `folder`.
+
+    Inputs that differ in their endings alone (a.jpg, a.png) keep them (a.jpg.png, a.png.png).
+
+    Raises:
+        InputError: two inputs would still share a file, or a file is itself an input.
+    """
+    names = [path.relative_to(folder) for path in inputs]
+    count = Counter(str(name.with_suffix("")).casefold() for name in names)  # some file systems know no case
+    files = []
+    for name in names:
+        alone = count[str(name.with_suffix("")).casefold()] == 1
+        files.append(below / (name.with_suffix(ending) if alone else name.with_name(name.name + ending)))
+    taken = {}
+    for path, file in zip(inputs, files, strict=True):
+        if other := taken.get(str(file).casefold()):
+            raise InputError(f"image {str(path)!r}: its result and that of {str(other)!r} are both {str(file)!r}")
+        taken[str(file).casefold()] = path
+    if clash := {file.resolve() for file in files} & {path.resolve() for path in inputs}:
+        raise InputError(f"image {str(min(clash))!r} would be overwritten by a result; expected another --out")
+    return files

@@ -1,0 +1,238 @@
+"""What the tools ask of every task: a model to train, its data and its predictions."""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS, DefaultScope
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import nn
+
+from linzoo.backbones import kind_of, list_models
+
+from .errors import InputError
+from .files import place, whole, write_atomically
+from .images import ENDINGS, find_files, read_rgb
+from .weights import create_model
+
+SHEET = 64
+TRUTHS = ("LoadAnnotations", "LoadLabelMap", "LoadMask")  # steps that load what is to be predicted
+
+
+def find_images(path: str) -> list[Path]:
+    """The image at `path`, or every image below the folder `path`, sorted."""
+    return find_inputs(path, "image")
+
+
+def find_inputs(path: str, what: str, endings: tuple[str, ...] | None = None) -> list[Path]:
+    """The file at `path`, or every file below the folder `path` that has one of some endings, sorted."""
+    if not Path(path).exists():
+        raise InputError(f"{what} {path!r}: no such file or folder; expected {what}s")
+    found = [Path(path)] if Path(path).is_file() else find_files(path, **({"endings": endings} if endings else {}))
+    if not found or (endings and not found[0].name.endswith(endings)):
+        raise InputError(f"{path!r} holds no {what}; expected files ending in {', '.join(endings or [ENDINGS])}")
+    return found
+
+
+@dataclass
+class Job:
+    """What to predict, and where the results go.
+
+    Attributes:
+        cfg: the training config, whose test pipeline prepares images.
+        task: its task.
+        classes: names of the classes, where the checkpoint knows them.
+        inputs: files.
+        folder: what the places of the inputs are relative to.
+        out: where results go.
+        options: the options of the command line.
+    """
+
+    cfg: Config
+    task: "type[Task]"
+    classes: list[str] | None
+    inputs: list[Path]
+    folder: Path
+    out: Path
+    options: argparse.Namespace
+
+    def place(self, below: str, ending: str) -> list[Path]:
+        """A file below `out/below` for each input."""
+        return place(self.inputs, self.folder, self.out / below, ending)
+
+    def batches(self, size: int = 32) -> Iterator[dict]:
+        """The inputs, prepared by the config's test pipeline, in batches of images of one size."""
+        steps = self.cfg.test_dataloader.dataset.pipeline
+        with DefaultScope.overwrite_default_scope(self.cfg.get("default_scope")):
+            pipeline = Compose([step for step in steps if step.type.rpartition(".")[2] not in TRUTHS])
+        items = (_prepare(pipeline, path) for path in self.inputs)
+        for _, alike in itertools.groupby(items, key=lambda item: item["inputs"].shape):
+            while batch := list(itertools.islice(alike, size)):
+                yield pseudo_collate(batch)
+
+
+def _prepare(pipeline: Compose, path: Path) -> dict:
+    try:
+        return pipeline({"img_path": str(path), "img_id": 0})
+    except AssertionError as e:  # Rerange, on an image of a single value
+        raise InputError(f"image {str(path)!r} cannot be prepared; expected one that is not blank") from e
+
+
+TASKS: "list[type[Task]]" = []
+
+
+class Task:
+    """How the tools treat models of one kind: where `predict` finds inputs, what it makes of them, how it draws that.
+
+    A task of ours is the model itself (see `TimmModel`). For a model of another package it is a class of its own, whose
+    methods get that model as `self`.
+
+    Attributes:
+        kinds: the kinds of the zoo's models, as in `list_models`, that it trains.
+        tables: whether the metrics print tables that `test` shows.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("backbone", "adopted")
+    tables: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        TASKS.append(cls)
+
+    @staticmethod
+    def options(parser: argparse._ArgumentGroup) -> None:
+        """Add the options of `predict` that are of this task alone."""
+
+    @staticmethod
+    def find(path: str) -> list[Path]:
+        """The inputs of `predict` at a path."""
+        return find_images(path)
+
+    def weights(self) -> nn.Module:
+        """The module whose state dict a checkpoint holds."""
+        return self
+
+    def predict_files(self, job: Job) -> list[dict[str, Any]]:
+        """Predict for every input of a job and write what is found; what predictions.json says of each."""
+        raise InputError(f"model.type={type(self).__name__!r} predicts nothing from the command line; expected Python")
+
+    @staticmethod
+    def draw(axis: Axes, result: dict[str, Any]) -> None:
+        """Draw one result of `predict_files` on a contact sheet."""
+        axis.imshow(read_rgb(result.get("drawn", result["path"])))
+
+
+class TimmModel(Task, BaseModel):
+    """A model of timm's registry to train. The state dict has the timm model's own names.
+
+    Args:
+        model_name: timm name of a model of one of `kinds`, or of none of the zoo; other arguments go to
+            `timm.create_model`.
+        pretrained: True for published weights, or a file or URL of weights, of any trainer and layout. A classifier of
+            another number of classes begins anew.
+        data_preprocessor: settings of mmengine's preprocessor.
+
+    Raises:
+        InputError: the model is of another kind; the weights are missing or another model's.
+    """
+
+    needs: ClassVar[str] = "forward"  # a method that tells a model of this task, where it is not of the zoo
+
+    def __init__(self, model_name: str, *args, pretrained=False, data_preprocessor: dict | None = None, **kwargs):
+        super().__init__(data_preprocessor)
+        kind = kind_of(model_name)
+        expected = f"expected a model of kind {' or '.join(self.kinds)}, such as {list_models(kind=self.kinds[0])[0]!r}"
+        if kind is not None and kind not in self.kinds:
+            raise InputError(f"model_name={model_name!r} is of kind {kind!r}; {expected}")
+        self.model = create_model(model_name, *args, pretrained=pretrained, **kwargs)
+        if not hasattr(self.model, self.needs):
+            raise InputError(f"model_name={model_name!r} has no {self.needs}(); {expected}")
+        self._register_state_dict_hook(_remove_prefix)
+        self._register_load_state_dict_pre_hook(_add_prefix)
+
+    def init_weights(self) -> None:
+        """Nothing: timm initialises or loads in `create_model`, and a second initialisation would undo a loading."""
+
+    def weights(self) -> nn.Module:
+        """The timm model."""
+        return self.model
+
+    def data_config(self, dataset, pipeline: list[dict]) -> dict[str, Any] | None:
+        """timm's words for how `pipeline` and preprocessor prepare the images of `dataset`; None for no images."""
+        size = tuple(dataset[0]["inputs"].shape)
+        if len(size) != 3:
+            return None
+        if not hasattr(self.data_preprocessor, "mean"):
+            return {"input_size": size, "mean": (0.0,) * size[0], "std": (1.0,) * size[0], "crop_pct": 1.0}
+        edge = next((step.scale for step in pipeline if step.type == "ResizeEdge"), size[-1])
+        mean, std = ((x.flatten() / 255).tolist() for x in (self.data_preprocessor.mean, self.data_preprocessor.std))
+        return {"input_size": size, "mean": mean, "std": std, "crop_pct": size[-1] / edge}
+
+    def export(self, folder: Path, data_config: dict | None, **facts) -> None:
+        """Write `folder/model.safetensors` and `folder/config.json`, timm's exchange format, each whole or not at all.
+
+        Args:
+            data_config: timm's preprocessing keys (input_size, mean, std ...). None for a model of no images, which
+                timm has no words for: then the weights alone are written.
+            facts: further entries of config.json.
+        """
+        with whole(folder) as partial:
+            if data_config is None:
+                partial.mkdir()
+                save_file(self.model.state_dict(), partial / "model.safetensors")
+            else:
+                settings = dict(model_config=facts, data_config=data_config, safe_serialization=True)
+                save_for_hf(self.model, str(partial), **settings)
+            folder.mkdir(exist_ok=True)
+            for file in partial.iterdir():
+                file.replace(folder / file.name)
+            partial.rmdir()
+
+
+# mmpretrain's versions of these two serve a classifier at the root alone: within an EMA copy the one has no effect, and
+# the other drops keys outside `prefix` (the step count).
+def _remove_prefix(module, state_dict, prefix, local_metadata):
+    for key in [k for k in state_dict if k.startswith(f"{prefix}model.")]:
+        state_dict[prefix + key.removeprefix(f"{prefix}model.")] = state_dict.pop(key)
+
+
+def _add_prefix(state_dict, prefix, *_):
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        state_dict[f"{prefix}model.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+
+def draw_sheet(results: list[dict], file: Path, draw: Callable[[Axes, dict], None]) -> None:
+    """A contact sheet of up to 64 results; `draw(axis, result)` draws one."""
+    shown = results[:: -(-len(results) // SHEET)]
+    columns = min(8, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(1.5 * columns, 1.75 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.axis("off")
+    for axis, result in zip(axes, shown, strict=False):
+        draw(axis, result)
+    write_atomically(file, lambda partial: figure.savefig(partial, format="png", dpi=100))
+
+
+def without_start(model: dict) -> dict:
+    """The settings of a model that is to load a checkpoint: with nothing to start or learn from."""
+    off = {"pretrained": False, "distillation": "none", "init_from": None}
+    if isinstance(model.get("backbone"), dict):
+        model = {**model, "backbone": without_start(model["backbone"])}
+    return {**model, **{key: off[key] for key in off.keys() & model.keys()}}
+
+
+def build(cfg: Config) -> nn.Module:
+    """The model of a training config, with nothing to start or learn from loaded."""
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope")):
+        return MODELS.build({"data_preprocessor": cfg.get("data_preprocessor"), **without_start(cfg.model)})
