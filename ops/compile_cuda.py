@@ -6,12 +6,16 @@ name made of everything that it depends on.
 """
 # pyright: reportAttributeAccessIssue=false
 
+import concurrent.futures
 import functools
 import hashlib
 import importlib.util
 import io
 import itertools
+import multiprocessing
 import re
+import sys
+import time
 from typing import NamedTuple
 
 import torch
@@ -114,7 +118,21 @@ def _kernel(op, name, arch):
 
 @functools.cache
 def _arch(index):
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+    return "sm_{}{}".format(*_capability(index))
+
+
+@functools.cache
+def _capability(index):
+    return torch.cuda.get_device_capability(index)
+
+
+def unsupported(device, *tensors):
+    """Why kernels cannot take `tensors` on `device`, or None: the conversions of bfloat16 need sm_80."""
+    if device.type == "cuda" and any(x.dtype == torch.bfloat16 for x in tensors) and _capability(device.index) < (8, 0):
+        return "bfloat16 kernels need a GPU of compute capability 8.0 or more, got {}.{}".format(
+            *_capability(device.index)
+        )
+    return None
 
 
 @functools.cache
@@ -265,3 +283,56 @@ def segments(steps, parallel, device, least=64):
     length = max(-(-steps // wanted), least)
     length = -(-length // 16) * 16
     return -(-steps // length), length
+
+
+def precompile(instances, arch):
+    """Compiles (operator, template instance) pairs for `arch` into the cache, as many at once as there are cores.
+
+    NVRTC takes 0.2 to 8 seconds an instance, and a fresh process for each core.
+
+    Raises:
+        BuildError: one does not compile.
+    """
+    jobs = [(op, name, arch) for op, name in instances]
+    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for _ in pool.map(_compile_one, jobs):
+            pass
+
+
+def _compile_one(job):
+    cubin(*job)
+
+
+# States and rank of the selective scans of the published models: VMamba and GroupMamba (N = 1), Vim (N = 16).
+SCANS = ((1, 3), (1, 6), (1, 12), (1, 24), (1, 48), (16, 12), (16, 24))
+
+
+def usual_instances(dtypes=(torch.float32, torch.bfloat16)):
+    """(operator, template instance) pairs that training the published models launches."""
+    out = []
+    for dtype in dtypes:
+        types = dtype, torch.float32
+        for shape in SCANS:
+            kernels = [("forward", False), ("forward", True), ("adjoint_ends",), ("backward",)]
+            out += [("selective_scan", template(k, *types, *shape, True, *ends)) for k, *ends in kernels]
+        for kernel in ("forward", "backward"):
+            out += [(op, template(kernel, *types)) for op in ("rational", "deform_conv")]
+            out.append(("causal_conv1d", template(kernel, *types, 4, True)))
+    for flag in (False, True):
+        out.append(("selective_scan", template("carry", torch.float32, flag)))
+        out += [("wkv", template(kernel, torch.float32, flag)) for kernel in ("bi_ends", "bi_carry", "bi_sweep")]
+        out += [("wkv", template(kernel, torch.float32, 64, flag)) for kernel in ("forward", "backward")]
+    return sorted(set(out))
+
+
+def main(argv=None):
+    """Compiles `usual_instances` for the architecture given (sm_90), or for that of the first GPU."""
+    archs = (sys.argv[1:] if argv is None else argv) or [_arch(0)]
+    for arch in archs:
+        start = time.perf_counter()
+        precompile(usual_instances(), arch)
+        print(f"{arch}: {len(usual_instances())} kernels in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -50,6 +50,8 @@ def fft_conv(
     check(u=(u, f"B{'XYZVW'[: len(kernels)]}H"))
     if backward is not None and [k.shape for k in backward] != [k.shape for k in kernels]:
         raise ValueError("backward_kernels: expected the shapes of kernels")
+    if u.shape[0] == 0:  # which PyTorch's transforms do not take
+        return fft_conv(torch.cat([u, u.new_zeros(1, *u.shape[1:])]), kernels, backward, out_channels=out_channels)[:0]
     dtype, axes = state_dtype(u.dtype), tuple(range(-len(kernels), 0))
     sizes = [length + k.shape[-1] for length, k in zip(u.shape[1:-1], kernels, strict=True)]
     spectra = []

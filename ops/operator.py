@@ -125,8 +125,12 @@ class Operator:
         return _first(self._function.apply(*inputs) if transformed else self.op(*inputs))
 
     def _resolve(self, *inputs):
-        backend = resolve(self.kernel, next(x.device for x in inputs if isinstance(x, Tensor)))
-        reason = self.limit(backend, *inputs) if self.limit and backend != "reference" else None
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        backend, reason = resolve(self.kernel, tensors[0].device), None
+        if backend == "cuda":
+            reason = compile_cuda.unsupported(tensors[0].device, *tensors)
+        if self.limit and backend != "reference":
+            reason = reason or self.limit(backend, *inputs)
         return backend if reason is None else fall_back(self.kernel, reason)
 
     def _run(self, *inputs):
