@@ -160,14 +160,17 @@ def test_resume_with_other_settings(tiny, tmp_path, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in work_dir.rglob("*")}
     other, text = Path(tiny.config).with_name("other.py"), Path(tiny.config).read_text()
     for line, name in (
-        ("optim_wrapper = dict(_delete_=True, optimizer=dict(type='SGD', lr=1e-3))", "optimizer.type is 'SGD' and was"),
+        (
+            "optim_wrapper = dict(_delete_=True, optimizer=dict(type='SGD', lr=1e-3))",
+            r"optim_wrapper\.(optimizer\.type is 'SGD'|constructor is None) and was",
+        ),
         ("param_scheduler = [dict(type='ConstantLR', factor=0.5)]", "param_scheduler"),
-        ("custom_hooks = [dict(type='EMAHook')]", "custom_hooks.0.type is 'EMAHook' and was None"),
+        ("custom_hooks = [dict(type='EMAHook')]", r"custom_hooks\.0\.type is 'EMAHook' and was None"),
     ):
         if "_delete_" in line and "optim_wrapper" in text:
             line = line.replace("_delete_=True, ", "")
         other.write_text(f"{text}\n{line}\n")
-        assert name in refused(capsys, train.main, other, *resumed[1:4])
+        assert re.search(f"--resume: {name}", refused(capsys, train.main, other, *resumed[1:4]))
     assert before == {path.name: path.stat().st_mtime_ns for path in work_dir.rglob("*")}
 
 

@@ -28,9 +28,12 @@ SHEET = 64
 TRUTHS = ("LoadAnnotations", "LoadLabelMap", "LoadMask")  # steps that load what is to be predicted
 
 
-def find_images(path: str) -> list[Path]:
-    """The image at `path`, or every image below the folder `path`, sorted."""
-    return find_inputs(path, "image")
+def find_images(path: str, read: Callable[[Path], Any] = read_rgb) -> list[Path]:
+    """The image at `path`, or every image below the folder `path`, sorted; InputError for one that `read` refuses."""
+    found = find_inputs(path, "image")
+    for image in found:
+        read(image)
+    return found
 
 
 def find_inputs(path: str, what: str, endings: tuple[str, ...] | None = None) -> list[Path]:
