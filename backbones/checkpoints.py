@@ -133,6 +133,8 @@ def strip_prefixes(state: dict[str, Tensor], names: Collection[str]) -> dict[str
         part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         # Beside the model's own a trainer's file may have a loss's or metric's tensors.
         if 3 * len(part) > len(state) and not any(name.startswith(prefix) for name in names):
+            if prefix.removesuffix(".") in AVERAGED and len(part) < len(state):
+                warnings.warn(f"the averaged weights ({prefix}*) of a checkpoint are taken, not the last", stacklevel=2)
             return strip_prefixes(part, names)
     return state
 
@@ -152,5 +154,5 @@ def convert_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, 
     if all(key in state and state[key].shape == value.shape for key, value in ours.items()):
         return state
     family = sys.modules[model_entrypoint(model.pretrained_cfg["architecture"]).__module__]
-    convert = getattr(family, "checkpoint_filter_fn", None)
-    return convert(dict(state), model) if convert else unwrap_state_dict(state)
+    convert: Any = getattr(family, "checkpoint_filter_fn", lambda state, model: unwrap_state_dict(state))
+    return convert(dict(state), model)

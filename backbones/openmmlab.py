@@ -4,7 +4,9 @@ This module alone needs mmengine; `linzoo.backbones` does not import it.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -12,7 +14,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from timm.layers import LayerNorm2d
 from timm.models import get_pretrained_cfg_value, group_parameters
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoints import convert_state_dict, read_checkpoint
@@ -41,8 +43,9 @@ class LinZooBackbone(BaseModule):
     Args:
         model_name: Name of a model of the zoo or of timm.
         model_kwargs: Further keywords of `timm.create_model`.
-        pretrained: True for the model's published weights; or a file (.safetensors, .pth) or URL of a checkpoint, in
-            the authors' layout or ours, of the classifier or of a model around it.
+        pretrained: True for the model's published weights; or a file (.safetensors, .pth) or URL of a checkpoint of any
+            trainer, in the authors' layout or ours, of the classifier or of a model around it (see
+            `linzoo.backbones.checkpoints`).
         out_indices: The maps to return, as indices of levels.
         out_norm: Give each map a LayerNorm of its own in place of the model's final norm. Without it the maps are those
             of the model's `features_only`.
@@ -63,15 +66,15 @@ class LinZooBackbone(BaseModule):
 
     def __init__(
         self,
-        model_name,
-        model_kwargs=None,
-        pretrained=False,
-        out_indices=(0, 1, 2, 3),
-        out_norm=False,
-        frozen_stages=-1,
-        norm_eval=False,
-        with_cp=False,
-        drop_path_rate=0.0,
+        model_name: str,
+        model_kwargs: dict[str, Any] | None = None,
+        pretrained: bool | str | Path = False,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_norm: bool = False,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        drop_path_rate: float = 0.0,
     ):
         super().__init__()
         if not timm.is_model(model_name.partition(".")[0]):
@@ -140,10 +143,10 @@ class LinZooBackbone(BaseModule):
         self._register_load_state_dict_pre_hook(self._convert_published)
         self._freeze()
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Nothing: timm initialises or loads in `create_model`, and a second initialisation would undo a loading."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images ``(B, 3, H, W)`` to a tuple of maps ``(B, channels[i], H / strides[i], W / strides[i])``."""
         maps = self.model.forward_intermediates(
             x, indices=sorted(self.taps), norm=self.final_norm, stop_early=True, intermediates_only=True
@@ -157,7 +160,7 @@ class LinZooBackbone(BaseModule):
             out.append(y)
         return tuple(out)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "LinZooBackbone":
         """As `nn.Module.train`; what is frozen stays in eval mode, and under `norm_eval` every BatchNorm."""
         super().train(mode)
         self._freeze()

@@ -172,7 +172,7 @@ def selective_scan_rivals(device, B, L, G, D, N):
     """The composition around our own 1-D scan, and the `mamba-ssm` package's scan of copies that lie in order."""
     rivals = {"composition": cross_scan(device, B, L, G, D, N, composed=True)[:2]}
     with contextlib.suppress(ImportError):
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
 
         u, delta = (torch.randn(B, G * D, L, device=device) for _ in range(2))
         b, c = (torch.randn(B, G, N, L, device=device) for _ in range(2))
@@ -194,7 +194,7 @@ def causal_conv1d_case(device, B, L, G, C):
 def causal_conv1d_rivals(device, B, L, G, C):
     """The `causal-conv1d` package on tokens that lie in order."""
     with contextlib.suppress(ImportError):
-        from causal_conv1d import causal_conv1d_fn
+        from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportMissingImports]
 
         x, weight = torch.randn(B, G * C, L, device=device), torch.randn(G * C, 4, device=device)
         leaves = [t.requires_grad_() for t in (x, weight, torch.randn(G * C, device=device))]
@@ -285,7 +285,7 @@ def matrix_state_case(op, directions, device, B, L, C, N):
 
     def floor():
         for _ in range(directions):
-            read @ (write @ values)
+            torch.matmul(read, write @ values)
 
     return lambda: op(**inputs), leaves, floor
 
@@ -541,7 +541,7 @@ def operator_share(call, device):
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         call()
     field = "device_time_total" if device == "cuda" else "cpu_time_total"
-    events = profile.events()
+    events = list(profile.events() or ())
     whole = sum(getattr(e, f"self_{field}") for e in events)
     return sum(getattr(e, field) for e in events if is_ours(e) and not is_ours(e.cpu_parent)) / whole
 

@@ -1,4 +1,9 @@
-"""Train a model: `python tools/train.py configs/cls/groupmamba_t_digits.py`."""
+"""Train a model: `python tools/train.py configs/cls/groupmamba_t_digits.py`.
+
+To start from weights: `--cfg-options model.pretrained=FILE` for a model of timm's, `model.backbone.pretrained=FILE` for
+the backbone of a segmenter or detector, `load_from=FILE` for a whole model of any task. The file may be another
+trainer's, and its classifier of another number of classes: that then begins anew.
+"""
 
 import os
 from pathlib import Path

@@ -52,6 +52,18 @@ CONFIGS = {
         " backbone_args=dict(dims=(8, 16, 32), depths=(1, 1, 1, 1)))\n",
         'dict(data_root="{data}/coco", ann_file="{part}.json", data_prefix="{part}")',
     ),
+    "detection": (
+        '["{configs}/det/mask-rcnn_groupmamba_t_scenes.py"]',
+        "channels = 8\n"
+        'backbone = dict(model_name="test_convnext", pretrained=False)\n'
+        "model = dict(backbone=backbone, neck=dict(in_channels=[24, 32, 48, 64], out_channels=8),"
+        " rpn_head=dict(in_channels=8, feat_channels=8), roi_head=dict(bbox_roi_extractor=dict(out_channels=8),"
+        "    bbox_head=dict(in_channels=8, fc_out_channels=16, num_classes=1), mask_roi_extractor=dict(out_channels=8),"
+        "    mask_head=dict(in_channels=8, conv_out_channels=8, num_classes=1)))\n"
+        'val_evaluator = dict(ann_file="{data}/coco/val.json")\n',
+        'dict(data_root="{data}/coco", ann_file="{part}.json", data_prefix=dict(img="{part}"), make=None,'
+        ' metainfo=dict(classes=("thing",)))',
+    ),
     "occupancy": (
         '["{configs}/occ/occrwkv_semantickitti.py"]',
         "model = dict(height=8, dims=(16, 32, 32, 32, 32), voxel_dim=16, drop_rate=0.0)\n",
@@ -63,8 +75,9 @@ CONFIGS = {
         'dict(data_root="{data}/clips", part="{part}", make=None)',
     ),
 }
-OF_IMAGES = ("classification", "segmentation", "label maps", "restoration", "promptable")
-ASKED = {"promptable": ["--point", "20", "20"], "video": ["--frames", "2"]}  # options of predict
+OF_IMAGES = ("classification", "segmentation", "label maps", "restoration", "promptable", "detection")
+# Options of predict.
+ASKED = {"detection": ["--threshold", "0"], "promptable": ["--point", "20", "20"], "video": ["--frames", "2"]}
 
 
 class Tiny(NamedTuple):
@@ -111,8 +124,10 @@ def write_task(task: str, folder: Path) -> Tiny:
             elif places:
                 Image.fromarray(pixels).save(places[0] / f"{i}.png")
                 Image.fromarray(mask * (255 if task == "segmentation" else 1)).save(places[1] / f"{i}.png")
-        if task == "promptable":
+        if task in ("promptable", "detection"):
             write_coco(data / "coco", part, 4)
+            if task == "detection":  # which is tested on images without any object, too
+                Image.new("RGB", (60, 44)).save(data / "coco" / part / "not_there.png")
         elif task == "occupancy":
             write_scenes(data / "kitti", part, 2)
         elif task == "video":
@@ -121,8 +136,9 @@ def write_task(task: str, folder: Path) -> Tiny:
     base, model, dataset = (text.replace("{configs}", str(ROOT / "configs")) for text in CONFIGS[task])
     train, val = (dataset.format(data=data, part=part) if "{part}" in dataset else dataset for part in parts)
     config = folder / "config.py"
+    model = model.replace("{data}", str(data))
     config.write_text(f"_base_ = {base}\n{model}{LOADERS.format(train=train, val=val)}")
-    images = {"classification": data / "train/a", "promptable": data / "coco/train"}
+    images = {"classification": data / "train/a", "promptable": data / "coco/train", "detection": data / "coco/train"}
     images = places[0] if task in CONFIGS and task not in images and places else images.get(task, data)
     inputs = {"occupancy": data / "kitti/sequences/08/voxels", "video": data / "clips/val.npy"}
     if task in OF_IMAGES:

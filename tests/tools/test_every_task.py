@@ -156,18 +156,21 @@ def test_resume_with_other_settings(tiny, tmp_path, capsys):
     assert f"--resume: optim_wrapper.optimizer.lr is 7e-05 and was {lr}: {lr} is used" in said
     assert "--resume: train_cfg.max_epochs is 2 and was 1: 2 is used" in said
     checkpoint = torch.load(work_dir / "epoch_2.pth", weights_only=False)
-    assert {group["lr"] for group in checkpoint["optimizer"]["param_groups"]} <= {lr, 0.2 * lr, 1e-3}
+    assert max(group["lr"] for group in checkpoint["optimizer"]["param_groups"]) == lr
     before = {path.name: path.stat().st_mtime_ns for path in work_dir.rglob("*")}
     other, text = Path(tiny.config).with_name("other.py"), Path(tiny.config).read_text()
     for line, name in (
-        ("optim_wrapper = dict(_delete_=True, optimizer=dict(type='SGD', lr=1e-3))", "optimizer.type is 'SGD' and was"),
+        (
+            "optim_wrapper = dict(_delete_=True, optimizer=dict(type='SGD', lr=1e-3))",
+            r"optim_wrapper\.(optimizer\.type is 'SGD'|constructor is None) and was",
+        ),
         ("param_scheduler = [dict(type='ConstantLR', factor=0.5)]", "param_scheduler"),
-        ("custom_hooks = [dict(type='EMAHook')]", "custom_hooks.0.type is 'EMAHook' and was None"),
+        ("custom_hooks = [dict(type='EMAHook')]", r"custom_hooks\.0\.type is 'EMAHook' and was None"),
     ):
         if "_delete_" in line and "optim_wrapper" in text:
             line = line.replace("_delete_=True, ", "")
         other.write_text(f"{text}\n{line}\n")
-        assert name in refused(capsys, train.main, other, *resumed[1:4])
+        assert re.search(f"--resume: {name}", refused(capsys, train.main, other, *resumed[1:4]))
     assert before == {path.name: path.stat().st_mtime_ns for path in work_dir.rglob("*")}
 
 
@@ -223,7 +226,9 @@ def test_failed_write(tiny, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(LocalBackend, "put", fails)
     line = refused(capsys, train.main, tiny.config, "--work-dir", work_dir, *options)
-    assert "epoch_2.pth' (No space left on device)" in line and "what was written before is kept" in line
+    assert "epoch_2.pth' (No space left on device)" in line and line.endswith(
+        "--resume goes on from " + str(work_dir / "epoch_1.pth")
+    )
     assert not list(work_dir.glob(".*")) and not (work_dir / "epoch_2.pth").exists()
     assert latest_checkpoint(work_dir).name == "epoch_1.pth"
     monkeypatch.undo()
@@ -288,6 +293,10 @@ def test_turned_photographs(of_images, tmp_path):
     upright.mkdir()
     ImageOps.exif_transpose(Image.open(folder / "photo.jpg")).save(upright / "photo.png")
     [expected] = run_predict(of_images, weights, upright, tmp_path / "expected")
+    if "objects" in found:  # which are drawn in colours by chance
+        boxes = [[entry["box"] for entry in result["objects"]] for result in (found, expected)]
+        np.testing.assert_allclose(*boxes, atol=1e-3)
+        return
     for ours, theirs in zip(written(found), written(expected), strict=True):
         assert np.array_equal(np.asarray(Image.open(ours)), np.asarray(Image.open(theirs)))
     if "label" in found:

@@ -18,11 +18,11 @@ class _Options(DictAction):
     def __call__(self, parser, namespace, values, option_string=None):
         try:
             super().__call__(parser, namespace, values, option_string)
-            for key, value in (item.split("=", 1) for item in values):
+            for key, value in (item.split("=", 1) for item in values or ()):
                 if " " in value and not set("[](),") & set(value):
                     getattr(namespace, self.dest)[key] = value
         except (AssertionError, RecursionError, ValueError) as e:
-            given = " ".join(values)
+            given = " ".join(values or ())
             raise InputError(f"--cfg-options {given}: expected KEY=VALUE of numbers, names and lists of them") from e
 
 
@@ -34,7 +34,7 @@ def config_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def command(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], None]:
+def command(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
     """Decorates a tool's `main(argv=None)`: wrong input and failed writes become a line on stderr and status 2."""
 
     @functools.wraps(main)

@@ -1,7 +1,7 @@
 """Data, made where a config says how, and checked before anything of a run is written."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,15 @@ def existing_folder(folder: str | Path, expected: str, root: str | Path) -> Path
 def first_line(e: Exception) -> str:
     """The first line of an error's message."""
     return (str(e).splitlines() or [type(e).__name__])[0]
+
+
+def check_heads(model: Any, classes: Sequence[str], path: str = "model") -> None:
+    """InputError where a head of OpenMMLab's has another number of classes than its data set."""
+    for key, value in model.items() if isinstance(model, dict) else enumerate(model) if isinstance(model, list) else ():
+        if key == "num_classes" and value != len(classes):
+            raise InputError(f"config key {path}.num_classes={value}: the data set has {len(classes)} classes")
+        if key not in ("data_preprocessor", "semantic_head"):
+            check_heads(value, classes, f"{path}.{key}")
 
 
 def spread(files: list, count: int = ENOUGH) -> list:

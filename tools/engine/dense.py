@@ -13,8 +13,8 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
 
 from .classifier import BackboneClassifier
-from .data import CHECKS, ENOUGH, NamesImages, existing_folder, spread
-from .errors import InputError
+from .data import CHECKS, ENOUGH, NamesImages, check_heads, existing_folder, spread
+from .errors import InputError, existing_file
 from .files import save_image
 from .images import find_files, image_size, is_hidden, read_labels, read_rgb
 from .task import Job, Task
@@ -83,12 +83,15 @@ def check_label_maps(settings: dict, cfg: Config) -> None:
     shift = settings.get("reduce_zero_label", kind.__name__ == "ADE20KDataset")
     endings = settings.get("img_suffix", ".jpg"), settings.get("seg_map_suffix", ".png")
     root, prefix, names = Path(settings.get("data_root") or ""), settings.get("data_prefix", {}), []
-    if settings.get("ann_file") or not metainfo.get("classes"):
+    if not metainfo.get("classes"):
         return
+    check_heads(cfg.model, metainfo["classes"])
     folders = [root / prefix.get(key, "") for key in ("img_path", "seg_map_path")]
     for folder, ending in zip(folders, endings, strict=True):
         existing_folder(folder, "expected images and label maps of equal names", root)
         names.append({str(f.relative_to(folder)).removesuffix(ending) for f in find_files(folder, (ending,))})
+    if listed := settings.get("ann_file"):
+        names[0] = set(existing_file("ann_file", str(root / listed)).read_text().split())
     if not names[0]:
         raise InputError(f"data folder {str(folders[0])!r} holds no image; expected files ending in {endings[0]}")
     alone = sorted(names[0] - names[1])

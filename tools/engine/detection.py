@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .coco import check_coco
-from .data import CHECKS, NamesImages
+from .data import CHECKS, NamesImages, check_heads
 from .errors import InputError
 from .openmmlab import import_openmmlab
 
@@ -42,6 +42,7 @@ class CocoImages(NamesImages, CocoDataset):
 def check_annotations(settings: dict, cfg: Config) -> None:
     """The annotations of a data set of mmdet's; InputError names the first that is impossible."""
     classes = (settings.get("metainfo") or {}).get("classes", CocoDataset.METAINFO["classes"])
+    check_heads(cfg.model, classes)
     masks = any(step.get("with_mask") for step in settings.get("pipeline", ()))
     folder = settings.get("data_prefix", {}).get("img", "")
     check_coco(settings.get("data_root") or "", settings["ann_file"], folder, classes, masks)

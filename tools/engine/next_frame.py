@@ -122,7 +122,10 @@ class NextFrame(TimmModel):
     @staticmethod
     def find(path: str) -> list[Path]:
         """Files of clips at a path."""
-        return find_inputs(path, "file of clips", (".npy",))
+        found = find_inputs(path, "file of clips", (".npy",))
+        for file in found:
+            read_clips(file)
+        return found
 
     def predict_files(self, job: Job) -> list[dict]:
         """Of each file of clips its path and that of the frames that follow, uint8 ``(clips, frames, H, W)``."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mmengine.registry
 import numpy as np
@@ -222,7 +223,7 @@ class SceneCompleter(TimmModel):
         logits = self.model(inputs)
         return logits if mode == "tensor" else list(zip(logits.argmax(1).cpu(), targets.cpu(), strict=True))
 
-    def losses(self, logits, semantic, completion, targets) -> dict[str, Tensor]:
+    def losses(self, logits, semantic, completion, targets) -> dict[str, Any]:
         """The losses of what the model's `branches` gives, and of targets ``(B, X, Y, Z)``."""
         weights = None
         if self.class_counts is not None:

@@ -4,6 +4,7 @@ import atexit
 import logging
 import sys
 import time
+from typing import Any
 
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
@@ -68,7 +69,7 @@ class ProgressHook(Hook):
             self.clock = time.perf_counter()
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: dict | None = None
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         """Record images/s over all processes and move the bar."""
         now = time.perf_counter()
@@ -90,7 +91,7 @@ class ProgressHook(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Print the epoch's line."""
         metric = best_metric(runner)
-        if self.bar is None or metric not in (metrics or {}):
+        if self.bar is None or metric is None or not metrics or metric not in metrics:
             return
         score = f"{metric.rpartition('/')[2]} {metrics[metric]:.2f}"
         self.bar.update(self.task, score=score)

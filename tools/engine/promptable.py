@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import mmengine.registry
 import numpy as np
@@ -51,8 +52,8 @@ class PromptedMasks(Dataset):
         self.folder, self.most, self.augment = Path(data_root, data_prefix), most, augment
         path = check_coco(data_root, ann_file, data_prefix)
         with contextlib.redirect_stdout(io.StringIO()):
-            self.coco = COCO(str(path))
-        self.images = {}
+            self.coco: Any = COCO(str(path))
+        self.images: dict[Any, list[dict]] = {}
         for annotation in self.coco.anns.values():
             if annotation.get("segmentation") and not annotation.get("iscrowd"):
                 self.images.setdefault(annotation["image_id"], []).append(annotation)
@@ -90,7 +91,8 @@ class PromptedMasks(Dataset):
         if self.augment:
             pixels = mask.nonzero()
             return pixels[torch.randint(len(pixels), (1,))].flip(-1).float()
-        thickness = distance_transform_edt(np.pad(mask.numpy(), 1))[1:-1, 1:-1]
+        thickness: Any = distance_transform_edt(np.pad(mask.numpy(), 1))
+        thickness = thickness[1:-1, 1:-1]
         y, x = np.unravel_index(thickness.argmax(), thickness.shape)
         return torch.tensor([[x, y]], dtype=torch.float32)
 
@@ -179,7 +181,7 @@ class PromptSegmenter(TimmModel):
         pairs = zip(mask_iou(by_point, masks).tolist(), mask_iou(by_box, masks).tolist(), strict=True)
         return [{"point": point, "box": box} for point, box in pairs]
 
-    def losses(self, maps, scaled, masks, points, boxes) -> dict[str, Tensor]:
+    def losses(self, maps, scaled, masks, points, boxes) -> dict[str, Any]:
         """The losses of all objects, asked for by points and by boxes.
 
         Args:

@@ -21,7 +21,7 @@ from .data import pair_files
 from .errors import InputError
 from .files import save_image
 from .images import RANGES, image_size, read_pixels
-from .task import Job, TimmModel
+from .task import Job, TimmModel, find_images
 
 
 def read_image(path: str | Path, channels: int) -> Tensor:
@@ -149,6 +149,11 @@ class Restorer(TimmModel):
         if mode == "loss":
             return {f"loss_{self.loss}": LOSSES[self.loss](restored, targets)}
         return list(zip(restored.cpu(), targets.cpu(), strict=True))
+
+    @staticmethod
+    def find(path: str) -> list[Path]:
+        """Images at a path, of any values."""
+        return find_images(path, read_pixels)
 
     @staticmethod
     def options(parser: argparse._ArgumentGroup) -> None:

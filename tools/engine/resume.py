@@ -25,7 +25,10 @@ DECISIVE = (
 # What a checkpoint carries on, whatever the config says.
 KEPT = ("optim_wrapper.optimizer.", "param_scheduler", "randomness.seed")
 # What a checkpoint's state has no place for if it is another.
-FIXED = ("optim_wrapper.optimizer.type", "optim_wrapper.constructor", "optim_wrapper.paramwise_cfg")
+FIXED = (
+    *("optim_wrapper.optimizer.type", "optim_wrapper.constructor", "optim_wrapper.paramwise_cfg"),
+    *("train_cfg.type", "train_cfg.by_epoch", "model.backbone.frozen_stages"),
+)
 
 
 def latest_checkpoint(work_dir: str | os.PathLike) -> Path | None:

@@ -74,7 +74,7 @@ class Runner(MMRunner):
         if found is not None:
             self.resume(str(found))
         elif self._load_from is not None:
-            load_start(self.trained, self._load_from)
+            load_start(self.weights, self._load_from)
             self.call_hook("after_load_checkpoint", checkpoint={"state_dict": self.trained.state_dict()})
             self.logger.info(f"Training starts from {self._load_from}.")
         elif self._resume:
@@ -84,12 +84,17 @@ class Runner(MMRunner):
     @property
     def trained(self) -> nn.Module:
         """The model without the wrapper of distributed training."""
-        return self.model.module if is_model_wrapper(self.model) else self.model
+        return getattr(self.model, "module") if is_model_wrapper(self.model) else self.model  # noqa: B009
+
+    @property
+    def weights(self) -> nn.Module:
+        """The module whose state dict checkpoints hold."""
+        return self.trained.weights() if isinstance(self.trained, Task) else self.trained
 
     def resume(self, filename: str, *args, **kwargs) -> None:
         """As mmengine's, refusing another model's checkpoint; the sampler follows the resumed seed as well."""
         state, classes = read_checkpoint(filename)
-        fit(self.trained.weights() if isinstance(self.trained, Task) else self.trained, state, filename)
+        fit(self.weights, state, filename)
         ours = getattr(self.train_dataloader.dataset, "metainfo", {}).get("classes")
         if classes and ours and classes != list(ours):
             raise InputError(f"--resume: the classes are {list(ours)} and were {classes} when {filename!r} was written")
@@ -100,10 +105,15 @@ class Runner(MMRunner):
         self.train_dataloader.sampler.seed = self.seed
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
-        """As mmengine's, but the file appears whole or not at all."""
-        if is_main_process():
-            save = super().save_checkpoint
+        """As mmengine's, but the file appears whole or not at all; InputError says from which one --resume goes on."""
+        if not is_main_process():
+            return
+        save = super().save_checkpoint
+        try:
             write_atomically(Path(out_dir, filename), lambda partial: save(out_dir, partial.name, *args, **kwargs))
+        except InputError as e:
+            kept = latest_checkpoint(self.work_dir)
+            raise InputError(f"{e}; " + (f"--resume goes on from {kept}" if kept else "no checkpoint is there")) from e
 
 
 def _short(record: logging.LogRecord) -> bool:

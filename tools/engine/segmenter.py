@@ -1,6 +1,7 @@
 """Segmentation of one class: images with masks, a timm model that returns mask logits, to train, its metrics."""
 
 from pathlib import Path
+from typing import Any
 
 import mmengine.registry
 import numpy as np
@@ -115,7 +116,7 @@ class Segmenter(TimmModel):
             except ValueError as e:
                 raise InputError(f"init_from={dict(init_from)}: {model_name!r} cannot start from it: {e}") from e
 
-    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = "tensor"):
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = "tensor"):
         """Images (B, 3, H, W) to logits (B, 1, H, W), to the losses, or to the samples with predicted masks.
 
         Args:

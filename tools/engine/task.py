@@ -28,9 +28,12 @@ SHEET = 64
 TRUTHS = ("LoadAnnotations", "LoadLabelMap", "LoadMask")  # steps that load what is to be predicted
 
 
-def find_images(path: str) -> list[Path]:
-    """The image at `path`, or every image below the folder `path`, sorted."""
-    return find_inputs(path, "image")
+def find_images(path: str, read: Callable[[Path], Any] = read_rgb) -> list[Path]:
+    """The image at `path`, or every image below the folder `path`, sorted; InputError for one that `read` refuses."""
+    found = find_inputs(path, "image")
+    for image in found:
+        read(image)
+    return found
 
 
 def find_inputs(path: str, what: str, endings: tuple[str, ...] | None = None) -> list[Path]:
@@ -69,7 +72,7 @@ class Job:
         """A file below `out/below` for each input."""
         return place(self.inputs, self.folder, self.out / below, ending)
 
-    def batches(self, size: int = 32) -> Iterator[dict]:
+    def batches(self, size: int = 32) -> Iterator[Any]:
         """The inputs, prepared by the config's test pipeline, in batches of images of one size."""
         steps = self.cfg.test_dataloader.dataset.pipeline
         with DefaultScope.overwrite_default_scope(self.cfg.get("default_scope")):
@@ -80,7 +83,7 @@ class Job:
                 yield pseudo_collate(batch)
 
 
-def _prepare(pipeline: Compose, path: Path) -> dict:
+def _prepare(pipeline: Compose, path: Path) -> Any:
     try:
         return pipeline({"img_path": str(path), "img_id": 0})
     except AssertionError as e:  # Rerange, on an image of a single value
@@ -117,7 +120,7 @@ class Task:
         """The inputs of `predict` at a path."""
         return find_images(path)
 
-    def weights(self) -> nn.Module:
+    def weights(self) -> Any:
         """The module whose state dict a checkpoint holds."""
         return self
 
