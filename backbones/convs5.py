@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from .layers import ConvS5Layer
+from .layers.script import refuse_script
 
 __all__ = ["ConvS5Video"]
 
@@ -49,6 +50,8 @@ class ConvS5Video(nn.Module):
         num_groups: Groups of the GroupNorms.
         drop: Dropout in the layers.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -58,7 +58,7 @@ class ES2D(SS2D):
         B, H, W, D = p.shape
         x_proj = self.s6.x_proj.unflatten(0, (2, 2))  # k = 2 j + i
         grid = p.view(B, H // 2, 2, W // 2, 2, D)
-        projected = torch.einsum("bhiwjd,jiod->bhiwjo", grid, x_proj).reshape(B, H * W, 1, -1)
+        projected = torch.einsum("bhiwjd,jiod->bhiwjo", grid, x_proj).flatten(1, 4).unsqueeze(2)
         u, projected = (t.expand(-1, -1, 4, -1) for t in (p.view(B, H * W, 1, D), projected))
         y = self.s6.scan(u, projected, atrous_routes(H, W, p.device), merge=True)
         return zero_pad(y.view(B, H, W, D), (0, 0, 0, -right, 0, -bottom))
@@ -219,7 +219,7 @@ def _create_efficientvmamba(variant, pretrained=False, **kwargs):
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter", flatten_sequential=True),
         **kwargs,
     )
 

@@ -58,9 +58,9 @@ class GatedGroupScan(nn.Module):
 
     def forward(self, x):
         B, H, W, C = x.shape
-        p, q = self.in_proj(x.view(B, H * W, GROUPS, -1)).chunk(2, dim=-1)
+        p, q = self.in_proj(x.view(B, H * W, GROUPS, C // GROUPS)).chunk(2, dim=-1)
         p = F.silu(self.conv(p.reshape(B, H, W, C)))
-        y = self.s6(p.reshape(B, H * W, GROUPS, -1), order=scan_order.cross(H, W, device=x.device))
+        y = self.s6(p.reshape(B, H * W, GROUPS, C // GROUPS), order=scan_order.cross(H, W, device=x.device))
         return self.out_proj(self.out_norm(y) * F.silu(q)).reshape(B, H, W, C)
 
 
@@ -220,7 +220,7 @@ class GroupMamba(Pyramid):
             stages.append(Stage(blocks, downsample, norm))
         self.stages = nn.Sequential(*stages)
 
-        self.global_pool = self._pool(global_pool)
+        self._set_pool(global_pool)
         self.class_block = ClassBlock(dims[-1], **dd)
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6, **dd)
         self.head_drop = nn.Dropout(drop_rate)
@@ -228,12 +228,12 @@ class GroupMamba(Pyramid):
         self.head_dist = self._classifier(num_classes, **dd) if distillation else None
         self.init_weights(needs_reset=False)
 
-    @staticmethod
-    def _pool(global_pool):
-        return SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool), input_fmt="NHWC")
+    def _set_pool(self, global_pool):
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool), input_fmt="NHWC")
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def _classifier(self, num_classes, **dd):
-        return nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        return nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
     @staticmethod
     def _init_weights(module, needs_reset=False):
@@ -267,7 +267,7 @@ class GroupMamba(Pyramid):
         dd = get_device_dtype(self)
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = self._pool(global_pool)
+            self._set_pool(global_pool)
         self.head = self._classifier(num_classes, **dd).train(self.training)
         if self.head_dist is not None:
             self.head_dist = self._classifier(num_classes, **dd).train(self.training)
@@ -283,9 +283,11 @@ class GroupMamba(Pyramid):
 
     def forward_head(self, x, pre_logits=False):
         x = self.global_pool(x)
-        if not self.global_pool.is_identity():
-            x = self.class_block(x)
-        x = self.head_drop(self.norm(x))
+        if self.global_pool.is_identity():
+            x = self.norm(x)
+        else:  # one token of each kind of pooling, one after the other
+            x = self.norm(self.class_block(x.unflatten(-1, (-1, self.num_features)).flatten(0, 1))).reshape(x.shape)
+        x = self.head_drop(x)
         if pre_logits:
             return x
         if self.head_dist is None:
@@ -371,12 +373,15 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_groupmamba(variant, pretrained=False, **kwargs):
+    feature_cfg = dict(out_indices=(0, 1, 2, 3), feature_cls="getter", flatten_sequential=True)
+    if kwargs.get("feature_cls", "getter") == "getter":  # timm's other extractors give stages as they are
+        feature_cfg["norm"] = True
     return build_model_with_cfg(
         GroupMamba,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter", norm=True),
+        feature_cfg=feature_cfg,
         **kwargs,
     )
 

@@ -22,7 +22,7 @@ from timm.layers import (
     calculate_drop_path_rates,
 )
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureHookNet, feature_take_indices
 from timm.models._features_fx import register_notrace_module
 from timm.models.resnet import Bottleneck, downsample_conv
 from torch import nn
@@ -298,7 +298,7 @@ class HRVMamba(Pyramid):
             dims_in = out
         self.stages = nn.ModuleList(stages)
         self.neck = Neck(dims, **dd)
-        self.num_features = self.head_hidden_size = self.neck.out_width
+        self.num_features = self.neck.out_width
         self.head = self.classifier_head(global_pool, **dd)
         self.init_weights(needs_reset=False)
 
@@ -336,14 +336,17 @@ class HRVMamba(Pyramid):
         return intermediates if intermediates_only else (self.final_features(xs), intermediates)
 
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
-        """Removes what the streams `indices` do not need; returns the indices, normalised."""
+        """Removes what the streams `indices` do not need; returns the indices, normalised.
+
+        With `prune_head` False all stays, since the classifier needs every stream.
+        """
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        fusions = self.stages[-1].blocks[-1].fusions
-        for i in set(fusions) - {str(i) for i in take_indices}:
-            del fusions[i]
-        if prune_head or len(fusions) < len(self.feature_info):
+        if prune_head:
+            fusions = self.stages[-1].blocks[-1].fusions
+            for i in set(fusions) - {str(i) for i in take_indices}:
+                del fusions[i]
             self.neck = None
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+            self.num_features = self.feature_info[max_index]["num_chs"]
             self.reset_classifier(0, "")
         return take_indices
 
@@ -411,7 +414,13 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+# The streams run side by side: timm's extractors for chains of modules, and for graphs, become the one with hooks.
+_FEATURES = {"fx": "hook", "list": "hook", "dict": partial(FeatureHookNet, return_dict=True)}
+
+
 def _create_hrvmamba(variant, pretrained=False, **kwargs):
+    if kwargs.get("feature_cls") in _FEATURES:
+        kwargs["feature_cls"] = _FEATURES[kwargs["feature_cls"]]
     return build_model_with_cfg(
         HRVMamba,
         variant,

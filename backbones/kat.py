@@ -18,6 +18,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 
 from .layers import GRKAN, unwrap_state_dict
 from .layers.pretrained import imagenet_cfg
+from .layers.script import refuse_script
 
 __all__ = ["KAT"]
 
@@ -45,6 +46,8 @@ class KAT(VisionTransformer):
         kwargs: Everything else, as timm's.
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(self, weight_init="", **kwargs):
         self.mimetic = weight_init == "mimetic"
         kwargs = {"mlp_layer": GRKAN, "dynamic_img_size": True, "dynamic_img_pad": True, **kwargs}
@@ -58,6 +61,11 @@ class KAT(VisionTransformer):
                 block.mlp.keep_variance()
             if self.mimetic:
                 self.init_attention(block.attn)
+
+    def _pos_embed(self, x):
+        if not isinstance(x, torch.fx.Proxy) and len(x) == 0:  # timm infers a size from the elements, of which are none
+            return super()._pos_embed(x.new_zeros(1, *x.shape[1:]))[:0]
+        return super()._pos_embed(x)
 
     @torch.jit.ignore
     def no_weight_decay(self):

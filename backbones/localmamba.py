@@ -67,7 +67,7 @@ def filled(n, K):
 
 def larger(m, n):
     """The larger of two sides, without a guess at which it is when `torch.export` asks for any size."""
-    return max(m, n) if isinstance(m, int) and isinstance(n, int) else torch.sym_max(m, n)
+    return torch.sym_max(m, n) if any(isinstance(side, torch.SymInt) for side in (m, n)) else max(m, n)
 
 
 def local_orders(H, W, routes, device=None):
@@ -236,7 +236,7 @@ class LocalVim(Isotropic):
         img_size: Height and width (or one side) that the position table is made for; other sizes interpolate it.
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
-        global_pool: 'avg' (mean of the patch tokens), 'token' (the class token) or ''.
+        global_pool: As in `Isotropic`.
         dim: Width.
         routes: The routes of each block.
         class_token: A class token in the middle of the sequence instead of rotary positions.
@@ -405,7 +405,7 @@ def _create_local_vmamba(variant, pretrained=False, **kwargs):
         variant,
         pretrained,
         pretrained_filter_fn=_local_vmamba_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter", flatten_sequential=True),
         **kwargs,
     )
 

@@ -18,6 +18,7 @@ from torch import nn
 from .layers import ChannelMix, RWKVBlock, SpatialMix
 from .layers.checkpoint import rename, reshape_as, unwrap_state_dict
 from .layers.rwkv import RWKV_NAMES, stack_mixes
+from .layers.script import refuse_script
 
 __all__ = ["BEVUNet", "OccRWKV"]
 
@@ -412,6 +413,8 @@ class OccRWKV(nn.Module):
     Raises:
         ValueError: `height` is no multiple of 8.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from torch import nn
 from torchvision.transforms.functional import normalize
 
 from .layers.checkpoint import rename, reshape_as, unwrap_state_dict
+from .layers.script import refuse_script
 from .rwkvsam_backbone import checkpoint_filter_fn as convert_backbone
 
 __all__ = ["RWKVSAM", "EncodedImage", "Prediction"]
@@ -315,6 +316,8 @@ class RWKVSAM(nn.Module):
     Raises:
         ValueError: the backbone lacks a stride; `dim` or `img_size` is no multiple of 16.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self, backbone_name="rwkvsam_backbone_s", img_size=1024, dim=256, backbone_args=None, device=None, dtype=None

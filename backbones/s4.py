@@ -38,7 +38,7 @@ class PixelSequence(Isotropic):
         img_size: Nothing depends on it: images of any size are sequences.
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
-        global_pool: 'avg' or ''.
+        global_pool: As in `Isotropic`, without 'token'.
         dim: Width.
         depth: Blocks.
         drop_rate: Dropout before the classifier.

@@ -6,6 +6,8 @@ Paper: S4ND: Modeling Images and Videos as Multidimensional Signals with State S
 Maps are channel-last (B, H, W, C) throughout.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates
@@ -134,8 +136,16 @@ class S4NDConvNeXt(Pyramid):
 
 
 def checkpoint_filter_fn(state_dict, model):
-    """Our own checkpoints; the authors' code has no weights of this model."""
-    return unwrap_state_dict(state_dict)
+    """Our own checkpoints; the authors' code has no weights of this model.
+
+    The stem's kernels belong to pairs of channels, and no kernel is their sum: other input channels begin anew.
+    """
+    state_dict, ours = unwrap_state_dict(state_dict), model.state_dict()
+    stem = [key for key in ours if key.startswith("stem.conv.") and key in state_dict]
+    anew = [key for key in stem if state_dict[key].shape != ours[key].shape]
+    if anew:
+        warnings.warn(f"in_chans={model.in_chans}: the stem's kernels of other channels are not loaded", stacklevel=2)
+    return state_dict | {key: ours[key] for key in anew}
 
 
 default_cfgs = generate_default_cfgs(
@@ -158,6 +168,6 @@ def s4nd_convnext_tiny(pretrained=False, **kwargs):
         "s4nd_convnext_tiny",
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter", flatten_sequential=True),
         **kwargs,
     )

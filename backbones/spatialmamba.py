@@ -40,7 +40,7 @@ class StateFusion(nn.Module):
     def __init__(self, dim, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.kernels = nn.Parameter(torch.empty(len(self.dilations), dim, 1, 3, 3, **dd))
+        self.kernels = nn.Parameter(torch.empty(len(self.dilations), dim, 3, 3, **dd))
         self.alpha = nn.Parameter(torch.empty(len(self.dilations), **dd))
         self.reset_parameters()
 
@@ -56,7 +56,9 @@ class StateFusion(nn.Module):
         fused = 0
         for i, d in enumerate(self.dilations):
             inside = padded[:, :, border - d : border + d + height, border - d : border + d + width]
-            fused = fused + F.conv2d(inside, self.alpha[i] * self.kernels[i], dilation=d, groups=h.shape[1])
+            fused = fused + F.conv2d(
+                inside, self.alpha[i] * self.kernels[i].unsqueeze(1), dilation=d, groups=h.shape[1]
+            )
         return fused.permute(0, 2, 3, 1)
 
     @torch.no_grad()
@@ -69,7 +71,7 @@ class StateFusion(nn.Module):
         merged.weight.zero_()
         for d, alpha, kernel in zip(self.dilations, self.alpha, self.kernels, strict=True):
             taps = slice(border - d, border + d + 1, d)
-            merged.weight[:, :, taps, taps] += alpha * kernel
+            merged.weight[:, 0, taps, taps] += alpha * kernel
         return merged
 
 
@@ -177,7 +179,7 @@ def checkpoint_filter_fn(state_dict, model):
         if name == _KERNELS[0]:
             prefix = prefix.replace(".self_attention.state_fusion", ".mixer.fusion").replace("layers.", "stages.")
             parts = [state_dict[key.removesuffix(name) + kernel] for kernel in _KERNELS]
-            out[f"{prefix}.kernels"] = torch.stack(parts)
+            out[f"{prefix}.kernels"] = torch.stack(parts).squeeze(2)
         elif name not in _KERNELS:
             out[rename(mlla_downsample_name(key), _RENAMES)] = value
     return reshape_as(out, model)
@@ -205,7 +207,7 @@ def _create_spatialmamba(variant, pretrained=False, **kwargs):
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter", flatten_sequential=True),
         **kwargs,
     )
 

@@ -44,7 +44,7 @@ class Vim(Isotropic):
         stride: Step between patches; 8 for the fine-tuned variants.
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
-        global_pool: 'token' (the class token), 'avg' (mean of the patch tokens) or ''.
+        global_pool: As in `Isotropic`.
         dim: Width.
         depth: Blocks.
         drop_rate: Dropout before the classifier.

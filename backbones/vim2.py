@@ -243,7 +243,7 @@ def _create_vim2(variant, pretrained=False, **kwargs):
         ViM2,
         variant,
         pretrained,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter", flatten_sequential=True),
         **kwargs,
     )
 

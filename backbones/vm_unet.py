@@ -18,7 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates, get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models._features_fx import register_notrace_module
+from timm.models._features_fx import register_notrace_function, register_notrace_module
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
@@ -26,6 +26,7 @@ from linzoo.ops import scan_order
 
 from .layers import S6, SS2D, Conv2dNHWC, Pyramid, Stage
 from .layers.checkpoint import SS2D_NAMES, rename, reshape_as, unwrap_state_dict
+from .layers.script import refuse_script
 
 __all__ = ["VMUNet"]
 
@@ -67,6 +68,14 @@ def scan_route_attention(y, threshold):
     y = y.to(torch.promote_types(y.dtype, torch.float32))
     variation = y.std(2) / ((y - y.amin(2, keepdim=True)).mean(2) + 1e-5)
     return y.sum(2) * F.relu(variation - threshold)
+
+
+@register_notrace_function  # FX cannot follow what depends on the image's size
+def with_channels(x, channels):
+    """Images ``(B, C, H, W)`` with so many channels, to which a single one is repeated."""
+    if x.shape[1] not in (1, channels):
+        raise ValueError(f"x: expected {channels} channels (or 1), got {x.shape[1]}")
+    return x.expand(-1, channels, -1, -1)
 
 
 @register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
@@ -160,6 +169,8 @@ class VMUNet(nn.Module):
     Raises:
         ValueError: another number of heads.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -313,10 +324,7 @@ class VMUNet(nn.Module):
         Raises:
             ValueError: neither `in_chans` channels nor one.
         """
-        if x.shape[1] == 1 and self.in_chans != 1:
-            x = x.expand(-1, self.in_chans, -1, -1)
-        if x.shape[1] != self.in_chans:
-            raise ValueError(f"x: expected {self.in_chans} channels (or 1), got {x.shape[1]}")
+        x = with_channels(x, self.in_chans)
         H, W = x.shape[-2:]
         x = self.forward_features(F.pad(x, (0, -W % 32, 0, -H % 32)))
         return self.head(x.permute(0, 3, 1, 2))[..., :H, :W]

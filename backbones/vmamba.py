@@ -22,7 +22,7 @@ from .layers.pretrained import imagenet_cfg
 __all__ = ["VMamba"]
 
 
-class ConvStem(nn.Sequential):
+class ConvStem(nn.Module):
     """Two strided convolutions, each with a LayerNorm, GELU between: ``(B, 3, H, W)`` to ``(B, H/4, W/4, C)``."""
 
     def __init__(self, in_chans, dim, device=None, dtype=None):
@@ -35,7 +35,8 @@ class ConvStem(nn.Sequential):
         self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
 
     def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1))
+        x = self.act(self.norm1(self.conv1(x.permute(0, 2, 3, 1))))
+        return self.norm2(self.conv2(x))
 
 
 class Block(nn.Module):
@@ -185,7 +186,7 @@ def _create_vmamba(variant, pretrained=False, **kwargs):
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter", flatten_sequential=True),
         **kwargs,
     )
 

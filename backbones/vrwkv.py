@@ -35,7 +35,7 @@ class VRWKV(Isotropic):
         patch_size: Side of a patch.
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
-        global_pool: 'avg' (mean of the tokens) or ''.
+        global_pool: As in `Isotropic`, without 'token'.
         dim: Width.
         depth: Blocks.
         post_norm: Normalise what the mixers put out instead of what they take in.
@@ -90,9 +90,8 @@ class VRWKV(Isotropic):
             for i in range(depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
-        self.pre_head = nn.Identity()
         if head_hidden:
-            self.head_hidden_size = head_hidden
+            self.pre_head_size = head_hidden
             self.pre_head = nn.Sequential(nn.Linear(dim, head_hidden, **dd), nn.Tanh())
             self.reset_classifier(num_classes)
         self.init_weights(needs_reset=False)
@@ -130,12 +129,8 @@ class VRWKV(Isotropic):
 
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
         if prune_head:
-            self.pre_head, self.head_hidden_size = nn.Identity(), self.num_features
+            self.pre_head, self.pre_head_size = nn.Identity(), self.num_features
         return super().prune_intermediate_layers(indices, prune_norm, prune_head)
-
-    def forward_head(self, x, pre_logits=False):
-        x = self.head_drop(self.pre_head(x.mean(1) if self.global_pool == "avg" else x))
-        return x if pre_logits else self.head(x)
 
 
 @register_notrace_module  # FX cannot follow the operator's checks of shapes

@@ -10,8 +10,15 @@ from timm.models._features_fx import register_notrace_function
 from torch import nn
 
 from .padding import pad_to_multiple
+from .script import refuse_script
 
-POOLS = ("", "avg", "token")
+# What pooling makes of tokens (B, M, C); a class token is none of them.
+POOLS = {
+    "avg": lambda x: x.mean(1, keepdim=True),
+    "max": lambda x: x.amax(1, keepdim=True),
+    "avgmax": lambda x: (x.mean(1, keepdim=True) + x.amax(1, keepdim=True)) / 2,
+    "catavgmax": lambda x: torch.stack([x.mean(1), x.amax(1)], 1),
+}
 
 
 def middle(tokens):
@@ -68,7 +75,8 @@ class Isotropic(nn.Module):
         stride: Step between patches.
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
-        global_pool: 'token' (the class token), 'avg' (mean of the patch tokens) or ''.
+        global_pool: 'token' (the class token); 'avg', 'max', 'avgmax' (their mean) or 'catavgmax' (both) of the patch
+            tokens; or '' for none.
         dim: Width.
         depth: Blocks.
         class_token: Whether a class token stands in the middle of the sequence.
@@ -78,6 +86,8 @@ class Isotropic(nn.Module):
     Raises:
         ValueError: unknown pooling, or 'token' without a class token.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     pad_patches = False  # whether images are padded to whole patches
     antialias_pos_embed = True  # where a smaller image's positions are interpolated
@@ -103,7 +113,7 @@ class Isotropic(nn.Module):
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
-        self.num_features = self.head_hidden_size = dim
+        self.num_features = self.pre_head_size = dim
         self.patch_size, self.stride = patch_size, stride
         self.grid_size = patch_grid(*to_2tuple(img_size), patch_size, stride)
         self.feature_info = [dict(num_chs=dim, reduction=stride, module=f"blocks.{i}") for i in range(depth)]
@@ -114,12 +124,18 @@ class Isotropic(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **dd)) if class_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, dim, **dd)) if positions else None
         self.global_pool = self._pool(global_pool)
+        self.pre_head = nn.Identity()  # on each pooled vector
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+    @property
+    def head_hidden_size(self):
+        """Channels that the classifier is given."""
+        return self.pre_head_size * (2 if self.global_pool == "catavgmax" else 1)
 
     def _pool(self, global_pool):
-        if global_pool not in POOLS or (global_pool == "token" and self.cls_token is None):
-            allowed = [pool for pool in POOLS if pool != "token" or self.cls_token is not None]
+        allowed = ["", *POOLS] + ["token"] * (self.cls_token is not None)
+        if global_pool not in allowed:
             raise ValueError(f"global_pool: expected one of {allowed}, got {global_pool!r}")
         return global_pool
 
@@ -239,9 +255,10 @@ class Isotropic(nn.Module):
     def forward_head(self, x, pre_logits=False):
         if self.global_pool == "token":
             x = x[:, middle(x.shape[1])]
-        elif self.global_pool == "avg":
-            x = (x if self.cls_token is None else without_middle(x)).mean(1)
-        x = self.head_drop(x)
+        elif self.global_pool:
+            x = POOLS[self.global_pool](x if self.cls_token is None else without_middle(x))
+        x = self.pre_head(x)
+        x = self.head_drop(x.flatten(1) if self.global_pool in POOLS else x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x):

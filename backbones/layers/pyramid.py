@@ -8,6 +8,8 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import nn
 
+from .script import refuse_script
+
 
 class Stage(nn.Module):
     """``norm(blocks(downsample(x)))``, the blocks under gradient checkpointing where that is on.
@@ -49,6 +51,8 @@ class Pyramid(nn.Module):
         drop_rate: Dropout before the classifier.
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(self, dims, reduction=4, in_chans=3, num_classes=1000, drop_rate=0.0):
         super().__init__()
         self.in_chans = in_chans
@@ -63,9 +67,11 @@ class Pyramid(nn.Module):
     def classifier_head(self, global_pool, device=None, dtype=None):
         """The usual head: global pooling, dropout, a linear classifier."""
         dd = {"device": device, "dtype": dtype}
-        return ClassifierHead(
+        head = ClassifierHead(
             self.num_features, self.num_classes, global_pool, self.drop_rate, input_fmt=self.output_fmt, **dd
         )
+        self.head_hidden_size = head.num_features
+        return head
 
     def init_weights(self, needs_reset=True):
         """Fills the parameters; with `needs_reset` (after `to_empty`) also those that constructors fill."""
@@ -111,7 +117,8 @@ class Pyramid(nn.Module):
     def reset_classifier(self, num_classes, global_pool=None):
         """Replaces the classifier; `global_pool` None keeps the pooling."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
         self, x, indices=None, norm=False, stop_early=False, output_fmt="NCHW", intermediates_only=False
@@ -147,12 +154,15 @@ class Pyramid(nn.Module):
         return intermediates if intermediates_only else (self.final_features(x), intermediates)
 
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
-        """Removes what the maps `indices` do not need; returns the indices, normalised."""
+        """Removes what the maps `indices` do not need; returns the indices, normalised.
+
+        With `prune_head` False the classifier stays where its stage does.
+        """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
         if pruned:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+            self.num_features = self.feature_info[max_index]["num_chs"]
         if prune_norm or pruned:
             self.norm = nn.Identity()
         if prune_head or pruned:

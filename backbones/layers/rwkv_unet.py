@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
-from timm.models._features_fx import register_notrace_module
+from timm.models._features_fx import register_notrace_function, register_notrace_module
 from torch import nn
 
 from linzoo.ops import bi_wkv, scan_order
 
 from .omni_shift import OmniShift
 from .rwkv import RWKVBlock
+from .script import refuse_script
 
 
 class ReWKV(nn.Module):
@@ -115,6 +116,15 @@ class Upsample(nn.Sequential):
         super().__init__(conv, nn.PixelShuffle(2))
 
 
+@register_notrace_function  # FX cannot follow what depends on the image's size
+def pad_image(x, in_chans, multiple):
+    """Images with the last row and column repeated until their sides are multiples; ValueError for other channels."""
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"x: expected (B, {in_chans}, H, W), got {tuple(x.shape)}")
+    H, W = x.shape[2:]
+    return F.pad(x, (0, -W % multiple, 0, -H % multiple), mode="replicate")
+
+
 class RWKVUNet(nn.Module):
     """Restore-RWKV's four-level U-Net: images in, restored images of the same size and channels out.
 
@@ -125,6 +135,8 @@ class RWKVUNet(nn.Module):
         refinement: Blocks after the decoder.
         shift: Class of the mixers' token shifts, made of the number of channels.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     multiple = 8  # sides that the U-Net takes without padding
 
@@ -227,8 +239,6 @@ class RWKVUNet(nn.Module):
         Raises:
             ValueError: another number of channels.
         """
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"x: expected (B, {self.in_chans}, H, W), got {tuple(x.shape)}")
+        padded = pad_image(x, self.in_chans, self.multiple)
         H, W = x.shape[2:]
-        padded = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate")
         return x + self.head(self.forward_features(padded))[..., :H, :W]

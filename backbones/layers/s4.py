@@ -184,19 +184,32 @@ class LowRankKernel(nn.Module):
             true_C: Whether `C` holds the true C now, as after filling it by hand, and not that of `self.length`.
         """
         A, _, C, P, dt = (t.double() for t in self.state_space())
-        # Real coordinates (Re x, Im x) of a pair of modes: 2 Re(C x) is (2 Re C, -2 Im C) of them.
-        re, im = (torch.diag_embed(t) for t in A.unbind(-1))
+        A, C, P, half = torch.view_as_complex(A), torch.view_as_complex(C), torch.view_as_complex(P)[0], dt[:, None] / 2
+        if not true_C:
+            C = self._true_C(A, C, P, half)
+        # A row c, applied to states as 2 Re(c x), times (I - half M)^-1 (I + half M), M = diag(A) - P 2 Re(P^* .).
+        inverse = 1 / (1 - half * A)
+        weight = 1 / (1 + half * 2 * (P.abs().square() * inverse).real.sum(-1, keepdim=True))
+        row = C
+        for _ in range(length):
+            row = row * (1 + half * A) - half * 2 * (row * P).real.sum(-1, keepdim=True) * P.conj()
+            passed = half * weight * 2 * (row * P * inverse).real.sum(-1, keepdim=True)
+            row = (row - passed * P.conj()) * inverse
+        self.C.copy_(torch.view_as_real(C - row))
+        self.length = length
+
+    def _true_C(self, A, C, P, half):
+        """C over (I - dA^length), in real coordinates (Re x, Im x), where 2 Re(C x) is (2 Re C, -2 Im C) of them."""
+        re, im = torch.diag_embed(A.real), torch.diag_embed(A.imag)
         matrix = torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
-        P = torch.cat(P.unbind(-1), -1)  # P P^* x of both modes of all pairs is P times 2 Re(P^* x)
-        half = dt[:, None, None] / 2 * (matrix - 2 * torch.einsum("rhn,rhm->hnm", P, P))
+        P = torch.cat([P.real, P.imag], -1)  # P P^* x of both modes of all pairs is P times 2 Re(P^* x)
+        half = half[..., None] * (matrix - 2 * P[:, :, None] * P[:, None])
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         step = torch.linalg.solve(eye - half, eye + half)
-        C = torch.cat([C[..., 0], -C[..., 1]], -1).transpose(0, 1)  # (H, channels, N)
-        if not true_C:
-            C = torch.linalg.solve(eye - torch.linalg.matrix_power(step, self.length), C, left=False)
-        real, imag = (C @ (eye - torch.linalg.matrix_power(step, length))).transpose(0, 1).chunk(2, -1)
-        self.C.copy_(torch.stack([real, -imag], -1))
-        self.length = length
+        C = torch.cat([C.real, -C.imag], -1).transpose(0, 1)  # (H, channels, N)
+        C = torch.linalg.solve(eye - torch.linalg.matrix_power(step, self.length), C, left=False)
+        real, imag = C.transpose(0, 1).chunk(2, -1)
+        return torch.complex(real, -imag)
 
     def state_space(self, rate=1.0):
         """A, B, C, P and dt in float32 at least, repeated for all features, at a sampling rate of `rate`."""

@@ -11,6 +11,8 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from .padding import pad_to_multiple
+from .script import refuse_script
+from .simple_pyramid import STRIDES
 
 
 @functools.cache
@@ -240,6 +242,8 @@ class ViTAdapter(nn.Module):
         ValueError: the backbone's depth is no multiple of 4, its stride is not 16, or it has a class token.
     """
 
+    __prepare_scriptable__ = refuse_script
+
     levels = 4
 
     def __init__(self, backbone, heads=6, ratio=1.0, own_tokens=True, drop_path=0.0, device=None, dtype=None):
@@ -302,8 +306,9 @@ class ViTAdapter(nn.Module):
     def forward(self, x):
         """Images ``(B, 3, H, W)`` to four maps ``(B, C, H / 4, W / 4)`` to ``(B, C, H / 32, W / 32)``, rounded up.
 
-        The first is None where it was pruned.
+        Images are padded to multiples of 32, and the maps cropped. The first is None where it was pruned.
         """
+        sides = x.shape[2:]
         x = pad_to_multiple(x, 32)
         fine, *maps = self.prior(x)
         shapes = [tuple(y.shape[2:]) for y in maps]
@@ -321,12 +326,14 @@ class ViTAdapter(nn.Module):
         maps = as_maps(c, shapes)
         maps = [None if self.up is None else self.up(maps[0]) + fine, *maps]
         out = []
-        for norm, y, t in zip(self.norms, maps, tokens, strict=True):
+        for norm, y, t, stride in zip(self.norms, maps, tokens, STRIDES, strict=True):
             if y is None:  # pruned
                 out.append(None)
                 continue
             (t,) = as_maps(t, [grid])
-            out.append(norm(y + F.interpolate(t, size=y.shape[2:], mode="bilinear", align_corners=False)))
+            y = norm(y + F.interpolate(t, size=y.shape[2:], mode="bilinear", align_corners=False))
+            height, width = (-(-side // stride) for side in sides)
+            out.append(y[:, :, :height, :width])
         return out
 
     def forward_intermediates(

@@ -18,6 +18,7 @@ import timm
 import torch
 from timm.models import get_pretrained_cfg_value, group_parameters, model_entrypoint
 from timm.models._features_fx import GraphExtractNet, get_graph_node_names
+from timm.models.vision_transformer import VisionTransformer
 from timm.utils import freeze
 from torch import nn
 
@@ -307,6 +308,32 @@ def test_channels_last_input(model):
         assert_near(model(x.contiguous(memory_format=torch.channels_last)), model(x), 1e-4)
 
 
+def test_channels_last_model(model):
+    x = images().contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        y = model(x)
+        assert_near(model.to(memory_format=torch.channels_last)(x), y, 1e-4)
+
+
+def test_no_image(model):
+    """A batch of none gives logits of none, and gradients of 0."""
+    y = model(images(0))
+    assert y.shape == (0, model.num_classes)
+    y.sum().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+
+
+@pytest.mark.filterwarnings("ignore")  # that sizes become constants
+def test_jit(model):
+    """TorchScript's tracer records the model for one size; its compiler is refused in one line."""
+    x = images()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images(), check_trace=False)
+        assert_near(traced(x), model(x), 1e-4)
+    with pytest.raises(NotImplementedError, match=r"^torch.jit.script\(.*\): .* torch.export.export\(.*$"):
+        torch.jit.script(model)
+
+
 def test_forward_intermediates(model):
     x, info = images(), model.feature_info
     stages = [i if isinstance(i, dict) else vars(i) for i in info]
@@ -363,6 +390,62 @@ def test_prune_intermediate_layers(model):
         assert_near(features, [maps[index]])
         total(features).backward()
         assert_gradients(pruned)
+
+
+@pytest.mark.parametrize("pool", ["max", "avgmax", "catavgmax"])
+def test_other_pooling(family, pool):
+    """`head_hidden_size` is what the classifier is given, at creation and after a reset."""
+    meta, x = create_small(family, device="meta").eval(), images(device="meta")
+    if pool == "catavgmax" and isinstance(meta, VisionTransformer):
+        with pytest.raises(AssertionError, match="pooling"):
+            meta.reset_classifier(7, pool)
+        return
+    meta.reset_classifier(7, pool)
+    for model in (meta, create_small(family, global_pool=pool, num_classes=7, device="meta").eval()):
+        pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+        assert pooled.shape == (2, model.head_hidden_size)
+        assert model(x).shape == (2, 7)
+        model.reset_classifier(0)
+        assert model(x).shape == (2, model.head_hidden_size)
+
+
+def test_concatenated_pooling(model):
+    """Means and maxima beside each other, the same as each of them alone."""
+    if isinstance(model, VisionTransformer):
+        return  # timm's ViT has no concatenated pooling
+    x = images()
+    with torch.inference_mode():
+        halves = []
+        for pool in ("avg", "max"):
+            model.reset_classifier(0, pool)
+            halves.append(model(x))
+        model.reset_classifier(0, "catavgmax")
+        assert_near(model(x), torch.cat(halves, 1))
+
+
+def test_pruning_keeps_the_classifier(model):
+    x = images()
+    with torch.inference_mode():
+        y = model(x)
+        model.prune_intermediate_layers([len(model.feature_info) - 1], prune_head=False)
+        assert_near(model(x), y)
+
+
+@pytest.mark.parametrize("feature_cls", ["fx", "hook", "list", "dict"])
+def test_feature_classes(model, family, feature_cls, tmp_path):
+    """timm's other extractors give the stages' maps of a pyramid, in either layout."""
+    if getattr(model, "output_fmt", None) != "NHWC":
+        return  # tokens are no maps: these extractors cannot tell their grid
+    path, x = tmp_path / "weights.safetensors", images()
+    safetensors.torch.save_file(model.state_dict(), path)
+    weights = dict(pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    features = create_small(family, features_only=True, feature_cls=feature_cls, **weights).eval()
+    with torch.inference_mode():
+        maps, expected = features(x), model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
+    maps = list(maps.values()) if isinstance(maps, dict) else maps
+    if maps[0].shape != expected[0].shape:
+        expected = [y.permute(0, 3, 1, 2) for y in expected]
+    assert_near(maps, expected, 1e-4)
 
 
 def test_pruned_tap_equals_features_only_with_weights(model, family, tmp_path):
