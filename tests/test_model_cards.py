@@ -10,7 +10,7 @@ import torch
 import linzoo.backbones  # noqa: F401
 
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"
-COMMON = (CARDS / "README.md").read_text()
+COMMON = (CARDS / "common.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", COMMON, re.DOTALL)
 FIRST = ("groupmamba_t", "vmamba_t", "efficientvmamba_t", "spatialmamba_t", "vssd_m", "local_vssm_t", "vim2_t")
 
@@ -56,5 +56,5 @@ def test_heat_maps(name, layer, transform):
 
 def test_every_card_links_what_is_common():
     for card in CARDS.glob("*.md"):
-        if card.name not in ("README.md", "plugins.md"):
-            assert "(README.md)" in card.read_text(), card.name
+        if card.name not in ("common.md", "plugins.md"):
+            assert "(common.md)" in card.read_text(), card.name
