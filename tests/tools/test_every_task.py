@@ -142,6 +142,23 @@ def test_another_number_of_classes(tmp_path, capsys):
         assert all(torch.allclose(started[key], ended[key], rtol=1 - decay) for key in convolutions)
 
 
+@pytest.mark.parametrize("tag", ["", ".no_such_tag"])
+def test_weights_that_are_not_published(tiny, tmp_path, capsys, tag):
+    """Said before anything is written, whatever holds the timm model."""
+    text, other, cfg = Path(tiny.config).read_text(), tmp_path / "other.py", load_config(tiny.config)
+    holder = "backbone" if "backbone" in cfg.model else "model"
+    name = (
+        cfg.model.get("model_name", "test_convnext")
+        .replace("test_byobnet", "vssd_m")
+        .replace("test_convnext", "vssd_m")
+    )
+    other.write_text(f"{text}\n{holder}.update(model_name='{name}{tag}', pretrained=True)\n")
+    line = refused(capsys, train.main, other, "--work-dir", tmp_path / "w")
+    where = "config key model.backbone" if holder == "backbone" else "config key model"
+    assert where in line and ("Invalid pretrained tag" in line or "are published; expected a file" in line)
+    assert not (tmp_path / "w").exists()
+
+
 # --- resumption -----------------------------------------------------------------------------------------------------
 
 

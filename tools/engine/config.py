@@ -232,16 +232,18 @@ def _check_model(model: ConfigDict, start: bool = False) -> None:
     for key, settings in (("model", model), *((f"model.{name}", model.get(name)) for name in ("teacher", "init_from"))):
         if not settings:
             continue
-        name = str(settings.get("model_name"))
-        _check_name(name, key)
-        try:
-            file = start and weights_file(
-                name, settings.get("pretrained", False), settings.get("pretrained_cfg_overlay")
-            )
-        except InputError as e:
-            raise InputError(f"config key {key}.{e}") from e
-        settings["pretrained"] = file or False
+        _check_name(str(settings.get("model_name")), key)
+        settings["pretrained"] = start and _file_of(settings, key)
     _build_without_memory(model, "model")
+
+
+def _file_of(settings: ConfigDict, key: str) -> str | bool:
+    """The file that a model is to start from; False where there is none."""
+    overlay = (settings.get("model_kwargs") or settings).get("pretrained_cfg_overlay")
+    try:
+        return weights_file(settings["model_name"], settings.get("pretrained", False), overlay) or False
+    except (InputError, RuntimeError) as e:  # RuntimeError: timm knows no such tag
+        raise InputError(f"config key {key}.{e}") from e
 
 
 def _check_name(name: str, key: str) -> None:
@@ -251,14 +253,14 @@ def _check_name(name: str, key: str) -> None:
         raise InputError(f"config key {key}.model_name={name!r}: no such model in timm or LinZoo{hint}")
 
 
-def _build_without_memory(settings: ConfigDict, key: str) -> nn.Module:
+def _build_without_memory(settings: dict, key: str) -> nn.Module:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nothing is copied to where there is no memory
             return MODELS.build(settings)
     except FileNotFoundError as e:
         raise InputError(f"config key {key}.pretrained: {e}") from e
-    except ValueError as e:
+    except (RuntimeError, ValueError) as e:  # RuntimeError: timm knows no such tag
         raise InputError(f"config key {key}: {e}") from e
     except TypeError as e:
         name = settings.get("model_name", settings.get("type"))
@@ -273,8 +275,9 @@ def check_start(cfg: Config) -> None:
     """
     backbone = cfg.model.get("backbone")
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
-        if isinstance(backbone, dict) and isinstance(backbone.get("pretrained"), str):
-            _build_without_memory(backbone, "model.backbone")
+        if isinstance(backbone, dict) and backbone.get("type") == "LinZooBackbone":
+            file = _file_of(backbone, "model.backbone")
+            _build_without_memory({**backbone, "pretrained": file}, "model.backbone")
         _check_model(cfg.model, start=True)
     resumed = latest_checkpoint(cfg.work_dir) if cfg.get("resume") else None
     source = resumed or cfg.get("load_from")
