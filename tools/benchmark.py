@@ -666,7 +666,7 @@ def parse(argv):
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler calls a machine without a GPU an error
     args = parse(argv)
     {"ops": run_ops, "models": run_models}[args.part](args)

@@ -48,7 +48,7 @@ def compare(restored: list[torch.Tensor], pairs: list[dict]) -> tuple[dict, dict
     """
     metric = RestorationMetric()
 
-    def score(images):
+    def score(images: list[torch.Tensor]) -> dict[str, float]:
         measured = [metric.measure(image, pair["targets"]) for image, pair in zip(images, pairs, strict=True)]
         return metric.compute_metrics(measured)
 

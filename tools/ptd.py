@@ -9,17 +9,19 @@ read the same input, a decaying exponential plus a cosine, and are compared with
 
 import argparse
 import math
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from linzoo.backbones.layers import S4D, S5, hippo
 
 DT = 1e-4  # of the samples, seconds; LegS with 64 states has rates up to 64
 
 
-def layers(size, C):
+def layers(size: int, C: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     """The layers, in float64, with one feature and the system ``(A, B_legs, C)`` that each stands for: by name."""
     _, B, _ = hippo.hippo_legs(size)
     _, _, b, V = hippo.normal_plus_low_rank("legs", size)
@@ -42,13 +44,13 @@ def layers(size, C):
     return made
 
 
-def convolve(k, u):
+def convolve(k: Tensor, u: Tensor) -> Tensor:
     """Causal convolution of two signals of equal length."""
     size = 2 * len(u)
     return torch.fft.irfft(torch.fft.rfft(k, size) * torch.fft.rfft(u, size), size)[: len(u)]
 
 
-def legs(size, C, u):
+def legs(size: int, C: Tensor, u: Tensor) -> Tensor:
     """LegS's answer to `u`, held between samples: its dense recurrence."""
     A, B, _ = hippo.hippo_legs(size)
     step = torch.linalg.matrix_exp(DT * A)
@@ -60,7 +62,7 @@ def legs(size, C, u):
     return y
 
 
-def spike(size, C):
+def spike(size: int, C: Tensor) -> float:
     """The frequency (radians per second) at which S4D's transfer function is farthest from LegS's."""
     A, B, P = hippo.hippo_legs(size)
     omega = torch.logspace(0, math.log10(size**2), 2000, dtype=torch.float64)
@@ -69,7 +71,7 @@ def spike(size, C):
 
 
 @torch.no_grad()
-def errors(size, steps=40000, amplitude=1.0, seed=0):
+def errors(size: int, steps: int = 40000, amplitude: float = 1.0, seed: int = 0) -> tuple[float, float, dict]:
     """The mode's frequency, and for each layer its error on the plain and on the perturbed input.
 
     Args:
@@ -97,7 +99,7 @@ def errors(size, steps=40000, amplitude=1.0, seed=0):
     return omega, torch.linalg.matrix_norm(hippo.perturb_then_diagonalise(size)[2], 2).item(), found
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Command line of `ptd`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--states", type=int, nargs="+", default=[16, 32, 64], metavar="N")

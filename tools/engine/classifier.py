@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -147,7 +148,7 @@ class Classifier(TimmModel):
         self.model.set_distilled_training(True)
         self.ask_teacher = _frozen(create_model(**teacher))
 
-    def forward(self, inputs: Tensor, data_samples: list[DataSample] | None = None, mode: str = "tensor"):
+    def forward(self, inputs: Tensor, data_samples: list[DataSample] | None = None, mode: str = "tensor") -> Any:
         """Images (B, 3, H, W) to logits (B, K), to the losses ("loss"), or to samples with scores ("predict")."""
         if mode == "loss":
             return self.loss(inputs, data_samples)

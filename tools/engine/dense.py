@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mmengine.registry
 import numpy as np
@@ -154,7 +154,7 @@ class SegmentationTask(DenseTask):
     visualizer = "SegLocalVisualizer"
 
     @staticmethod
-    def found(sample, classes: tuple[str, ...], file: Path, options: argparse.Namespace) -> dict:
+    def found(sample: Any, classes: tuple[str, ...], file: Path, options: argparse.Namespace) -> dict:
         """The label map's file, written, and the shares."""
         labels = sample.pred_sem_seg.data[0].numpy().astype(np.uint8)
         save_image(labels, file)
@@ -179,7 +179,7 @@ class DetectionTask(DenseTask):
         parser.add_argument("--threshold", type=float, default=0.5, help="score under which objects are left out")
 
     @staticmethod
-    def found(sample, classes: tuple[str, ...], file: Path, options: argparse.Namespace) -> dict:
+    def found(sample: Any, classes: tuple[str, ...], file: Path, options: argparse.Namespace) -> dict:
         """The objects."""
         found = sample.pred_instances
         sample.pred_instances = found = found[found.scores >= options.threshold]

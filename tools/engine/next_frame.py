@@ -1,7 +1,9 @@
 """Video: clips in one file, a model that predicts the next frame, to train; how much better than copying it is."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mmengine.registry
 import numpy as np
@@ -85,7 +87,7 @@ class NextFrame(TimmModel):
         super().__init__(model_name, *args, **kwargs)
         self.context = context
 
-    def forward(self, inputs: list[Tensor], data_samples=None, mode: str = "tensor"):
+    def forward(self, inputs: list[Tensor], data_samples: Any = None, mode: str = "tensor") -> Any:
         """Clips, uint8 ``(T, C, H, W)`` each, to predictions, losses or errors.
 
         Args:
@@ -161,7 +163,7 @@ class NextFrameMetric(BaseMetric):
 
     default_prefix = "frame"
 
-    def process(self, data_batch, data_samples) -> None:
+    def process(self, data_batch: Any, data_samples: Sequence[Any]) -> None:
         """Collect the errors of each clip."""
         self.results.extend(data_samples)
 

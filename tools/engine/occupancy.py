@@ -216,14 +216,14 @@ class SceneCompleter(TimmModel):
             raise InputError(f"class_counts={class_counts}; expected {self.model.num_classes} numbers above 1")
         self.class_counts = class_counts
 
-    def forward(self, inputs: Tensor, targets: Tensor | None = None, path=None, mode: str = "tensor"):
+    def forward(self, inputs: Tensor, targets: Any = None, path: Any = None, mode: str = "tensor") -> Any:
         """Voxels ``(B, 1, X, Y, Z)`` to logits, to the losses, or to a list of pairs (classes, targets) on the CPU."""
         if mode == "loss":
             return self.losses(*self.model.branches(inputs), targets)
         logits = self.model(inputs)
         return logits if mode == "tensor" else list(zip(logits.argmax(1).cpu(), targets.cpu(), strict=True))
 
-    def losses(self, logits, semantic, completion, targets) -> dict[str, Any]:
+    def losses(self, logits: Tensor, semantic: Sequence, completion: Sequence, targets: Tensor) -> dict[str, Any]:
         """The losses of what the model's `branches` gives, and of targets ``(B, X, Y, Z)``."""
         weights = None
         if self.class_counts is not None:
@@ -290,7 +290,7 @@ class OccupancyMetric(BaseMetric):
         super().__init__(**kwargs)
         self.num_classes = num_classes
 
-    def process(self, data_batch, data_samples) -> None:
+    def process(self, data_batch: Any, data_samples: Sequence[Any]) -> None:
         """Count the voxels of each scene."""
         from torchmetrics.functional.classification import multiclass_confusion_matrix
 

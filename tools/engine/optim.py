@@ -1,12 +1,15 @@
 """Optimizer wrappers and parameter groups."""
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
+from torch import nn
 
 from .errors import InputError
 
@@ -16,7 +19,7 @@ class AutocastOptimWrapper(OptimWrapper):
     """Forward passes under bfloat16 autocast, on CPU and CUDA alike; bfloat16 needs no loss scaling."""
 
     @contextlib.contextmanager
-    def optim_context(self, model):
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
         device = next(model.parameters()).device.type
         with super().optim_context(model), torch.autocast(device, dtype=torch.bfloat16):
             yield
@@ -34,7 +37,7 @@ class TimmWeightDecay(DefaultOptimWrapperConstructor):
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
         super().__init__(optim_wrapper_cfg, paramwise_cfg or {"bypass_duplicate": True})
 
-    def add_params(self, params, module, prefix="", is_dcn_module=None):
+    def add_params(self, params: list, module: nn.Module, prefix: str = "", is_dcn_module: Any = None) -> None:
         model = module.model
         undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
         hinted = {}  # (learning rate, decay): parameters
@@ -81,7 +84,7 @@ class LayerDecay(DefaultOptimWrapperConstructor):
                 f"paramwise_cfg={dict(paramwise_cfg)}: expected layer_decay in (0, 1] and backbone_lr_mult > 0 alone"
             )
 
-    def add_params(self, params, module, prefix="", is_dcn_module=None):
+    def add_params(self, params: list, module: nn.Module, prefix: str = "", is_dcn_module: Any = None) -> None:
         scales, undecayed = {}, set()  # of parameters, by their names
         for name, part in module.named_modules():
             if hasattr(part, "group_matcher") and not any(key.startswith(f"{name}.") for key in scales):

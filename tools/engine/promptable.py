@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +154,14 @@ class PromptSegmenter(TimmModel):
         super().__init__(model_name, *args, **kwargs)
         self.num_points = num_points
 
-    def data_config(self, dataset, pipeline: list[dict]) -> dict:
+    def data_config(self, dataset: Any, pipeline: list[dict]) -> dict:
         """timm's words for how the model itself prepares its images."""
         cfg, side = self.model.pretrained_cfg, self.model.img_size
         return {"input_size": (3, side, side), "mean": cfg["mean"], "std": cfg["std"], "crop_pct": 1.0}
 
-    def forward(self, inputs: list[Tensor], masks=None, points=None, boxes=None, mode: str = "tensor"):
+    def forward(
+        self, inputs: list[Tensor], masks: Any = None, points: Any = None, boxes: Any = None, mode: str = "tensor"
+    ) -> Any:
         """Images uint8 ``(3, H, W)``, and each one's masks, points and boxes, as `PromptedMasks` has them.
 
         Args:
@@ -181,7 +184,9 @@ class PromptSegmenter(TimmModel):
         pairs = zip(mask_iou(by_point, masks).tolist(), mask_iou(by_box, masks).tolist(), strict=True)
         return [{"point": point, "box": box} for point, box in pairs]
 
-    def losses(self, maps, scaled, masks, points, boxes) -> dict[str, Any]:
+    def losses(
+        self, maps: Sequence[Tensor], scaled: list, masks: list[Tensor], points: Any, boxes: Any
+    ) -> dict[str, Any]:
         """The losses of all objects, asked for by points and by boxes.
 
         Args:
@@ -211,7 +216,9 @@ class PromptSegmenter(TimmModel):
         # A batch without any object still has a loss, so that every process takes its step.
         return losses or {"loss_none": 0 * sum(m.float().sum() for m in maps)}
 
-    def compare(self, logits: Tensor, scores: Tensor, masks: Tensor, scaled) -> tuple[Tensor, Tensor, Tensor]:
+    def compare(
+        self, logits: Tensor, scores: Tensor, masks: Tensor, scaled: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy, Dice and error of the score of each of an image's masks.
 
         Args:
@@ -275,7 +282,7 @@ class PromptMetric(BaseMetric):
 
     default_prefix = "prompt"
 
-    def process(self, data_batch, data_samples) -> None:
+    def process(self, data_batch: Any, data_samples: Sequence[Any]) -> None:
         """Collect the IoU of each object."""
         self.results.extend(data_samples)
 

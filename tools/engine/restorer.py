@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import mmengine.registry
 import numpy as np
@@ -140,7 +141,7 @@ class Restorer(TimmModel):
         super().__init__(model_name, *args, **kwargs)
         self.loss = loss
 
-    def forward(self, inputs: Tensor, targets: Tensor | None = None, path=None, mode: str = "tensor"):
+    def forward(self, inputs: Tensor, targets: Any = None, path: Any = None, mode: str = "tensor") -> Any:
         """Images (B, C, H, W) to restored ones, to the loss, or to a list of pairs (restored, target) on the CPU."""
         restored = self.model(inputs)
         if mode == "tensor":
@@ -199,7 +200,7 @@ class RestorationMetric(BaseMetric):
         super().__init__(**kwargs)
         self.peak, self.scale = peak, scale
 
-    def process(self, data_batch, data_samples) -> None:
+    def process(self, data_batch: Any, data_samples: Sequence[Any]) -> None:
         """The metrics of each image."""
         self.results += [self.measure(restored, target) for restored, target in data_samples]
 

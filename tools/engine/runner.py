@@ -3,13 +3,16 @@
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.dist import barrier, is_main_process
+from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner as MMRunner
 from torch import nn
 from torch.distributed import init_process_group
+from torch.utils.data import DataLoader
 
 from .data import first_line
 from .errors import InputError
@@ -28,7 +31,7 @@ class Runner(MMRunner):
             init_process_group("gloo")
         super().setup_env(env_cfg)
 
-    def build_logger(self, *args, **kwargs):
+    def build_logger(self, *args, **kwargs) -> MMLogger:
         """As mmengine's; its long dumps and deprecation notes go to the log file only."""
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
@@ -36,7 +39,7 @@ class Runner(MMRunner):
                 handler.addFilter(_short)
         return logger
 
-    def wrap_model(self, model_wrapper_cfg, model):
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> Any:
         """As mmengine's; on CPU DistributedDataParallel takes no device ids, and BatchNorms are not synchronised."""
         if not torch.cuda.is_available():
             self.cfg.sync_bn = None
@@ -46,7 +49,7 @@ class Runner(MMRunner):
         return super().wrap_model(model_wrapper_cfg, model)
 
     @staticmethod
-    def build_dataloader(dataloader, seed=None, diff_rank_seed=False):
+    def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
         """As mmengine's, with workers that torch seeds anew each epoch.
 
         mmengine's own `worker_init_fn` gives every epoch the same augmentations; a persistent worker carries a random

@@ -1,5 +1,6 @@
 """Segmentation of one class: images with masks, a timm model that returns mask logits, to train, its metrics."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ class Segmenter(TimmModel):
             except ValueError as e:
                 raise InputError(f"init_from={dict(init_from)}: {model_name!r} cannot start from it: {e}") from e
 
-    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = "tensor"):
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = "tensor") -> Any:
         """Images (B, 3, H, W) to logits (B, 1, H, W), to the losses, or to the samples with predicted masks.
 
         Args:
@@ -178,7 +179,7 @@ class MaskMetric(BaseMetric):
 
     default_prefix = "mask"
 
-    def process(self, data_batch, data_samples) -> None:
+    def process(self, data_batch: Any, data_samples: Sequence[Any]) -> None:
         """Count the pixels of each image."""
         from torchmetrics.functional.classification import (
             binary_stat_scores,

@@ -169,7 +169,7 @@ class TimmModel(Task, BaseModel):
         """The timm model."""
         return self.model
 
-    def data_config(self, dataset, pipeline: list[dict]) -> dict[str, Any] | None:
+    def data_config(self, dataset: Any, pipeline: list[dict]) -> dict[str, Any] | None:
         """timm's words for how `pipeline` and preprocessor prepare the images of `dataset`; None for no images."""
         size = tuple(dataset[0]["inputs"].shape)
         if len(size) != 3:
