@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line of `predict`: writes predictions.json, a contact sheet predictions.png, and files to DIR."""
     parser = config_parser(__doc__)
     parser.add_argument("checkpoint", help=".safetensors, or a checkpoint of any trainer")
-    parser.add_argument("input", help="file, or folder of files")
+    parser.add_argument("input", nargs="?", help="file, or folder of files; nothing where the task takes none")
     parser.add_argument("--out", required=True, help="folder for predictions.json, predictions.png and files")
     for task in TASKS:
         task.options(parser.add_argument_group(f"{task.__name__} alone"))
@@ -33,9 +33,11 @@ def main(argv: list[str] | None = None) -> None:
     model = build(cfg)
     classes = load_weights(task.weights(model), args.checkpoint)
     model.to(get_device()).eval()
-    folder = Path(args.input) if Path(args.input).is_dir() else Path(args.input).parent
-    inputs = [path for path in task.find(args.input) if not path.resolve().is_relative_to(out.resolve())]
-    if not inputs:
+    folder = Path(args.input or ".")
+    folder = folder if folder.is_dir() else folder.parent
+    found = task.find(args.input)
+    inputs = [path for path in found if not path.resolve().is_relative_to(out.resolve())]
+    if found and not inputs:
         raise InputError(f"--out {args.out!r} holds all of {args.input!r}; expected another folder")
     job = Job(cfg, task, classes, inputs, folder, out, args)
     with torch.inference_mode():

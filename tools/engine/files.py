@@ -56,20 +56,24 @@ def save_image(pixels: np.ndarray, path: str | os.PathLike) -> None:
     write_atomically(path, lambda partial: Image.fromarray(pixels).save(partial, format=kind))
 
 
-def place(inputs: Sequence[Path], folder: Path, below: Path, ending: str) -> list[Path]:
+def place(inputs: Sequence[Path], folder: Path, below: Path, ending: str, endings: Sequence[str]) -> list[Path]:
     """A file below `below` for each input, placed as that is below `folder`.
 
     Inputs that differ in their endings alone (a.jpg, a.png) keep them (a.jpg.png, a.png.png).
 
+    Args:
+        ending: of the files.
+        endings: those that inputs may have.
+
     Raises:
         InputError: two inputs would still share a file, or a file is itself an input.
     """
-    names = [path.relative_to(folder) for path in inputs]
-    count = Counter(str(name.with_suffix("")).casefold() for name in names)  # some file systems know no case
-    files = []
-    for name in names:
-        alone = count[str(name.with_suffix("")).casefold()] == 1
-        files.append(below / (name.with_suffix(ending) if alone else name.with_name(name.name + ending)))
+    names = [str(path.relative_to(folder)) for path in inputs]
+    lengths = [len(next((e for e in endings if name.lower().endswith(e)), Path(name).suffix)) for name in names]
+    stems = [name[: len(name) - length] for name, length in zip(names, lengths, strict=True)]
+    count = Counter(stem.casefold() for stem in stems)  # some file systems know no case
+    both = zip(names, stems, strict=True)
+    files = [below / ((stem if count[stem.casefold()] == 1 else name) + ending) for name, stem in both]
     taken = {}
     for path, file in zip(inputs, files, strict=True):
         if other := taken.get(str(file).casefold()):

@@ -20,7 +20,7 @@ from ..make_data import MAKERS
 from .data import first_line
 from .errors import InputError
 from .files import write_atomically
-from .task import Job, TimmModel, find_inputs
+from .task import Job, TimmModel
 
 
 def read_clips(path: str | Path) -> np.ndarray:
@@ -82,6 +82,7 @@ class NextFrame(TimmModel):
     """
 
     kinds, needs = ("video",), "generate"
+    inputs, read = ("file of clips", (".npy",)), staticmethod(read_clips)
 
     def __init__(self, model_name: str, *args, context: int = 5, **kwargs):
         super().__init__(model_name, *args, **kwargs)
@@ -120,14 +121,6 @@ class NextFrame(TimmModel):
     def options(parser: argparse._ArgumentGroup) -> None:
         """How far clips are continued."""
         parser.add_argument("--frames", type=int, default=10, help="by how many frames clips are continued")
-
-    @staticmethod
-    def find(path: str) -> list[Path]:
-        """Files of clips at a path."""
-        found = find_inputs(path, "file of clips", (".npy",))
-        for file in found:
-            read_clips(file)
-        return found
 
     def predict_files(self, job: Job) -> list[dict]:
         """Of each file of clips its path and that of the frames that follow, uint8 ``(clips, frames, H, W)``."""

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from .errors import InputError
 from .files import write_atomically
-from .task import Job, TimmModel, find_inputs
+from .task import Job, TimmModel
 
 IGNORE = 255
 GRID = (256, 256, 32)  # voxels along x, y and z
@@ -209,6 +209,7 @@ class SceneCompleter(TimmModel):
     """
 
     kinds, needs = ("occupancy",), "branches"
+    inputs, read = ("voxel file", (".bin",)), staticmethod(Path.read_bytes)
 
     def __init__(self, model_name: str, *args, class_counts: Sequence[float] | None = None, **kwargs):
         super().__init__(model_name, *args, **kwargs)
@@ -244,11 +245,6 @@ class SceneCompleter(TimmModel):
                 occupancy_loss(of_grid.movedim(1, -1).flatten(0, 3), occupied.flatten())
             )
         return losses
-
-    @staticmethod
-    def find(path: str) -> list[Path]:
-        """Voxel files at a path."""
-        return find_inputs(path, "voxel file", (".bin",))
 
     def predict_files(self, job: Job) -> list[dict]:
         """Of each scene its path, the file of its labels, as SemanticKITTI has them, and how many voxels each has."""

@@ -22,7 +22,7 @@ from .data import pair_files
 from .errors import InputError
 from .files import save_image
 from .images import RANGES, image_size, read_pixels
-from .task import Job, TimmModel, find_images
+from .task import Job, TimmModel
 
 
 def read_image(path: str | Path, channels: int) -> Tensor:
@@ -133,7 +133,7 @@ class Restorer(TimmModel):
         InputError: there is no such loss.
     """
 
-    kinds = ("restoration",)
+    kinds, read = ("restoration",), staticmethod(read_pixels)  # floats of any range
 
     def __init__(self, model_name: str, *args, loss: str = "l1", **kwargs):
         if loss not in LOSSES:
@@ -150,11 +150,6 @@ class Restorer(TimmModel):
         if mode == "loss":
             return {f"loss_{self.loss}": LOSSES[self.loss](restored, targets)}
         return list(zip(restored.cpu(), targets.cpu(), strict=True))
-
-    @staticmethod
-    def find(path: str) -> list[Path]:
-        """Images at a path, of any values."""
-        return find_images(path, read_pixels)
 
     @staticmethod
     def options(parser: argparse._ArgumentGroup) -> None:

@@ -21,29 +21,11 @@ from linzoo.backbones import kind_of, list_models
 
 from .errors import InputError
 from .files import place, whole, write_atomically
-from .images import ENDINGS, find_files, read_rgb
+from .images import EXTENSIONS, find_files, read_rgb
 from .weights import create_model
 
 SHEET = 64
 TRUTHS = ("LoadAnnotations", "LoadLabelMap", "LoadMask")  # steps that load what is to be predicted
-
-
-def find_images(path: str, read: Callable[[Path], Any] = read_rgb) -> list[Path]:
-    """The image at `path`, or every image below the folder `path`, sorted; InputError for one that `read` refuses."""
-    found = find_inputs(path, "image")
-    for image in found:
-        read(image)
-    return found
-
-
-def find_inputs(path: str, what: str, endings: tuple[str, ...] | None = None) -> list[Path]:
-    """The file at `path`, or every file below the folder `path` that has one of some endings, sorted."""
-    if not Path(path).exists():
-        raise InputError(f"{what} {path!r}: no such file or folder; expected {what}s")
-    found = [Path(path)] if Path(path).is_file() else find_files(path, **({"endings": endings} if endings else {}))
-    if not found or (endings and not found[0].name.endswith(endings)):
-        raise InputError(f"{path!r} holds no {what}; expected files ending in {', '.join(endings or [ENDINGS])}")
-    return found
 
 
 @dataclass
@@ -70,7 +52,7 @@ class Job:
 
     def place(self, below: str, ending: str) -> list[Path]:
         """A file below `out/below` for each input."""
-        return place(self.inputs, self.folder, self.out / below, ending)
+        return place(self.inputs, self.folder, self.out / below, ending, self.task.inputs[1])
 
     def batches(self, size: int = 32) -> Iterator[Any]:
         """The inputs, prepared by the config's test pipeline, in batches of images of one size."""
@@ -101,10 +83,14 @@ class Task:
 
     Attributes:
         kinds: the kinds of the zoo's models, as in `list_models`, that it trains.
+        inputs: what `predict` takes, and how the names of such files end; no endings where it takes nothing.
+        read: reads such a file, or raises InputError.
         tables: whether the metrics print tables that `test` shows.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("backbone", "adopted")
+    inputs: ClassVar[tuple[str, tuple[str, ...]]] = ("image", EXTENSIONS)
+    read: ClassVar[Callable[[Path], Any]] = staticmethod(read_rgb)
     tables: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs):
@@ -115,10 +101,22 @@ class Task:
     def options(parser: argparse._ArgumentGroup) -> None:
         """Add the options of `predict` that are of this task alone."""
 
-    @staticmethod
-    def find(path: str) -> list[Path]:
-        """The inputs of `predict` at a path."""
-        return find_images(path)
+    @classmethod
+    def find(cls, path: str | None) -> list[Path]:
+        """The file at `path`, or every input below the folder `path`, sorted; each is read once before any result."""
+        what, endings = cls.inputs
+        if not endings:
+            return []
+        expected = f"expected files ending in {', '.join(endings)}"
+        if path is None or not Path(path).exists():
+            raise InputError(f"{what} {path!r}: no such file or folder; {expected}")
+        anyway = Path(path).is_file() and (endings == EXTENSIONS or path.lower().endswith(endings))  # Pillow will tell
+        found = [Path(path)] if anyway else find_files(path, endings)
+        if not found:
+            raise InputError(f"{path!r} holds no {what}; {expected}")
+        for file in found:
+            cls.read(file)
+        return found
 
     def weights(self) -> Any:
         """The module whose state dict a checkpoint holds."""
