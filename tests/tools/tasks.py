@@ -26,6 +26,14 @@ CONFIGS = {
         'data_preprocessor = dict(num_classes=3)\noptim_wrapper = dict(optimizer=dict(type="AdamW", lr=1e-3))\n',
         'dict(data_root="{data}", data_prefix="{part}", make=None)',
     ),
+    "mmpretrain": (
+        '["{configs}/_base_/runtime.py", "{configs}/_base_/digits.py"]',
+        'backbone = dict(type="LinZooBackbone", model_name="test_convnext", pretrained=False)\n'
+        'head = dict(type="LinearClsHead", num_classes=3, in_channels=64)\n'
+        'model = dict(type="ImageClassifier", backbone=backbone, neck=dict(type="GlobalAveragePooling"), head=head)\n'
+        'data_preprocessor = dict(num_classes=3)\noptim_wrapper = dict(optimizer=dict(type="AdamW", lr=1e-3))\n',
+        'dict(data_root="{data}", data_prefix="{part}", make=None)',
+    ),
     "segmentation": (
         '["{configs}/seg/mhs_vm_unet_inked.py"]',
         "model = dict(dims=(8, 16, 32, 64))\n",
@@ -75,7 +83,7 @@ CONFIGS = {
         'dict(data_root="{data}/clips", part="{part}", make=None)',
     ),
 }
-OF_IMAGES = ("classification", "segmentation", "label maps", "restoration", "promptable", "detection")
+OF_IMAGES = ("classification", "mmpretrain", "segmentation", "label maps", "restoration", "promptable", "detection")
 # Options of predict.
 ASKED = {"detection": ["--threshold", "0"], "promptable": ["--point", "20", "20"], "video": ["--frames", "2"]}
 
@@ -104,7 +112,7 @@ def write_task(task: str, folder: Path) -> Tiny:
     parts = {"occupancy": ("00", "08")}.get(task, ("train", "val"))
     for part in parts:
         places = {
-            "classification": [data / part / name for name in "abc"],
+            **dict.fromkeys(("classification", "mmpretrain"), [data / part / name for name in "abc"]),
             "segmentation": [data / "pairs" / part / name for name in ("images", "masks")],
             "label maps": [data / "maps" / name / part for name in ("images", "maps")],
             "restoration": [data / "restore" / part / name for name in ("input", "target")],
@@ -115,7 +123,7 @@ def write_task(task: str, folder: Path) -> Tiny:
             pixels = rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)
             mask = np.zeros((32, 48), np.uint8)
             mask[5:20, 5 + i : 30] = 1
-            if task == "classification":
+            if task in ("classification", "mmpretrain"):
                 for place in places:
                     Image.fromarray(pixels).save(place / f"{i}.png")
             elif task == "restoration":
@@ -138,7 +146,12 @@ def write_task(task: str, folder: Path) -> Tiny:
     config = folder / "config.py"
     model = model.replace("{data}", str(data))
     config.write_text(f"_base_ = {base}\n{model}{LOADERS.format(train=train, val=val)}")
-    images = {"classification": data / "train/a", "promptable": data / "coco/train", "detection": data / "coco/train"}
+    images = {
+        "classification": data / "train/a",
+        "mmpretrain": data / "train/a",
+        "promptable": data / "coco/train",
+        "detection": data / "coco/train",
+    }
     images = places[0] if task in CONFIGS and task not in images and places else images.get(task, data)
     inputs = {"occupancy": data / "kitti/sequences/08/voxels", "video": data / "clips/val.npy"}
     if task in OF_IMAGES:

@@ -106,6 +106,20 @@ def test_start_from_another_trainers_checkpoint(tiny, tmp_path, capsys):
     assert all((value == 0).all() for value in last.values())
 
 
+def test_averages_start_from_the_file(tmp_path):
+    """`load_from` reaches the copy that an EMAHook keeps, too."""
+    tiny = write_task("classification", tmp_path)
+    file, config = write_weights(tiny.config, tmp_path / "start.pth"), Path(tiny.config)
+    config.write_text(
+        config.read_text() + f"default_hooks = dict(ema=dict(type='EMAHook'))\nload_from = {str(file)!r}\n"
+    )
+    still = ["optim_wrapper.optimizer.lr=0", "optim_wrapper.optimizer.weight_decay=0"]
+    train.main([tiny.config, "--work-dir", str(tmp_path / "w"), "--cfg-options", *still])
+    started, ended = read_checkpoint(file).state, read_checkpoint(tmp_path / "w/epoch_1.pth").state
+    assert all(torch.allclose(started[key], ended[key]) for key in started if key.endswith("fc.weight"))
+    test.main([tiny.config, str(tmp_path / "w/export/model.safetensors")])
+
+
 def test_checkpoint_that_needs_code(tiny, tmp_path, capsys):
     """One line: what was found, how to convert it."""
     file = tmp_path / "code.pth"

@@ -17,7 +17,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import NamesImages, existing_folder
+from .data import NamesImages, check_heads, existing_folder
 from .errors import InputError
 from .images import ENDINGS, find_files, read_rgb
 from .task import Job, Task, TimmModel
@@ -64,6 +64,7 @@ class ImageFolder(NamesImages, CustomDataset):
             return None
         folder = Path(settings.get("data_root", ""), settings.get("data_prefix", ""))
         found = list(find_classes(folder))
+        check_heads(cfg.model.get("head"), found, "model.head")
         count = cfg.model.get("num_classes", len(found))
         if count != len(found):
             raise InputError(f"config key model.num_classes={count}: {str(folder)!r} has {len(found)} class folders")

@@ -10,6 +10,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from .curves import best_metric
+from .task import TimmModel
 from .weights import load_weights
 
 FOLDER = "export"
@@ -23,7 +24,8 @@ class ExportHook(Hook):
     weights alone by `pretrained_cfg_overlay=dict(file=".../model.safetensors", num_classes=K)` (without the number,
     timm takes the head for ImageNet's and drops it). `config.json` names the model, its class names, input size, mean
     and std, the training config and the best value of the metric, under the last part of its name. The weights are
-    those of the best validation (the averaged ones where the run averages), else the last.
+    those of the best validation (the averaged ones where the run averages), else the last. A model of another package,
+    around a backbone, is not exported.
     """
 
     priority = "LOWEST"
@@ -33,9 +35,9 @@ class ExportHook(Hook):
         """Write the export."""
         info = runner.message_hub.runtime_info
         source = info.get("best_ckpt", info.get("last_ckpt"))
-        if source is None:
-            return
         trained = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if source is None or not isinstance(trained, TimmModel):
+            return
         best = copy.copy(trained)
         best._modules = {**trained._modules, "model": copy.deepcopy(trained.model)}
         # A moved work dir keeps its old path in the message hub.

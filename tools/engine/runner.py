@@ -19,7 +19,7 @@ from .errors import InputError
 from .files import write_atomically
 from .resume import latest_checkpoint
 from .task import Task
-from .weights import fit, load_start, read_checkpoint
+from .weights import fit, load_start, load_weights, read_checkpoint
 
 
 class Runner(MMRunner):
@@ -77,7 +77,7 @@ class Runner(MMRunner):
         if found is not None:
             self.resume(str(found))
         elif self._load_from is not None:
-            load_start(self.weights, self._load_from)
+            (load_weights if self._train_loop is None else load_start)(self.weights, self._load_from)
             self.call_hook("after_load_checkpoint", checkpoint={"state_dict": self.trained.state_dict()})
             self.logger.info(f"Training starts from {self._load_from}.")
         elif self._resume:

@@ -1,5 +1,6 @@
 """Loading checkpoints strictly, and telling which model they belong to."""
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,7 +145,8 @@ def _variant_of(shapes: dict, name: str, num_classes: int | None) -> str | None:
     return None
 
 
-def _shapes_of(variant: str, num_classes: int) -> dict[str, tuple[int, ...]]:
+@functools.cache
+def _shapes_of(variant: str, num_classes: int | None) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return _shapes(timm.create_model(variant, num_classes=num_classes).state_dict())
 
