@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 KERNELS := $(wildcard ops/*.h ops/*.cuh ops/*/*.cpp ops/*/*.cu tests/ops/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart denoise segmentation detection test test-fast lint clean
+.PHONY: help setup quickstart denoise segmentation detection test test-fast test-newest test-clients lint clean
 
 help:
 	@echo "make quickstart  train GroupMamba-T on handwritten digits, then label held-out ones"
@@ -18,6 +18,7 @@ help:
 	@echo "make segmentation  GroupMamba-T segments digits on photographs, from the quickstart's weights and from random ones"
 	@echo "make detection   Mask R-CNN with it finds them"
 	@echo "make test        the whole test suite      make test-fast  without the slow tests"
+	@echo "make test-newest  the fast tests under the newest torch      make test-clients  timm's own tests over our models"
 	@echo "make lint        ruff, clang-format, pyright    make clean      remove the environment and what runs wrote"
 
 setup: $(VENV)/.installed
@@ -46,6 +47,17 @@ test: setup
 test-fast: setup
 	$(PYTEST) -m "not slow" tests
 
+test-newest: $(VENV)-newest/.installed
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n $(WORKERS) -m "not slow" tests
+
+$(VENV)-newest/.installed: pyproject.toml constraints-newest.txt
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[train,det,export,dev]"
+	touch $@
+
+test-clients: setup
+	$(BIN)/python tests/clients/timm_suite.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,4 +65,4 @@ lint: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info data work_dirs
+	rm -rf $(VENV) $(VENV)-newest build dist *.egg-info data work_dirs

@@ -395,6 +395,7 @@ def _cfg(size=256, **kwargs):
     return imagenet_cfg(
         input_size=(3, size, size),
         pool_size=(size // 32, size // 32),
+        min_input_size=(3, 64, 64),
         crop_pct=1.0,
         first_conv="stem.0.conv",
         classifier="head.fc",

@@ -63,7 +63,9 @@ class KAT(VisionTransformer):
                 self.init_attention(block.attn)
 
     def _pos_embed(self, x):
-        if not isinstance(x, torch.fx.Proxy) and len(x) == 0:  # timm infers a size from the elements, of which are none
+        if (
+            not isinstance(x, torch.fx.Proxy) and x.shape[0] == 0
+        ):  # timm infers a size from the elements, of which are none
             return super()._pos_embed(x.new_zeros(1, *x.shape[1:]))[:0]
         return super()._pos_embed(x)
 

@@ -194,24 +194,33 @@ class LocalVimMixer(VimMixer):
 GRID = 14  # the side of the map that positions are counted on
 
 
-def rotate(x, grid, theta=10000.0):
+def rotate(x, grid, base, theta=10000.0):
     """Rotary positions of tokens ``(B, L, C)`` on a grid: the first C / 2 channels turn with the row, the others with
-    the column, in pairs ``i`` by ``theta ** (-4 i / C)`` a step. A step is 1 / 14 of the map, whatever its size.
+    the column, in pairs ``i`` by ``theta ** (-4 i / C)`` a step. A step is 1 / 14 of the map whose grid is `base`; for
+    another grid, the tables of cosines and sines are interpolated bicubically.
     """
     pairs = x.shape[-1] // 4
     frequency = theta ** (-torch.arange(pairs, dtype=x.dtype, device=x.device) / pairs)
-    row, col = (((torch.arange(n, dtype=x.dtype, device=x.device) + 0.5) * (GRID / n) - 0.5) for n in grid)
-    angle = torch.stack(
-        [(row[:, None] * frequency)[:, None].expand(*grid, pairs), (col[:, None] * frequency).expand(*grid, pairs)], 2
-    ).flatten(0, 1)
-    cos, sin = angle.cos(), angle.sin()
+    row, col = ((torch.arange(n, dtype=x.dtype, device=x.device) * (GRID / n))[:, None] * frequency for n in base)
+    angle = torch.cat([row[:, None].expand(*base, pairs), col.expand(*base, pairs)], 2).permute(2, 0, 1)
+    tables = torch.stack([angle.cos(), angle.sin()])
+    if torch.compiler.is_exporting() or tuple(grid) != tuple(base):
+        tables = F.interpolate(tables, size=tuple(grid), mode="bicubic", align_corners=False)
+    cos, sin = tables.flatten(2).mT.unflatten(2, (2, pairs))
     a, b = x.unflatten(2, (2, pairs, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(2)
 
 
 @register_notrace_module  # FX cannot follow positions, which depend on the map's size
 class LocalVimBlock(nn.Module):
-    """``r + Mixer(RMS(r))`` with r, the stream in float32 whatever the weights' dtype, first rotated if `rope`."""
+    """``r + Mixer(RMS(r))`` with r, the stream in float32 whatever the weights' dtype, first rotated.
+
+    Args:
+        dim: Channels.
+        routes: The four routes.
+        rope: The grid that rotary positions are made for, None for none.
+        drop_path: Stochastic depth.
+    """
 
     def __init__(self, dim, routes, rope, drop_path=0.0, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
@@ -222,8 +231,8 @@ class LocalVimBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, grid):
-        if self.rope:
-            x = rotate(x, grid)
+        if self.rope is not None:
+            x = rotate(x, grid, self.rope)
         return x + self.drop_path(self.mixer(self.norm(x), grid)).to(x.dtype)
 
 
@@ -233,7 +242,7 @@ class LocalVim(Isotropic):
     Images are filled up with zeros, below and to the right, to whole patches.
 
     Args:
-        img_size: Height and width (or one side) that the position table is made for; other sizes interpolate it.
+        img_size: Height and width (or one side) that the position tables are made for; other sizes interpolate them.
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
         global_pool: As in `Isotropic`.
@@ -263,7 +272,8 @@ class LocalVim(Isotropic):
         super().__init__(img_size, 16, 16, in_chans, num_classes, global_pool, dim, depth, class_token, drop_rate, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, depth)
         args = zip(routes, rates, strict=True)
-        self.blocks = nn.ModuleList([LocalVimBlock(dim, r, not class_token, rate, **dd) for r, rate in args])
+        rope = None if class_token else self.grid_size
+        self.blocks = nn.ModuleList([LocalVimBlock(dim, r, rope, rate, **dd) for r, rate in args])
         self.norm = RMSNorm(dim, **dd)
         self.init_weights(needs_reset=False)
 

@@ -10,6 +10,8 @@ BEV-RWKV a U-Net of maps that the other two feed.
 Voxels are (B, ..., X, Y, Z) at input and output; maps are NCHW with H along Y and W along X, as the authors have them.
 """
 
+import re
+
 import torch
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -95,6 +97,30 @@ class BEVFusion(nn.Module):
         return sum(x * attention(x.mean((2, 3), keepdim=True)).sigmoid() for x, attention in pairs)
 
 
+class BEVStage(nn.Module):
+    """A level of the U-Net: half the size, an RWKV block, and the other branches' maps fused into it.
+
+    Args:
+        dim, dim_out: Channels of the map that comes and of the one that goes.
+        fused: Whether there are other branches' maps, of `dim_out / 2` channels.
+    """
+
+    __prepare_scriptable__ = refuse_script
+
+    def __init__(self, dim=64, dim_out=128, fused=True, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.num_classes = 0
+        self.down = Down(dim, dim_out, **dd)
+        self.block = BEVBlock(dim_out, **dd)
+        self.fusion = BEVFusion(dim_out, dim_out // 2, **dd) if fused else None
+
+    def forward(self, x, sem=None, com=None):
+        """Map ``(B, dim, Y, X)`` and the others' of half the size, `dim_out / 2` channels, to `dim_out` channels."""
+        x = self.block(self.down(x))
+        return x if self.fusion is None else self.fusion(x, sem, com)
+
+
 class BEVUNet(nn.Module):
     """BEV-RWKV: a U-Net of maps from above, an RWKV block after each level, into which the other branches are fused.
 
@@ -122,9 +148,7 @@ class BEVUNet(nn.Module):
         in_chans = in_chans or 2 * height
         self.norm = nn.BatchNorm2d(in_chans, **dd)
         self.stem = DoubleConv(in_chans, dims[0], **dd)
-        self.downs = nn.ModuleList(Down(a, b, **dd) for a, b in zip(dims[:-1], dims[1:], strict=True))
-        self.blocks = nn.ModuleList(BEVBlock(dim, **dd) for dim in dims[1:])
-        self.fusions = nn.ModuleList(BEVFusion(dim, dim // 2, **dd) for dim in dims[1:-1])
+        self.stages = nn.ModuleList(BEVStage(dims[i], dims[i + 1], fused=i < 3, **dd) for i in range(4))
         # From the coarsest level up: what comes from below, the skip, what goes on.
         widths = zip(
             (dims[4], dims[3], dims[2], dims[1]),
@@ -144,9 +168,8 @@ class BEVUNet(nn.Module):
             sem, com: The semantic and the completion branch's maps at strides 2, 4 and 8.
         """
         skips = [self.stem(self.norm(x))]
-        for i, (down, block) in enumerate(zip(self.downs, self.blocks, strict=True)):
-            x = block(down(skips[-1]))
-            skips.append(self.fusions[i](x, sem[i], com[i]) if i < len(self.fusions) else x)
+        for i, stage in enumerate(self.stages):
+            skips.append(stage(skips[-1], sem[i], com[i]) if i < 3 else stage(skips[-1]))
         x = skips.pop()
         for up in self.ups:
             x = up(x, skips.pop())
@@ -500,9 +523,9 @@ class OccRWKV(nn.Module):
 _RENAMES = [
     (r"^inc\.conv\.0\.", "norm."),
     (r"^inc\.conv\.1\.conv\.", "stem."),
-    (r"^down(\d)\.mpconv\.1\.conv\.", lambda m: f"downs.{int(m[1]) - 1}.1."),
-    (r"^rwkv_block(\d)\.", lambda m: f"blocks.{int(m[1]) - 1}."),
-    (r"^bev_fusions\.", "fusions."),
+    (r"^down(\d)\.mpconv\.1\.conv\.", lambda m: f"stages.{int(m[1]) - 1}.down.1."),
+    (r"^rwkv_block(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.block."),
+    (r"^bev_fusions\.(\d)\.", r"stages.\1.fusion."),
     (r"\.attention_(bev|sem|com)\.1\.", lambda m: f".attention.{('bev', 'sem', 'com').index(m[1])}."),
     (r"^up(\d)\.conv\.conv\.", lambda m: f"ups.{int(m[1]) - 1}.conv."),
     (r"^outc\.conv\.", "head."),
@@ -511,7 +534,7 @@ _RENAMES = [
 
 
 def checkpoint_filter_fn(state_dict, model):
-    """Converts the authors' state dict of the BEV U-Net, or of parts of it, to that of `BEVUNet`.
+    """Converts the authors' state dict of the BEV U-Net, or of parts of it, to that of `BEVUNet` or of a `BEVStage`.
 
     The blocks of the decoder, which their forward pass never calls, are left out.
     """
@@ -519,21 +542,47 @@ def checkpoint_filter_fn(state_dict, model):
     out = {key: value for key, value in state_dict.items() if not key.startswith("rwkv_block_up")}
     out = stack_mixes(out, ["spatial_mix_k", "spatial_mix_v", "spatial_mix_r"])
     out = stack_mixes(out, ["spatial_mix_k", "spatial_mix_r"])
-    return reshape_as({rename(key, _RENAMES): value for key, value in out.items()}, model)
+    out = {rename(key, _RENAMES): value for key, value in out.items()}
+    if isinstance(model, BEVStage):
+        out = {re.sub(r"^stages\.\d\.", "", key): value for key, value in out.items()}
+    return reshape_as(out, model)
+
+
+def _cfg(first_conv, classifier, num_classes=20):
+    return dict(
+        num_classes=num_classes,
+        input_size=None,  # timm knows sizes of images alone
+        first_conv=first_conv,
+        classifier=classifier,
+        origin_url="https://github.com/jmwang0117/OccRWKV",
+        paper_ids="arXiv:2409.19987",
+    )
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "occrwkv": dict(
-            num_classes=20,
-            input_size=None,  # timm knows sizes of images alone
-            first_conv="completion.stem",
-            classifier="bev.head",
-            origin_url="https://github.com/jmwang0117/OccRWKV",
-            paper_ids="arXiv:2409.19987",
-        )
+        "occrwkv": _cfg("completion.stem", "bev.head"),
+        "occrwkv_bev_unet": _cfg("stem.0", "head"),
+        "occrwkv_bev_block": _cfg("down.1.0", None, 0),
     }
 )
+
+
+def _create_part(cls, variant, pretrained, *without, **kwargs):
+    kwargs |= dict(pretrained_filter_fn=checkpoint_filter_fn, kwargs_filter=("global_pool", *without))
+    return build_model_with_cfg(cls, variant, pretrained, **kwargs)
+
+
+@register_model
+def occrwkv_bev_unet(pretrained=False, **kwargs):
+    """OccRWKV's BEV branch alone: maps from above and the other branches' maps to classes of voxels."""
+    return _create_part(BEVUNet, "occrwkv_bev_unet", pretrained, **kwargs)
+
+
+@register_model
+def occrwkv_bev_block(pretrained=False, **kwargs):
+    """A level of OccRWKV's BEV branch: the map's and the other branches'."""
+    return _create_part(BEVStage, "occrwkv_bev_block", pretrained, "num_classes", "in_chans", **kwargs)
 
 
 @register_model

@@ -40,7 +40,7 @@ _VSSD_NOTE = "our count has every convolution and matrix product; what the READM
 _VIM = "README of github.com/hustvl/Vim; FLOPs as quoted in the README of github.com/hunto/LocalMamba"
 _VIM_NOTE = "beside the matrix products, the quoted FLOPs leave less than half of 9 L D N for the scans"
 _VIM2 = "arXiv 2403.19888v1, quoted second-hand and unverified"
-_VIM2_NOTE = "no configuration was published: the layout, and so the size, is ours"
+_VIM2_NOTE = "a table gives widths and numbers of mixers; the rest, and so a part of the size, is ours"
 _VRWKV = "README of github.com/OpenGVLab/Vision-RWKV"
 _VRWKV_NOTE = "the README rounds to one decimal"
 _VMAMBA = "README and assets/performance.md of github.com/MzeroMiko/VMamba"
@@ -83,9 +83,9 @@ PUBLISHED = {
     "vssd_t": Published(24, 4.5, 83.6, _VSSD, note=_VSSD_NOTE),
     "vssd_s": Published(40, 7.4, 84.1, _VSSD, note=_VSSD_NOTE),
     "vssd_b": Published(89, 16.1, 84.7, _VSSD, note=_VSSD_NOTE),
-    "vim2_t": Published(20, None, 82.7, _VIM2),
-    "vim2_s": Published(43, None, 83.7, _VIM2, note=_VIM2_NOTE),
-    "vim2_b": Published(74, None, 83.9, _VIM2, note=_VIM2_NOTE),
+    "vim2_t": Published(20, None, 82.7, _VIM2, note=_VIM2_NOTE),
+    "vim2_s": Published(43, None, 83.7, _VIM2),
+    "vim2_b": Published(74, None, 83.9, _VIM2),
     "localvim_t": Published(8, 1.5, 76.2, _LOCALMAMBA, note=_LOCALVIM_NOTE),
     "localvim_t_midcls": Published(8, 1.5, 77.8, _LOCALMAMBA, note=_LOCALVIM_NOTE),
     "localvim_s": Published(28, 4.8, 81.1, _LOCALMAMBA, note=_LOCALVIM_NOTE),

@@ -6,7 +6,7 @@ Paper: MambaMixer: Efficient Selective State Space Models with Dual Token and Ch
 Blocks mix tokens with the gated SS2D of VMamba, and channels with a selective scan that runs along the channel axis in
 both directions. Each mixer reads a learned weighted average of the outputs of all mixers before it in its stage.
 
-No code, configuration or weights were published. What is left open is decided here and listed in the model card.
+No code or weights were published. What is left open is decided here and listed in the model card.
 Maps are channel-last (B, H, W, C) throughout.
 """
 
@@ -89,16 +89,18 @@ class ChannelScan(nn.Module):
 
 
 class ChannelMixer(nn.Module):
-    """Selective channel mixer: ``W_out (LN(ChannelScan(SiLU(DWConv(v)))) * SiLU(g))`` with ``[v, g] = W_in x``."""
+    """Selective channel mixer: ``W_out (LN(ChannelScan(SiLU(DWConv(v)))) * SiLU(g))`` with ``[v, g] = W_in x``, v and g
+    of `ratio` times the width."""
 
-    def __init__(self, dim, d_state=16, device=None, dtype=None):
+    def __init__(self, dim, d_state=16, ratio=1.0, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.in_proj = nn.Linear(dim, 2 * dim, bias=False, **dd)
-        self.conv = Conv2dNHWC(dim, dim, 3, padding=1, groups=dim, **dd)
+        inner = int(ratio * dim)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.conv = Conv2dNHWC(inner, inner, 3, padding=1, groups=inner, **dd)
         self.scan = ChannelScan(d_state, **dd)
-        self.out_norm = nn.LayerNorm(dim, eps=1e-5, **dd)
-        self.out_proj = nn.Linear(dim, dim, bias=False, **dd)
+        self.out_norm = nn.LayerNorm(inner, eps=1e-5, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
 
     def forward(self, x):
         v, gate = self.in_proj(x).chunk(2, dim=-1)
@@ -108,14 +110,13 @@ class ChannelMixer(nn.Module):
 class WeightedAverage(nn.Module):
     """``sum_i a_i T_i + sum_i b_i C_i`` of token mixers' outputs T and channel mixers' outputs C.
 
-    All weights begin at 1, but where `input_twice` says that T_0 and C_0 both are the stage's input, b_0 begins at 0:
-    every mixer then reads the stage's input plus all outputs so far, as in a residual network.
+    T_0 and C_0 both are the stage's input. All weights begin at 1, but b_0 at 0: every mixer then reads the stage's
+    input plus all outputs so far, as in a residual network.
     """
 
-    def __init__(self, tokens, channels, input_twice, learned, device=None, dtype=None):
+    def __init__(self, tokens, channels, learned, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.input_twice = input_twice
         self.tokens = nn.Parameter(torch.empty(tokens, **dd), requires_grad=learned)
         self.channels = nn.Parameter(torch.empty(channels, **dd), requires_grad=learned)
         self.reset_parameters()
@@ -124,8 +125,7 @@ class WeightedAverage(nn.Module):
     def reset_parameters(self):
         nn.init.ones_(self.tokens)
         nn.init.ones_(self.channels)
-        if self.input_twice:
-            self.channels[0] = 0
+        self.channels[0] = 0
 
     def forward(self, tokens, channels):
         terms = [self.tokens[i] * y for i, y in enumerate(tokens)]
@@ -133,47 +133,73 @@ class WeightedAverage(nn.Module):
 
 
 class Block(nn.Module):
-    """Block l of a stage: a token mixer and a channel mixer, each behind a LayerNorm of its weighted average."""
+    """Block l of a stage: token mixers and a channel mixer, each behind a LayerNorm of its weighted average.
 
-    def __init__(self, l, dim, ratio, d_state, averaging, drop_path=0.0, device=None, dtype=None):
+    Args:
+        l: Number of the block, from 1.
+        dim: Width.
+        token_mixers: Token mixers in front of the channel mixer.
+        token_ratio, channel_ratio: Inner widths of the mixers over the block's.
+        d_state: States per channel, of all mixers.
+        averaging: Learn the averages.
+        drop_path: Stochastic depth.
+    """
+
+    def __init__(
+        self,
+        l,
+        dim,
+        token_mixers,
+        token_ratio,
+        channel_ratio,
+        d_state,
+        averaging,
+        drop_path=0.0,
+        device=None,
+        dtype=None,
+    ):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.token_average = WeightedAverage(l, l, input_twice=True, learned=averaging, **dd)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.token_mixer = SS2D(dim, ratio, d_state, gated=True, **dd)
-        self.channel_average = WeightedAverage(l, l, input_twice=False, learned=averaging, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.channel_mixer = ChannelMixer(dim, d_state, **dd)
+        before = token_mixers * (l - 1) + 1  # token mixers' outputs so far, the stage's input among them
+        counts = range(before, before + token_mixers)
+        self.token_averages = nn.ModuleList(WeightedAverage(count, l, averaging, **dd) for count in counts)
+        self.token_norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6, **dd) for _ in counts)
+        self.token_mixers = nn.ModuleList(SS2D(dim, token_ratio, d_state, gated=True, **dd) for _ in counts)
+        self.channel_average = WeightedAverage(before + token_mixers, l, averaging, **dd)
+        self.channel_norm = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.channel_mixer = ChannelMixer(dim, d_state, channel_ratio, **dd)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, *outputs):
-        """T_0 .. T_{l-1}, C_0 .. C_{l-1}, each ``(B, H, W, C)``, to T_l and C_l."""
-        tokens, channels = outputs[: len(outputs) // 2], outputs[len(outputs) // 2 :]
-        y = self.drop_path(self.token_mixer(self.norm1(self.token_average(tokens, channels))))
-        x = self.channel_average([*tokens[1:], y], channels)
-        return y, self.drop_path(self.channel_mixer(self.norm2(x)))
+    def forward(self, count, *outputs):
+        """Outputs ``(B, H, W, C)`` of `count` token mixers and of the channel mixers so far, each list from the stage's
+        input on, to those of this block: its token mixers' and its channel mixer's."""
+        tokens, channels = list(outputs[:count]), outputs[count:]
+        for average, norm, mixer in zip(self.token_averages, self.token_norms, self.token_mixers, strict=True):
+            tokens.append(self.drop_path(mixer(norm(average(tokens, channels)))))
+        x = self.channel_average(tokens, channels)
+        return *tokens[count:], self.drop_path(self.channel_mixer(self.channel_norm(x)))
 
 
 class ViM2Stage(nn.Module):
     """Downsampling, blocks that all see each other's outputs, and one more weighted average that leaves the stage."""
 
-    def __init__(self, blocks, dim, averaging, downsample=None, device=None, dtype=None):
+    def __init__(self, blocks, averaging, downsample=None, device=None, dtype=None):
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = nn.Identity() if downsample is None else downsample
         self.blocks = nn.ModuleList(blocks)
-        count = len(blocks) + 1
-        self.average = WeightedAverage(count, count, True, averaging, device=device, dtype=dtype)
+        tokens = sum(len(block.token_mixers) for block in blocks)
+        self.average = WeightedAverage(tokens + 1, len(blocks) + 1, averaging, device=device, dtype=dtype)
 
     def forward(self, x):
         x = self.downsample(x)
         tokens, channels = [x], [x]
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                y, z = checkpoint(block, *tokens, *channels)
+                *y, z = checkpoint(block, len(tokens), *tokens, *channels)
             else:
-                y, z = block(*tokens, *channels)
-            tokens, channels = [*tokens, y], [*channels, z]
+                *y, z = block(len(tokens), *tokens, *channels)
+            tokens, channels = [*tokens, *y], [*channels, z]
         return self.average(tokens, channels)
 
 
@@ -185,8 +211,10 @@ class ViM2(Pyramid):
         num_classes: Classes; 0 for none.
         global_pool: Pooling before the classifier.
         dims: Channels of each stage.
-        depths: Blocks of each stage.
-        ssm_ratio: Inner width of the token mixer over the block's.
+        depths: Blocks of each stage, each of `token_mixers` token mixers and a channel mixer.
+        token_mixers: Token mixers of a block.
+        ssm_ratio: Inner width of the token mixers over the block's.
+        channel_ratios: The same of each stage's channel mixers.
         d_state: States per channel, of both mixers.
         averaging: Learn the weighted averages; False for plain residuals.
         drop_rate: Dropout before the classifier.
@@ -199,8 +227,10 @@ class ViM2(Pyramid):
         num_classes=1000,
         global_pool="avg",
         dims=(96, 192, 384, 768),
-        depths=(2, 2, 9, 2),
-        ssm_ratio=1.0,
+        depths=(1, 1, 3, 1),
+        token_mixers=2,
+        ssm_ratio=2.0,
+        channel_ratios=(2.0, 2.0, 2.0, 1.0),
         d_state=16,
         averaging=True,
         drop_rate=0.0,
@@ -214,11 +244,10 @@ class ViM2(Pyramid):
         drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
         for i, dim in enumerate(dims):
-            blocks = [
-                Block(l, dim, ssm_ratio, d_state, averaging, rate, **dd) for l, rate in enumerate(drop_path[i], start=1)
-            ]
+            settings = (dim, token_mixers, ssm_ratio, channel_ratios[i], d_state, averaging)
+            blocks = [Block(l, *settings, rate, **dd) for l, rate in enumerate(drop_path[i], start=1)]
             downsample = PatchMerging(dims[i - 1], dim, **dd) if i else None
-            stages.append(ViM2Stage(blocks, dim, averaging, downsample, **dd))
+            stages.append(ViM2Stage(blocks, averaging, downsample, **dd))
         self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(dims[-1], eps=1e-5, **dd)
         self.head = self.classifier_head(global_pool, **dd)
@@ -251,17 +280,17 @@ def _create_vim2(variant, pretrained=False, **kwargs):
 @register_model
 def vim2_t(pretrained=False, **kwargs):
     """ViM2-T."""
-    return _create_vim2("vim2_t", pretrained, **dict(dict(depths=(2, 2, 9, 2)), **kwargs))
+    return _create_vim2("vim2_t", pretrained, **kwargs)
 
 
 @register_model
 def vim2_s(pretrained=False, **kwargs):
     """ViM2-S."""
-    return _create_vim2("vim2_s", pretrained, **dict(dict(depths=(2, 2, 27, 2)), **kwargs))
+    return _create_vim2("vim2_s", pretrained, **dict(dict(depths=(1, 1, 9, 1)), **kwargs))
 
 
 @register_model
 def vim2_b(pretrained=False, **kwargs):
     """ViM2-B."""
-    model_args = dict(dims=(128, 256, 512, 1024), depths=(2, 2, 27, 2))
+    model_args = dict(dims=(128, 256, 512, 1024), depths=(1, 1, 9, 1))
     return _create_vim2("vim2_b", pretrained, **dict(model_args, **kwargs))

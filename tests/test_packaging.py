@@ -1,5 +1,10 @@
 """What is in the tree is in the package."""
 
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -8,9 +13,10 @@ import linzoo
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("ops", "backbones", "configs", "tools")
+DATA = ("model_cards", "docs")
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", FOLDERS + DATA)
 def test_links_lead_to_the_folders(name):
     """Static tools resolve `linzoo.*` by these; a checkout without links (Windows without developer mode) has files."""
     assert (ROOT / "src" / "linzoo" / name).resolve() == ROOT / name
@@ -21,6 +27,32 @@ def test_every_folder_with_code_is_in_the_package():
     packages = set(setuptools.find_namespace_packages(str(ROOT / "src")))
     code = {path.parent for name in FOLDERS for path in (ROOT / name).rglob("*.py")}
     assert {"linzoo." + ".".join(path.relative_to(ROOT).parts) for path in code} <= packages
+
+
+@pytest.mark.slow
+def test_sdist_and_wheel_are_whole(tmp_path):
+    """The wheel that is built from the sdist holds every file of the package's folders, and no other."""
+    pytest.importorskip("setuptools")
+    tree, made, inside = tmp_path / "tree", tmp_path / "made", tmp_path / "inside"
+    without = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "data", "work_dirs", "build", "dist")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=without)
+    build = "import sys, setuptools.build_meta as b; getattr(b, sys.argv[1])(sys.argv[2])"
+    subprocess.run([sys.executable, "-c", build, "build_sdist", made], cwd=tree, check=True, capture_output=True)
+    [sdist] = made.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(inside, filter="data")
+    [source] = inside.iterdir()
+    assert {"CHANGELOG.md", "constraints.txt", "tests", "benchmarks", "Makefile"} <= {p.name for p in source.iterdir()}
+    subprocess.run([sys.executable, "-c", build, "build_wheel", made], cwd=source, check=True, capture_output=True)
+    [wheel] = made.glob("*.whl")
+    files = {
+        f"linzoo/{path.relative_to(tree)}"
+        for name in FOLDERS + DATA
+        for path in (tree / name).rglob("*")
+        if path.is_file() and path.suffix != ".sh"  # for developers
+    }
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert packed == files | {"linzoo/__init__.py", "linzoo/__main__.py", "linzoo/py.typed"}
 
 
 def test_references_are_reached_by_import():

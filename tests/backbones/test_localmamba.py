@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linzoo.backbones.localmamba import LOCAL_VSSM_S, LOCAL_VSSM_T, LOCALVIM_T, LocalSS2D, LocalVimMixer, local_orders
+from linzoo.backbones.localmamba import (
+    LOCAL_VSSM_S,
+    LOCAL_VSSM_T,
+    LOCALVIM_T,
+    LocalSS2D,
+    LocalVimMixer,
+    local_orders,
+    rotate,
+)
 from linzoo.ops import causal_conv1d, selective_scan
 
 SIZES = [(5, 9), (7, 4), (8, 6), (1, 1)]
@@ -80,3 +88,18 @@ def test_vim_mixer(H, W, class_token):
             y = walk_back(torch.cat([y[:, :middle], y[:, middle + class_token :]], dim=1), route, H, W)
             expected = expected + mixer.attn(torch.cat([y[:, :middle], token, y[:, middle:]], dim=1) * F.silu(z))
         torch.testing.assert_close(mixer(u, (H, W)), mixer.out_proj(expected))
+
+
+@pytest.mark.parametrize(("base", "grid"), [((14, 14), (14, 14)), ((14, 14), (12, 9)), ((12, 10), (12, 10))])
+def test_rotary_tables(base, grid):
+    """A step is 1 / 14 of the map that the tables are made for; for others they are interpolated bicubically."""
+    row = torch.arange(base[0])[:, None, None] * 14 / base[0] * 10000.0 ** (-torch.arange(2) / 2)
+    col = torch.arange(base[1])[None, :, None] * 14 / base[1] * 10000.0 ** (-torch.arange(2) / 2)
+    angle = torch.cat([row.expand(*base, 2), col.expand(*base, 2)], -1).repeat_interleave(2, -1)
+    cos, sin = (
+        F.interpolate(table.permute(2, 0, 1)[None], grid, mode="bicubic", align_corners=False).flatten(2).mT
+        for table in (angle.cos(), angle.sin())
+    )
+    x = torch.randn(2, grid[0] * grid[1], 8)
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(2)
+    torch.testing.assert_close(rotate(x, grid, base), x * cos + turned * sin, rtol=1e-5, atol=1e-5)

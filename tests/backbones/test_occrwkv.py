@@ -44,7 +44,7 @@ def test_parity():
     state = checkpoint_filter_fn({k: torch.from_numpy(v) for k, v in synth.state_dict(case).items()}, model)
     kept = model.load_state_dict(state, strict=False)
     assert not kept.unexpected_keys
-    parts = model.downs[0], model.blocks[0], model.fusions[0]
+    parts = model.stages[0].down, model.stages[0].block, model.stages[0].fusion
     assert sum(p.numel() for part in parts for p in part.parameters()) == case["num_params"]
     x, sem, com = (torch.from_numpy(synth.image(i["shape"], i["seed"])) for i in case["inputs"])
     with torch.inference_mode():
@@ -54,6 +54,25 @@ def test_parity():
     assert len(case["outputs"]) == len(ours)
     for out in case["outputs"]:
         assert error(ours[out["name"]], out) <= case.get("tolerance", 2e-4), out["name"]
+
+
+def test_parts_by_name(tmp_path):
+    """The U-Net and a level of it are models of their own, which the authors' weights load into."""
+    case = json.loads((PARITY / "occupancy" / "occrwkv_bev_block.json").read_text())
+    torch.save({k: torch.from_numpy(v) for k, v in synth.state_dict(case).items()}, tmp_path / "block.pth")
+    overlay = dict(file=str(tmp_path / "block.pth"))
+    block = timm.create_model("occrwkv_bev_block", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    x, sem, com = (torch.from_numpy(synth.image(i["shape"], i["seed"])) for i in case["inputs"])
+    with torch.inference_mode():
+        fused = next(out for out in case["outputs"] if out["name"] == "fused")
+        assert error(block(x, sem, com), fused) <= case.get("tolerance", 2e-4)
+
+    dims = (8, 16, 16, 16, 16)
+    unet = timm.create_model("occrwkv_bev_unet", height=8, dims=dims, num_classes=5).eval()
+    assert isinstance(unet, BEVUNet)
+    maps = [torch.randn(2, 8, 32 // s, 48 // s) for s in (2, 4, 8)]
+    with torch.inference_mode():
+        assert unet(torch.randn(2, 16, 32, 48), maps, maps).shape == (2, 5, 48, 32, 8)
 
 
 def test_published_size_of_the_unet():
@@ -159,7 +178,7 @@ def test_init_weights_after_to_empty():
 
 
 def test_registered():
-    assert list_models(kind="occupancy") == ["occrwkv"]
+    assert list_models(kind="occupancy") == ["occrwkv", "occrwkv_bev_block", "occrwkv_bev_unet"]
     model = timm.create_model("occrwkv", **SMALL)
     assert isinstance(model, OccRWKV)
     assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}

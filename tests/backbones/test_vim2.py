@@ -57,8 +57,9 @@ def test_averages_begin_as_residuals():
     for stage in model.stages:
         residual = x = stage.downsample(x)
         for block in stage.blocks:
-            residual = residual + block.token_mixer(block.norm1(residual))
-            residual = residual + block.channel_mixer(block.norm2(residual))
+            for norm, mixer in zip(block.token_norms, block.token_mixers, strict=True):
+                residual = residual + mixer(norm(residual))
+            residual = residual + block.channel_mixer(block.channel_norm(residual))
         plain = residual
         x = stage(x if isinstance(stage.downsample, torch.nn.Identity) else _undo(stage, x))
         torch.testing.assert_close(x, plain, rtol=1e-4, atol=1e-4)
@@ -70,14 +71,19 @@ def _undo(stage, downsampled):
     return downsampled
 
 
-def test_every_weight_of_the_averages_learns():
-    model = ViM2(**SMALL)
+@pytest.mark.parametrize("token_mixers", [1, 2])
+def test_every_weight_of_the_averages_learns(token_mixers):
+    """L (2 L + 3) weights in L blocks of one token mixer each, and those of what leaves the stage."""
+    model = ViM2(token_mixers=token_mixers, **SMALL)
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
     averages = [m for m in model.modules() if isinstance(m, WeightedAverage)]
     scalars = sum(m.tokens.numel() + m.channels.numel() for m in averages)
     stages = [1, 2, 3, 1]
-    assert scalars == sum(2 * n * (n + 1) + 2 * (n + 1) for n in stages)
+    if token_mixers == 1:
+        assert scalars == sum(n * (2 * n + 3) + 2 * (n + 1) for n in stages)
     for m in averages:
+        if len(m.tokens) == 1:  # the norm behind it takes away the scale of the stage's input
+            continue
         assert (m.tokens.grad != 0).all() and (m.channels.grad != 0).all()
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -76,7 +77,12 @@ def test_device_without_a_kernel(monkeypatch):
 def test_backend_info():
     info = backend_info()
     assert info["selective_scan"]["cpu"] is None and info["selective_scan"]["reference"] is None
-    assert info["selective_scan"]["cuda"] is None and "no CUDA kernel" in info["ssm_kernel"]["cuda"]
+    assert "no CUDA kernel" in info["ssm_kernel"]["cuda"]
+    reason = info["selective_scan"]["cuda"]
+    if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.core"):
+        assert reason is None
+    else:
+        assert "linzoo[cuda]" in reason or "cuda-core" in reason
 
 
 def test_environment_forces_a_backend():

@@ -5,6 +5,7 @@ same sources run on the CPU, a block's threads as coroutines, for values and eve
 """
 
 import contextlib
+import importlib.util
 import math
 import re
 
@@ -26,6 +27,9 @@ from linzoo.ops import (
     wkv7,
 )
 from linzoo.ops.compile_cuda import template
+
+COMPILER = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.core") is not None
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="`pip install 'linzoo[cuda]'` brings NVRTC")
 
 TYPES = ((torch.float64,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.float32), (torch.float16, torch.float32))
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -75,6 +79,7 @@ def spills(report):
     return stores + loads, int(re.search(r"Used (\d+) registers", report)[1])
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("op", "name"),
     (("selective_scan", "forward<bfloat16, float, 1, 6, true, false>"), ("wkv", "bi_sweep<float, true>")),
@@ -85,6 +90,7 @@ def test_nvrtc_compiles(op, name):
     assert spills(report)[0] <= budget(name)
 
 
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nvrtc_compiles_every_kernel_within_its_budget(arch):
@@ -105,6 +111,7 @@ def test_nvrtc_compiles_every_kernel_within_its_budget(arch):
     assert not failures, "\n".join(failures)
 
 
+@needs_compiler
 @pytest.mark.parametrize("states", (1, 16))
 def test_nvrtc_forward_scan_has_no_spills(states):
     name = template("forward", torch.float32, torch.float32, states, 12, True, False)
@@ -130,6 +137,7 @@ def test_precompile_fills_the_cache(monkeypatch, tmp_path):
     assert len(files) == 4 and files == {path.name for path in tmp_path.glob("*.cubin")}
 
 
+@needs_compiler
 def test_nvrtc_error_names_the_kernel():
     with pytest.raises(compile_cuda.BuildError, match=r"NVRTC failed on forward<nothing> of .*cuda.cu for sm_90"):
         compile_cuda.compile_kernel("rational", "forward<nothing>", "sm_90")
@@ -169,6 +177,7 @@ def test_kernel_arguments_must_fit(change, message):
         compile_cuda.arguments("rational", name, **named)
 
 
+@needs_compiler
 def test_cuda_compile_is_kept_on_disk(monkeypatch, tmp_path):
     """The second process reads the cubin; another architecture is another file."""
     monkeypatch.setattr(kernel_cache, "cache_dir", lambda: tmp_path)

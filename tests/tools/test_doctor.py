@@ -5,9 +5,12 @@ import sys
 
 import pytest
 
+import linzoo
 from linzoo.ops import self_check as module
 from linzoo.ops.self_check import self_check
 from linzoo.tools import cli, doctor
+from linzoo.tools.engine import InputError
+from linzoo.tools.engine.config import load_config
 
 
 def test_doctor_tells_versions_backends_and_health(capsys):
@@ -50,3 +53,22 @@ def test_command(capsys):
     assert cli.main(["doctor"]) == 0
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--no-such-option"])
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"linzoo {linzoo.__version__}\n"
+
+
+def test_shipped_configs(capsys, tmp_path, monkeypatch):
+    """Listed by pattern, found by name from any folder; a wrong name gets the nearest one."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["configs", "det/*vmamba_t*"]) == 0
+    names = capsys.readouterr().out.split()
+    assert "det/mask-rcnn_vmamba_t_1x_coco" in names and all("vmamba_t" in name for name in names)
+    assert cli.main(["configs", "no_such"]) == 1
+    assert "no shipped config matches 'no_such'" in capsys.readouterr().err
+    for name in ("cls/groupmamba_t_digits", "groupmamba_t_digits", "configs/cls/groupmamba_t_digits.py"):
+        assert load_config(name).model.model_name == "groupmamba_t"
+    with pytest.raises(InputError, match="did you mean 'cls/groupmamba_t_digits'"):
+        load_config("cls/groupmamba_digits")

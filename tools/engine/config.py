@@ -22,6 +22,7 @@ from timm.models import PretrainedCfg
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..configs import shipped_configs
 from .dense import DENSE
 from .errors import InputError, did_you_mean, existing_file
 from .resume import latest_checkpoint, refuse_what_cannot_be_resumed
@@ -66,12 +67,31 @@ SECTIONS = {
 }
 
 
+def find_config(path: str) -> str:
+    """The file of a config: `path` where it exists, else the shipped config of that name, such as
+    ``cls/groupmamba_t_digits``.
+
+    Raises InputError where there is neither.
+    """
+    if Path(path).exists():
+        return path
+    name, known = path.removesuffix(".py").removeprefix("configs/"), shipped_configs()
+    if name in known:
+        return str(known[name])
+    if "/" not in name and len(same := [key for key in known if key.endswith(f"/{name}")]) == 1:
+        return str(known[same[0]])
+    raise InputError(
+        f"config {path!r}: no such file, and no shipped config{did_you_mean(name, known)}; `linzoo configs` lists those"
+    )
+
+
 def load_config(path: str, options: dict | None = None) -> Config:
-    """The config of a file with `--cfg-options` applied, every key of it checked.
+    """The config of a file, or the shipped one of that name, with `--cfg-options` applied, every key of it checked.
 
     Raises InputError for a file that is missing or no config, a misspelt key at any depth, an unknown `type` or timm
     model; the message says what was probably meant.
     """
+    path = find_config(path)
     if existing_file("config", path).suffix != ".py":
         raise InputError(f"config {path!r}: expected a Python file (.py)")
     try:
