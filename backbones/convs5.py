@@ -21,8 +21,8 @@ __all__ = ["ConvS5Video"]
 class ResBlock(nn.Module):
     """``g(GN(Conv(g(GN(Conv(x))))) + skip(x))`` with g the tanh GELU, on ``(N, C, H, W)``."""
 
-    def __init__(self, dim, dim_out, num_groups, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, dim_out: int, num_groups: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.conv1 = nn.Conv2d(dim, dim_out, 3, padding=1, **dd)
         self.norm1 = nn.GroupNorm(num_groups, dim_out, eps=1e-6, **dd)
@@ -55,19 +55,19 @@ class ConvS5Video(nn.Module):
 
     def __init__(
         self,
-        in_chans=1,
-        dims=(64, 128, 256),
-        dim=256,
-        depth=8,
-        d_state=256,
-        blocks=1,
-        head="resnet",
-        num_groups=32,
-        drop=0.0,
+        in_chans: int = 1,
+        dims: tuple[int, ...] = (64, 128, 256),
+        dim: int = 256,
+        depth: int = 8,
+        d_state: int = 256,
+        blocks: int = 1,
+        head: str = "resnet",
+        num_groups: int = 32,
+        drop: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.in_chans, self.reduction = in_chans, 2 ** (len(dims) - 1)
         down, up = [], [nn.Conv2d(dim, dims[-1], 1, **dd)]

@@ -43,7 +43,7 @@ def atrous_routes(H, W, device=None):
 class ES2D(SS2D):
     """Efficient 2-D scanning (section 3.2): every token is visited once, by the scan of its phase."""
 
-    def __init__(self, dim, device=None, dtype=None):
+    def __init__(self, dim: int, device=None, dtype=None):
         super().__init__(dim, ratio=2.0, d_state=16, gated=True, device=device, dtype=dtype)
 
     def scan(self, p):
@@ -67,8 +67,8 @@ class ES2D(SS2D):
 class ConvBranch(nn.Sequential):
     """``Conv1x1(GELU(BN(DWConv3x3(x))))``."""
 
-    def __init__(self, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
         self.norm = nn.BatchNorm2d(dim, **dd)
@@ -85,8 +85,8 @@ class EVSSBlock(nn.Module):
     The gate `se` is one module; each branch is weighed by what it holds itself.
     """
 
-    def __init__(self, dim, drop_path=0.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, drop_path: float = 0.0, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
         self.mixer = ES2D(dim, **dd)
@@ -103,7 +103,7 @@ class EVSSBlock(nn.Module):
 class ConvBlock(InvertedResidual):
     """Inverted residual of four times the width, with squeeze and excite, on a channel-last map."""
 
-    def __init__(self, dim, drop_path=0.0, device=None, dtype=None):
+    def __init__(self, dim: int, drop_path: float = 0.0, device=None, dtype=None):
         se_layer = partial(SqueezeExcite, rd_ratio=1 / 8)
         super().__init__(dim, dim, exp_ratio=4, se_layer=se_layer, drop_path_rate=drop_path, device=device, dtype=dtype)
 
@@ -126,17 +126,17 @@ class EfficientVMamba(Pyramid):
 
     def __init__(
         self,
-        in_chans=3,
-        num_classes=1000,
-        global_pool="avg",
-        dims=(48, 96, 192, 384),
-        depths=(2, 2, 4, 2),
-        drop_rate=0.0,
-        drop_path_rate=0.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: tuple[int, ...] = (48, 96, 192, 384),
+        depths: tuple[int, ...] = (2, 2, 4, 2),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__(dims, 4, in_chans, num_classes, drop_rate)
         self.stem = PatchEmbed(None, 4, in_chans, dims[0], nn.LayerNorm, output_fmt="NHWC", **dd)
         drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)

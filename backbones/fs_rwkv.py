@@ -45,7 +45,7 @@ class FSOShift(nn.Module):
     The high bands, which hold fine structure, pass as they are; sides that are odd are padded by repetition.
     """
 
-    def __init__(self, dim, device=None, dtype=None):
+    def __init__(self, dim: int, device=None, dtype=None):
         super().__init__()
         self.low = OmniShift(dim, device=device, dtype=dtype)
 
@@ -65,8 +65,8 @@ class SFEB(nn.Module):
     the identity: W_s and W_f begin small.
     """
 
-    def __init__(self, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.depthwise = Conv2dNHWC(dim, dim, 3, padding=1, groups=dim, **dd)
         self.spatial = nn.Linear(dim, dim, **dd)
@@ -107,8 +107,16 @@ class FSRWKV(RWKVUNet):
 
     multiple = 16  # the deepest level's low band is of half its size
 
-    def __init__(self, in_chans=1, dim=48, depths=(4, 6, 6, 8), refinement=4, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self,
+        in_chans: int = 1,
+        dim: int = 48,
+        depths: tuple[int, ...] = (4, 6, 6, 8),
+        refinement: int = 4,
+        device=None,
+        dtype=None,
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__(in_chans, dim, depths, refinement, FSOShift, **dd)
         self.enhance = nn.ModuleList(SFEB(dim * 2**i, **dd) for i in range(len(depths) - 1))
 

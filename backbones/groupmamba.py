@@ -46,8 +46,8 @@ class GatedGroupScan(nn.Module):
     ``[p, q] = W_in v;  y = LN(S6(SiLU(DWConv(p))));  W_out (y * SiLU(q))``
     """
 
-    def __init__(self, dim, d_state=1, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, d_state: int = 1, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         width = dim // GROUPS
         self.in_proj = GroupedLinear(GROUPS, width, 2 * width, **dd)
@@ -67,8 +67,8 @@ class GatedGroupScan(nn.Module):
 class ChannelAffinity(nn.Module):
     """Channel affinity modulation: squeeze and excite of the mixer's normalised input, ``(B, 1, 1, C)``."""
 
-    def __init__(self, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.fc1 = nn.Linear(dim, dim // 16, **dd)
         self.fc2 = nn.Linear(dim // 16, dim, **dd)
@@ -80,8 +80,8 @@ class ChannelAffinity(nn.Module):
 class GroupMambaMixer(nn.Module):
     """Modulated group Mamba layer: ``proj(LN(M(u) * skip_scale * u * affinity(u)))`` with ``u = LN(x)``."""
 
-    def __init__(self, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
         self.scan = GatedGroupScan(dim, **dd)
@@ -102,8 +102,8 @@ class GroupMambaMixer(nn.Module):
 class DepthwiseMlp(nn.Module):
     """``fc2(GELU(DWConv(fc1(x))))``."""
 
-    def __init__(self, dim, hidden, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, hidden: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.conv = Conv2dNHWC(hidden, hidden, 3, padding=1, groups=hidden, **dd)
@@ -114,8 +114,10 @@ class DepthwiseMlp(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, mlp_ratio, mlp="depthwise", drop_path=0.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self, dim: int, mlp_ratio: float, mlp: str = "depthwise", drop_path: float = 0.0, device=None, dtype=None
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.mixer = GroupMambaMixer(dim, **dd)
         self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
@@ -131,8 +133,8 @@ class Block(nn.Module):
 class ClassBlock(nn.Module):
     """Refines the pooled token ``(B, C)``: the mixer on a map of one token, normalised after it, then an MLP."""
 
-    def __init__(self, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.mixer = GroupMambaMixer(dim, **dd)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
@@ -147,8 +149,8 @@ class ClassBlock(nn.Module):
 class Stem(nn.Module):
     """Four convolutions, stride 4 in all, and a LayerNorm: an image ``(B, 3, H, W)`` to tokens ``(B, H/4, W/4, C)``."""
 
-    def __init__(self, in_chans, width, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, in_chans: int, width: int, dim: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         convs = []
         for i, chans in enumerate((in_chans, width, width)):
@@ -189,21 +191,21 @@ class GroupMamba(Pyramid):
 
     def __init__(
         self,
-        in_chans=3,
-        num_classes=1000,
-        global_pool="avg",
-        stem_width=32,
-        dims=(64, 128, 348, 448),
-        depths=(3, 4, 9, 3),
-        mlp_ratios=(8, 8, 4, 4),
-        mlp="depthwise",
-        drop_rate=0.0,
-        drop_path_rate=0.0,
-        distillation=True,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        stem_width: int = 32,
+        dims: tuple[int, ...] = (64, 128, 348, 448),
+        depths: tuple[int, ...] = (3, 4, 9, 3),
+        mlp_ratios: tuple[int, ...] = (8, 8, 4, 4),
+        mlp: str = "depthwise",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        distillation: bool = True,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         if any(dim % GROUPS for dim in dims):
             raise ValueError(f"dims: every stage's width must be a multiple of {GROUPS}, got {tuple(dims)}")
         super().__init__(dims, 4, in_chans, num_classes, drop_rate)

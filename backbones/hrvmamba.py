@@ -49,8 +49,8 @@ class DCNv4(nn.Module):
         offset_conv: Whether a depthwise convolution precedes the projection to offsets.
     """
 
-    def __init__(self, dim, groups, offset_conv=False, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, groups: int, offset_conv: bool = False, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.groups = groups
         used = 3 * TAPS * groups
@@ -66,8 +66,8 @@ class DCNv4(nn.Module):
 class DSS2D(SS2D):
     """SS2D whose convolution is deformable; with `squeeze`, its normalised output passes a squeeze-excite gate."""
 
-    def __init__(self, dim, squeeze=False, offset_conv=False, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, squeeze: bool = False, offset_conv: bool = False, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__(dim, **dd)
         inner = self.s6.dim
         self.conv = DCNv4(inner, groups=self.s6.dt_rank, offset_conv=offset_conv, **dd)
@@ -83,7 +83,7 @@ class MultiScaleConv(nn.Module):
 
     kernels = (3, 5, 7, 9)
 
-    def __init__(self, dim, device=None, dtype=None):
+    def __init__(self, dim: int, device=None, dtype=None):
         super().__init__()
         self.conv = MixedConv2d(dim, dim, list(self.kernels), depthwise=True, bias=True, device=device, dtype=dtype)
 
@@ -99,8 +99,10 @@ class DVSSBlock(nn.Module):
     convolutions CPE1 and CPE2, and the squeeze-excite in DSS2D, exist only with `local`.
     """
 
-    def __init__(self, dim, local=False, offset_conv=False, drop_path=0.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self, dim: int, local: bool = False, offset_conv: bool = False, drop_path: float = 0.0, device=None, dtype=None
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         norm = partial(nn.LayerNorm, dim, eps=1e-5, **dd)
         self.cpe1 = Conv2dNHWC(dim, dim, 3, padding=1, groups=dim, **dd) if local else None
@@ -127,7 +129,7 @@ class DVSSBlock(nn.Module):
 class Upward(nn.Module):
     """From stream j to the finer stream i: a 1x1 convolution and 2^(j - i) times the size, bilinearly."""
 
-    def __init__(self, dim, dim_out, scale, device=None, dtype=None):
+    def __init__(self, dim: int, dim_out: int, scale: float, device=None, dtype=None):
         super().__init__()
         self.conv = ConvNormAct(dim, dim_out, 1, apply_act=False, device=device, dtype=dtype)
         self.scale = scale
@@ -138,7 +140,7 @@ class Upward(nn.Module):
 
 def downward(dim, dim_out, steps, device=None, dtype=None):
     """From stream j to the coarser stream i: i - j times a depthwise 3x3 convolution of stride 2 and a 1x1."""
-    dd = {"device": device, "dtype": dtype}
+    dd: dict = {"device": device, "dtype": dtype}
     layers = []
     for step in range(steps):
         last = step == steps - 1
@@ -151,8 +153,8 @@ def downward(dim, dim_out, steps, device=None, dtype=None):
 class Fusion(nn.Module):
     """What stream i receives: ``ReLU(sum_j f_ij(x_j))`` with f_ii the identity."""
 
-    def __init__(self, dims, i, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dims: tuple[int, ...], i: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.i = i
         for j, dim in enumerate(dims):
@@ -179,8 +181,8 @@ class Exchange(nn.Module):
         block: `DVSSBlock` with what all blocks of the model share.
     """
 
-    def __init__(self, dims, drop_path, block, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dims: tuple[int, ...], drop_path: float, block, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.branches = nn.ModuleList(
             nn.Sequential(*(block(dim, drop_path=r, **dd) for r in drop_path)) for dim in dims
@@ -203,8 +205,8 @@ class ParallelStage(nn.Module):
         blocks: List of `Exchange`.
     """
 
-    def __init__(self, dims_in, dims, blocks, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dims_in: int, dims: tuple[int, ...], blocks, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.grad_checkpointing = False
         self.transition = nn.ModuleDict()
@@ -229,8 +231,8 @@ class Neck(nn.Module):
     widths = (128, 256, 512, 1024)
     out_width = 2048
 
-    def __init__(self, dims, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dims: tuple[int, ...], device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.increase = nn.ModuleList(
             Bottleneck(dim, out // 4, downsample=downsample_conv(dim, out, 1, **dd), **dd)
@@ -265,20 +267,20 @@ class HRVMamba(Pyramid):
 
     def __init__(
         self,
-        in_chans=3,
-        num_classes=1000,
-        global_pool="avg",
-        dim=32,
-        stem_dim=64,
-        modules=(1, 4, 2),
-        local=False,
-        offset_conv=False,
-        drop_rate=0.0,
-        drop_path_rate=0.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dim: int = 32,
+        stem_dim: int = 64,
+        modules: tuple[int, ...] = (1, 4, 2),
+        local: bool = False,
+        offset_conv: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         dims = [dim * 2**i for i in range(4)]
         super().__init__(dims, 4, in_chans, num_classes, drop_rate)
         last = f"stages.3.blocks.{modules[-1] - 1}.fusions"

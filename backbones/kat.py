@@ -48,7 +48,7 @@ class KAT(VisionTransformer):
 
     __prepare_scriptable__ = refuse_script
 
-    def __init__(self, weight_init="", **kwargs):
+    def __init__(self, weight_init: str = "", **kwargs):
         self.mimetic = weight_init == "mimetic"
         kwargs = {"mlp_layer": GRKAN, "dynamic_img_size": True, "dynamic_img_pad": True, **kwargs}
         super().__init__(weight_init="" if self.mimetic else weight_init, **kwargs)

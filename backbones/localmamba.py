@@ -95,8 +95,8 @@ def local_orders(H, W, routes, device=None):
 class LocalSS2D(SS2D):
     """VMamba's SS2D along four routes of the layer's own, each scan weighed by the gate before they are summed."""
 
-    def __init__(self, dim, routes, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, routes, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__(dim, ratio=2.0, d_state=16, gated=True, **dd)
         self.routes = routes.split()
         self.attn = ChannelGate(2 * dim, **dd)
@@ -113,8 +113,8 @@ class LocalSS2D(SS2D):
 class VSSBlock(nn.Module):
     """``x += SS2D(LN(x))``."""
 
-    def __init__(self, dim, routes, drop_path=0.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, routes, drop_path: float = 0.0, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
         self.mixer = LocalSS2D(dim, routes, **dd)
@@ -139,17 +139,17 @@ class LocalVMamba(Pyramid):
 
     def __init__(
         self,
-        in_chans=3,
-        num_classes=1000,
-        global_pool="avg",
-        dims=(96, 192, 384, 768),
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: tuple[int, ...] = (96, 192, 384, 768),
         routes=LOCAL_VSSM_T,
-        drop_rate=0.0,
-        drop_path_rate=0.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__(dims, 4, in_chans, num_classes, drop_rate)
         self.stem = PatchEmbed(None, 4, in_chans, dims[0], nn.LayerNorm, output_fmt="NHWC", **dd)
         drop_path = calculate_drop_path_rates(drop_path_rate, [len(stage) for stage in routes], stagewise=True)
@@ -170,8 +170,8 @@ class LocalVimMixer(VimMixer):
     windows pass through the convolutions, whose biases make them count.
     """
 
-    def __init__(self, dim, routes, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, routes, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__(dim, directions=4, **dd)
         self.routes = routes.split()
         self.attn = ChannelGate(self.in_proj.out_features // 2, **dd)
@@ -222,8 +222,8 @@ class LocalVimBlock(nn.Module):
         drop_path: Stochastic depth.
     """
 
-    def __init__(self, dim, routes, rope, drop_path=0.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, routes, rope, drop_path: float = 0.0, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.rope = rope
         self.norm = RMSNorm(dim, **dd)
@@ -255,19 +255,19 @@ class LocalVim(Isotropic):
 
     def __init__(
         self,
-        img_size=224,
-        in_chans=3,
-        num_classes=1000,
-        global_pool="avg",
-        dim=192,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dim: int = 192,
         routes=LOCALVIM_T,
-        class_token=False,
-        drop_rate=0.0,
-        drop_path_rate=0.0,
+        class_token: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         depth = len(routes)
         super().__init__(img_size, 16, 16, in_chans, num_classes, global_pool, dim, depth, class_token, drop_rate, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, depth)

@@ -28,8 +28,8 @@ __all__ = ["BEVUNet", "OccRWKV"]
 class BEVBlock(RWKVBlock):
     """A block of Vision-RWKV on a map ``(B, C, H, W)``: without layer scales, with a norm of the residual stream."""
 
-    def __init__(self, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         # All blocks begin as the authors' do: as the first of 18.
         super().__init__(dim, SpatialMix(dim, 0, 18, **dd), ChannelMix(dim, None, 0, 18, **dd), first_norm=True, **dd)
 
@@ -44,8 +44,8 @@ class BEVBlock(RWKVBlock):
 class DoubleConv(nn.Sequential):
     """Twice a convolution 3x3, BatchNorm and LeakyReLU 0.01."""
 
-    def __init__(self, dim, dim_out, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, dim_out: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__(
             nn.Conv2d(dim, dim_out, 3, padding=1, **dd),
             nn.BatchNorm2d(dim_out, **dd),
@@ -59,14 +59,14 @@ class DoubleConv(nn.Sequential):
 class Down(nn.Sequential):
     """Half the size: the largest of 2x2, and a `DoubleConv`."""
 
-    def __init__(self, dim, dim_out, device=None, dtype=None):
+    def __init__(self, dim: int, dim_out: int, device=None, dtype=None):
         super().__init__(nn.MaxPool2d(2), DoubleConv(dim, dim_out, device=device, dtype=dtype))
 
 
 class Up(nn.Module):
     """The map, bilinearly at twice the size, beside the skip's, and a `DoubleConv`."""
 
-    def __init__(self, dim, skip, dim_out, device=None, dtype=None):
+    def __init__(self, dim: int, skip: bool, dim_out: int, device=None, dtype=None):
         super().__init__()
         self.conv = DoubleConv(skip + dim, dim_out, device=device, dtype=dtype)
 
@@ -84,8 +84,8 @@ class BEVFusion(nn.Module):
         dim: Channels of the BEV branch's map; the others' have the width `dim_in` and are brought to it first.
     """
 
-    def __init__(self, dim, dim_in, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, dim_in: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.adapter_sem = nn.Conv2d(dim_in, dim, 1, **dd)
         self.adapter_com = nn.Conv2d(dim_in, dim, 1, **dd)
@@ -107,8 +107,8 @@ class BEVStage(nn.Module):
 
     __prepare_scriptable__ = refuse_script
 
-    def __init__(self, dim=64, dim_out=128, fused=True, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int = 64, dim_out: int = 128, fused: bool = True, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.num_classes = 0
         self.down = Down(dim, dim_out, **dd)
@@ -134,15 +134,15 @@ class BEVUNet(nn.Module):
 
     def __init__(
         self,
-        height=32,
-        in_chans=None,
-        num_classes=20,
-        dims=(64, 128, 256, 512, 512),
-        drop_rate=0.5,
+        height: int = 32,
+        in_chans: int | None = None,
+        num_classes: int = 20,
+        dims: tuple[int, ...] = (64, 128, 256, 512, 512),
+        drop_rate: float = 0.5,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.height, self.num_classes = height, num_classes
         in_chans = in_chans or 2 * height
@@ -183,8 +183,8 @@ class BEVUNet(nn.Module):
 class ResidualConv3d(nn.Module):
     """``ReLU(Conv(ReLU(Conv(x))) + shortcut(x))`` of 3x3x3 voxels, the shortcut 1x1x1 where the width changes."""
 
-    def __init__(self, dim, dim_out, dilation=1, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, dim_out: int, dilation: int = 1, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.conv1 = nn.Conv3d(dim, dim_out, 3, padding=dilation, dilation=dilation, **dd)
         self.conv2 = nn.Conv3d(dim_out, dim_out, 3, padding=dilation, dilation=dilation, **dd)
@@ -203,8 +203,8 @@ class CompletionBranch(nn.Module):
         dim: Channels of voxels at stride 2; twice and four times as many at 4 and 8.
     """
 
-    def __init__(self, height, widths, dim=16, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, height: int, widths, dim: int = 16, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         dims = [dim, 2 * dim, 4 * dim]
         folded = dim * height // 2  # channels times height, at each stride
@@ -295,7 +295,7 @@ def neighbours(coordinates, size):
 class SubmanifoldConv3d(nn.Module):
     """Convolution 3x3x3 of occupied voxels, computed where there are some (arXiv 1711.10275)."""
 
-    def __init__(self, dim, dim_out, device=None, dtype=None):
+    def __init__(self, dim: int, dim_out: int, device=None, dtype=None):
         super().__init__()
         self.linear = nn.Linear(27 * dim, dim_out, bias=False, device=device, dtype=dtype)
 
@@ -307,8 +307,8 @@ class SubmanifoldConv3d(nn.Module):
 class SparseResidual(nn.Module):
     """Two submanifold convolutions with BatchNorm and LeakyReLU 0.1, and a linear shortcut."""
 
-    def __init__(self, dim, dim_out, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, dim_out: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.conv1 = SubmanifoldConv3d(dim, dim_out, **dd)
         self.norm1 = nn.BatchNorm1d(dim_out, **dd)
@@ -330,8 +330,8 @@ class MultiScalePooling(nn.Module):
 
     scales = (2, 4, 6, 8)
 
-    def __init__(self, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.maps = nn.ModuleList(nn.Linear(dim, dim, **dd) for _ in self.scales)
         self.reduce = nn.Linear(dim, dim // 2, **dd)
@@ -358,8 +358,8 @@ class SemanticBranch(nn.Module):
         num_classes: Classes of the auxiliary heads, which know no empty voxels.
     """
 
-    def __init__(self, dim, widths, num_classes=19, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, widths, num_classes: int = 19, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         pairs = list(zip([dim, *widths], widths, strict=False))
         self.residuals = nn.ModuleList(SparseResidual(a, b, **dd) for a, b in pairs)
@@ -397,8 +397,8 @@ class VoxelEncoder(nn.Module):
 
     scales = (2, 4)
 
-    def __init__(self, dim=32, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int = 32, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         half = dim // 2
         self.place = nn.ModuleList(nn.Linear(7, half, **dd) for _ in self.scales)
@@ -441,15 +441,15 @@ class OccRWKV(nn.Module):
 
     def __init__(
         self,
-        height=32,
-        num_classes=20,
-        dims=(64, 128, 256, 512, 512),
-        voxel_dim=32,
-        drop_rate=0.5,
+        height: int = 32,
+        num_classes: int = 20,
+        dims: tuple[int, ...] = (64, 128, 256, 512, 512),
+        voxel_dim: int = 32,
+        drop_rate: float = 0.5,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         if height < 8 or height % 8:
             raise ValueError(f"height: expected a multiple of 8, got {height}")

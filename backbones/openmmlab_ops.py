@@ -322,8 +322,8 @@ def modulated_deform_conv_backward(
 
 
 def _attended(shapes: Tensor) -> Callable[..., Tensor]:
-    shapes = [tuple(shape) for shape in shapes.tolist()]
-    return lambda value, locations, weights: sampled_attention(value, shapes, locations, weights)
+    sizes = [tuple(shape) for shape in shapes.tolist()]
+    return lambda value, locations, weights: sampled_attention(value, sizes, locations, weights)
 
 
 def ms_deform_attn_forward(

@@ -37,8 +37,8 @@ class PromptEncoder(nn.Module):
         dim: Width D of the tokens.
     """
 
-    def __init__(self, dim=256, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int = 256, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.register_buffer("frequencies", torch.empty(2, dim // 2, **dd))
         self.point = nn.Parameter(torch.empty(2, dim, **dd))  # of negative and positive points
@@ -95,8 +95,8 @@ class Attention(nn.Module):
         num_heads: Heads.
     """
 
-    def __init__(self, dim, inner, num_heads=8, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, inner, num_heads: int = 8, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.num_heads = num_heads
         self.q_proj = nn.Linear(dim, inner, **dd)
@@ -120,8 +120,8 @@ class TwoWayBlock(nn.Module):
         first: The first block: its self-attention knows no places and takes the residual stream's place.
     """
 
-    def __init__(self, dim, first=False, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, first: bool = False, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.first = first
         self.self_attn = Attention(dim, dim, **dd)
@@ -150,7 +150,7 @@ class TwoWayBlock(nn.Module):
 
 def mlp3(dim, dim_out, device=None, dtype=None):
     """Three linear maps with ReLU between."""
-    dd = {"device": device, "dtype": dtype}
+    dd: dict = {"device": device, "dtype": dtype}
     return nn.Sequential(
         nn.Linear(dim, dim, **dd), nn.ReLU(), nn.Linear(dim, dim, **dd), nn.ReLU(), nn.Linear(dim, dim_out, **dd)
     )
@@ -167,8 +167,8 @@ class MaskDecoder(nn.Module):
         depth: Two-way blocks.
     """
 
-    def __init__(self, dim, fine, middle, depth=2, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, fine, middle, depth: int = 2, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         width, out = dim // 4, dim // 8
 
@@ -320,9 +320,15 @@ class RWKVSAM(nn.Module):
     __prepare_scriptable__ = refuse_script
 
     def __init__(
-        self, backbone_name="rwkvsam_backbone_s", img_size=1024, dim=256, backbone_args=None, device=None, dtype=None
+        self,
+        backbone_name: str = "rwkvsam_backbone_s",
+        img_size: int | tuple[int, int] = 1024,
+        dim: int = 256,
+        backbone_args: dict | None = None,
+        device=None,
+        dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         if dim % 16:
             raise ValueError(f"dim: expected a multiple of 16, got {dim}")

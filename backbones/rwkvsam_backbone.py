@@ -31,8 +31,8 @@ _layer_norm = partial(nn.LayerNorm, eps=1e-6)
 class Stem(nn.Module):
     """Images ``(B, C, H, W)`` to maps ``(B, H / 2, W / 2, dim)``: two convolutions 3x3, LayerNorm and GELU between."""
 
-    def __init__(self, in_chans, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, dim, 3, 2, padding=1, **dd)
         self.norm1 = _layer_norm(dim, **dd)
@@ -48,8 +48,8 @@ class MBConv(nn.Module):
     changes.
     """
 
-    def __init__(self, dim, dim_out, stride=1, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, dim_out: int, stride: int = 1, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         hidden = 4 * dim_out
         self.stride = stride
@@ -73,8 +73,8 @@ class MBConv(nn.Module):
 class NormConv(nn.Module):
     """LayerNorm and a convolution 3x3 of stride 2."""
 
-    def __init__(self, dim, dim_out, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, dim_out: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm = _layer_norm(dim, **dd)
         self.proj = Conv2dNHWC(dim, dim_out, 3, 2, padding=1, **dd)
@@ -87,8 +87,8 @@ class NormConv(nn.Module):
 class MapBlock(RWKVBlock):
     """A block of Vision-RWKV on a map ``(B, H, W, C)``, twice as wide in its channel mixer."""
 
-    def __init__(self, dim, layer, layers, init_values, drop_path, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, layer, layers: int, init_values: float, drop_path: float, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         mixers = SpatialMix(dim, layer, layers, **dd), ChannelMix(dim, 2 * dim, layer, layers, **dd)
         super().__init__(dim, *mixers, init_values=init_values, eps=1e-6, drop_path=drop_path, **dd)
 
@@ -114,18 +114,18 @@ class RWKVSAMBackbone(Pyramid):
 
     def __init__(
         self,
-        in_chans=3,
-        num_classes=1000,
-        global_pool="avg",
-        dims=(32, 64, 192),
-        depths=(2, 4, 8, 6),
-        init_values=1e-2,
-        drop_rate=0.0,
-        drop_path_rate=0.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: tuple[int, ...] = (32, 64, 192),
+        depths: tuple[int, ...] = (2, 4, 8, 6),
+        init_values: float = 1e-2,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         fine, middle, coarse = dims
         super().__init__((*dims, coarse), 4, in_chans, num_classes, drop_rate)
         self.feature_info[-1]["reduction"] = 16

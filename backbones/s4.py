@@ -21,7 +21,7 @@ __all__ = ["PixelS4D", "PixelS5"]
 class Block(nn.Module):
     """``x += Mixer(LN(x))`` on tokens ``(B, L, C)``; the grid of the pixels does not matter."""
 
-    def __init__(self, dim, mixer, drop_path=0.0, device=None, dtype=None):
+    def __init__(self, dim: int, mixer, drop_path: float = 0.0, device=None, dtype=None):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-5, device=device, dtype=dtype)
         self.mixer = mixer
@@ -51,20 +51,20 @@ class PixelSequence(Isotropic):
 
     def __init__(
         self,
-        img_size=32,
-        in_chans=3,
-        num_classes=10,
-        global_pool="avg",
-        dim=128,
-        depth=4,
-        drop_rate=0.0,
-        proj_drop_rate=0.0,
-        drop_path_rate=0.0,
+        img_size: int | tuple[int, int] = 32,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        global_pool: str = "avg",
+        dim: int = 128,
+        depth: int = 4,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
         **mixer_args,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         base = dict(img_size=img_size, patch_size=1, stride=1, in_chans=in_chans, num_classes=num_classes)
         base |= dict(global_pool=global_pool, dim=dim, depth=depth, class_token=False, positions=False)
         super().__init__(**base, drop_rate=drop_rate, **dd)

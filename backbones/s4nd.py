@@ -23,7 +23,7 @@ __all__ = ["S4NDConvNeXt"]
 class PooledGLU(nn.Module):
     """Means over windows of `stride` by `stride`, cut off at the edges, and ``GLU(W x)``."""
 
-    def __init__(self, dim, dim_out, stride, device=None, dtype=None):
+    def __init__(self, dim: int, dim_out: int, stride: int, device=None, dtype=None):
         super().__init__()
         self.stride = stride
         self.proj = nn.Linear(dim, 2 * dim_out, device=device, dtype=dtype)
@@ -36,8 +36,8 @@ class PooledGLU(nn.Module):
 class Stem(nn.Module):
     """A full S4ND convolution at the image's own resolution, and pooling: ``(B, 3, H, W)`` to ``(B, H/4, W/4, C)``."""
 
-    def __init__(self, in_chans, dim, hidden=32, length=16, device=None, dtype=None, **kernel):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, in_chans: int, dim: int, hidden: int = 32, length: int = 16, device=None, dtype=None, **kernel):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.conv = S4ND(in_chans, linear=True, out_channels=hidden, length=length, **kernel, **dd)
         self.pool = PooledGLU(hidden, dim, 4, **dd)
@@ -50,8 +50,8 @@ class Stem(nn.Module):
 class Downsample(nn.Module):
     """``GLU(W pool(S4ND(LN(x))))``: half the size, rounded up."""
 
-    def __init__(self, dim, dim_out, length, device=None, dtype=None, **kernel):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, dim_out: int, length: int, device=None, dtype=None, **kernel):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.conv = S4ND(dim, linear=True, length=length, **kernel, **dd)
@@ -64,8 +64,10 @@ class Downsample(nn.Module):
 class Block(nn.Module):
     """ConvNeXt's, with S4ND for the 7x7 depthwise convolution: ``x += gamma * MLP(LN(S4ND(x)))``."""
 
-    def __init__(self, dim, length, drop_path=0.0, scale_init=1e-6, device=None, dtype=None, **kernel):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self, dim: int, length: int, drop_path: float = 0.0, scale_init: float = 1e-6, device=None, dtype=None, **kernel
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.scale_init = scale_init
         self.conv = S4ND(dim, linear=True, length=length, **kernel, **dd)
@@ -103,32 +105,32 @@ class S4NDConvNeXt(Pyramid):
 
     def __init__(
         self,
-        img_size=224,
-        in_chans=3,
-        num_classes=1000,
-        global_pool="avg",
-        dims=(96, 192, 384, 768),
-        depths=(3, 3, 9, 3),
-        kernel="low_rank",
-        d_state=64,
-        init="fourier",
-        dt_min=0.1,
-        dt_max=1.0,
-        drop_rate=0.0,
-        drop_path_rate=0.0,
+        img_size: int = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: tuple[int, ...] = (96, 192, 384, 768),
+        depths: tuple[int, ...] = (3, 3, 9, 3),
+        kernel: str = "low_rank",
+        d_state: int = 64,
+        init: str = "fourier",
+        dt_min: float = 0.1,
+        dt_max: float = 1.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__(dims, 4, in_chans, num_classes, drop_rate)
-        kernel = dict(kernel=kernel, d_state=d_state, init=init, dt_min=dt_min, dt_max=dt_max)
+        settings = dict(kernel=kernel, d_state=d_state, init=init, dt_min=dt_min, dt_max=dt_max)
         lengths = [-(-img_size // info["reduction"]) for info in self.feature_info]
-        self.stem = Stem(in_chans, dims[0], **kernel, **dd)
+        self.stem = Stem(in_chans, dims[0], **settings, **dd)
         drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
         for i, (dim, length) in enumerate(zip(dims, lengths, strict=True)):
-            down = Downsample(dims[i - 1], dim, lengths[i - 1], **kernel, **dd) if i else None
-            stages.append(Stage([Block(dim, length, rate, **kernel, **dd) for rate in drop_path[i]], down))
+            down = Downsample(dims[i - 1], dim, lengths[i - 1], **settings, **dd) if i else None
+            stages.append(Stage([Block(dim, length, rate, **settings, **dd) for rate in drop_path[i]], down))
         self.stages = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6, **dd)
         self.head = self.classifier_head(global_pool, **dd)

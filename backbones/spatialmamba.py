@@ -37,8 +37,8 @@ class StateFusion(nn.Module):
 
     dilations = (1, 3, 5)
 
-    def __init__(self, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.kernels = nn.Parameter(torch.empty(len(self.dilations), dim, 3, 3, **dd))
         self.alpha = nn.Parameter(torch.empty(len(self.dilations), **dd))
@@ -65,7 +65,7 @@ class StateFusion(nn.Module):
     def fuse(self):
         """The same as one convolution, with the kernels' present values."""
         dim, border = self.kernels.shape[1], max(self.dilations)
-        dd = {"device": self.kernels.device, "dtype": self.kernels.dtype}
+        dd: dict = {"device": self.kernels.device, "dtype": self.kernels.dtype}
         shape = dict(kernel_size=2 * border + 1, padding=border, padding_mode="replicate", groups=dim, bias=False)
         merged = Conv2dNHWC(dim, dim, **shape, **dd)
         merged.weight.zero_()
@@ -83,8 +83,8 @@ class StructureAwareSSM(nn.Module):
     of the selective scan of x in raster order.
     """
 
-    def __init__(self, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         inner = 2 * dim
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
@@ -128,17 +128,17 @@ class SpatialMamba(Pyramid):
 
     def __init__(
         self,
-        in_chans=3,
-        num_classes=1000,
-        global_pool="avg",
-        dim=64,
-        depths=(2, 4, 8, 4),
-        drop_rate=0.0,
-        drop_path_rate=0.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dim: int = 64,
+        depths: tuple[int, ...] = (2, 4, 8, 4),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         dims = [dim * 2**i for i in range(len(depths))]
         super().__init__(dims, 4, in_chans, num_classes, drop_rate)
         self.stem = MLLAStem(in_chans, dim, **dd)

@@ -24,8 +24,8 @@ __all__ = ["Vim"]
 class Block(nn.Module):
     """``r + Mixer(RMS(r))`` with the residual stream r in float32 whatever the weights' dtype."""
 
-    def __init__(self, dim, drop_path=0.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, drop_path: float = 0.0, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm = RMSNorm(dim, **dd)
         self.mixer = VimMixer(dim, **dd)
@@ -53,20 +53,20 @@ class Vim(Isotropic):
 
     def __init__(
         self,
-        img_size=224,
-        patch_size=16,
-        stride=16,
-        in_chans=3,
-        num_classes=1000,
-        global_pool="token",
-        dim=192,
-        depth=24,
-        drop_rate=0.0,
-        drop_path_rate=0.0,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        stride: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        dim: int = 192,
+        depth: int = 24,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__(
             img_size, patch_size, stride, in_chans, num_classes, global_pool, dim, depth, True, drop_rate, **dd
         )

@@ -44,8 +44,8 @@ class ChannelScan(nn.Module):
         grid: Cells along each side for the selection.
     """
 
-    def __init__(self, d_state=16, grid=7, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, d_state: int = 16, grid: int = 7, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.d_state, self.grid = d_state, grid
         self.x_proj = nn.Parameter(torch.empty(2, 1 + 2 * d_state, grid * grid, **dd))
@@ -92,8 +92,8 @@ class ChannelMixer(nn.Module):
     """Selective channel mixer: ``W_out (LN(ChannelScan(SiLU(DWConv(v)))) * SiLU(g))`` with ``[v, g] = W_in x``, v and g
     of `ratio` times the width."""
 
-    def __init__(self, dim, d_state=16, ratio=1.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, d_state: int = 16, ratio: float = 1.0, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         inner = int(ratio * dim)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
@@ -114,8 +114,8 @@ class WeightedAverage(nn.Module):
     input plus all outputs so far, as in a residual network.
     """
 
-    def __init__(self, tokens, channels, learned, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, tokens: int, channels: int, learned: bool, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.tokens = nn.Parameter(torch.empty(tokens, **dd), requires_grad=learned)
         self.channels = nn.Parameter(torch.empty(channels, **dd), requires_grad=learned)
@@ -147,18 +147,18 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        l,
-        dim,
+        l: int,
+        dim: int,
         token_mixers,
         token_ratio,
         channel_ratio,
-        d_state,
-        averaging,
-        drop_path=0.0,
+        d_state: int,
+        averaging: bool,
+        drop_path: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         before = token_mixers * (l - 1) + 1  # token mixers' outputs so far, the stage's input among them
         counts = range(before, before + token_mixers)
@@ -183,7 +183,7 @@ class Block(nn.Module):
 class ViM2Stage(nn.Module):
     """Downsampling, blocks that all see each other's outputs, and one more weighted average that leaves the stage."""
 
-    def __init__(self, blocks, averaging, downsample=None, device=None, dtype=None):
+    def __init__(self, blocks, averaging: bool, downsample: nn.Module | None = None, device=None, dtype=None):
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = nn.Identity() if downsample is None else downsample
@@ -223,22 +223,22 @@ class ViM2(Pyramid):
 
     def __init__(
         self,
-        in_chans=3,
-        num_classes=1000,
-        global_pool="avg",
-        dims=(96, 192, 384, 768),
-        depths=(1, 1, 3, 1),
-        token_mixers=2,
-        ssm_ratio=2.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: tuple[int, ...] = (96, 192, 384, 768),
+        depths: tuple[int, ...] = (1, 1, 3, 1),
+        token_mixers: int = 2,
+        ssm_ratio: float = 2.0,
         channel_ratios=(2.0, 2.0, 2.0, 1.0),
-        d_state=16,
-        averaging=True,
-        drop_rate=0.0,
-        drop_path_rate=0.0,
+        d_state: int = 16,
+        averaging: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__(dims, 4, in_chans, num_classes, drop_rate)
         self.stem = PatchEmbed(None, 4, in_chans, dims[0], nn.LayerNorm, output_fmt="NHWC", **dd)
         drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)

@@ -85,8 +85,8 @@ class MultiHeadScan(nn.Module):
     ``proj(LN([route attention of head 1 | ... | of head h]))``, ``(B, H, W, C)`` to the same.
     """
 
-    def __init__(self, dim, heads, gfu_t, d_state=16, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, heads: int, gfu_t: float, d_state: int = 16, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         width = dim // heads
         self.gfu_t = gfu_t
@@ -110,8 +110,8 @@ class MultiHeadScan(nn.Module):
 class MultiHeadScanMixer(nn.Module):
     """``LN(MHS(SiLU(DWConv(x)))) * SiLU(z)`` with ``[x, z] = W_in u``: no expansion, no output projection."""
 
-    def __init__(self, dim, heads, gfu_t, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, heads: int, gfu_t: float, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.in_proj = nn.Linear(dim, 2 * dim, bias=False, **dd)
         self.conv = Conv2dNHWC(dim, dim, 3, padding=1, groups=dim, **dd)
@@ -126,8 +126,8 @@ class MultiHeadScanMixer(nn.Module):
 class Block(nn.Module):
     """``x += Mixer(LN(x))``."""
 
-    def __init__(self, dim, mixer, drop_path=0.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, mixer, drop_path: float = 0.0, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
         self.mixer = mixer(dim, **dd)
@@ -140,8 +140,8 @@ class Block(nn.Module):
 class PatchExpand(nn.Module):
     """Linear map, pixel shuffle to `scale` times the size, LayerNorm: a map ``(B, H, W, C)`` to `dim_out` channels."""
 
-    def __init__(self, dim, dim_out, scale, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, dim_out: int, scale: float, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.scale = scale
         self.expand = nn.Linear(dim, scale * scale * dim_out, bias=False, **dd)
@@ -174,19 +174,19 @@ class VMUNet(nn.Module):
 
     def __init__(
         self,
-        in_chans=3,
-        num_classes=1,
+        in_chans: int = 3,
+        num_classes: int = 1,
         img_size=None,
-        dims=(96, 192, 384, 768),
-        depths=(2, 2, 2, 2),
-        depths_decoder=(2, 2, 2, 1),
-        num_heads=None,
-        gfu_t=0.5,
-        drop_path_rate=0.2,
+        dims: tuple[int, ...] = (96, 192, 384, 768),
+        depths: tuple[int, ...] = (2, 2, 2, 2),
+        depths_decoder: tuple[int, ...] = (2, 2, 2, 1),
+        num_heads: int | None = None,
+        gfu_t: float = 0.5,
+        drop_path_rate: float = 0.2,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         if num_heads not in (None, 3, 4):
             raise ValueError(f"num_heads: expected 3, 4, or None for SS2D, got {num_heads!r}")

@@ -25,8 +25,8 @@ __all__ = ["VMamba"]
 class ConvStem(nn.Module):
     """Two strided convolutions, each with a LayerNorm, GELU between: ``(B, 3, H, W)`` to ``(B, H/4, W/4, C)``."""
 
-    def __init__(self, in_chans, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.conv1 = Conv2dNHWC(in_chans, dim // 2, 3, 2, padding=1, **dd)
         self.norm1 = nn.LayerNorm(dim // 2, eps=1e-5, **dd)
@@ -42,8 +42,19 @@ class ConvStem(nn.Module):
 class Block(nn.Module):
     """``x += SS2D(LN(x))``, then ``x += MLP(LN(x))`` where `mlp_ratio` is not 0; `mlp` names the MLP."""
 
-    def __init__(self, dim, ratio, d_state, gated, mlp_ratio, mlp="mlp", drop_path=0.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self,
+        dim: int,
+        ratio: float,
+        d_state: int,
+        gated: bool,
+        mlp_ratio: float,
+        mlp: str = "mlp",
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd)
         self.mixer = SS2D(dim, ratio, d_state, gated, **dd)
@@ -81,23 +92,23 @@ class VMamba(Pyramid):
 
     def __init__(
         self,
-        in_chans=3,
-        num_classes=1000,
-        global_pool="avg",
-        dims=(96, 192, 384, 768),
-        depths=(2, 2, 8, 2),
-        ssm_ratio=1.0,
-        d_state=1,
-        gated=False,
-        mlp_ratio=4.0,
-        mlp="mlp",
-        conv_embed=True,
-        drop_rate=0.0,
-        drop_path_rate=0.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: tuple[int, ...] = (96, 192, 384, 768),
+        depths: tuple[int, ...] = (2, 2, 8, 2),
+        ssm_ratio: float = 1.0,
+        d_state: int = 1,
+        gated: bool = False,
+        mlp_ratio: float = 4.0,
+        mlp: str = "mlp",
+        conv_embed: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__(dims, 4, in_chans, num_classes, drop_rate)
         if conv_embed:
             self.stem = ConvStem(in_chans, dims[0], **dd)

@@ -51,23 +51,23 @@ class VRWKV(Isotropic):
 
     def __init__(
         self,
-        img_size=224,
-        patch_size=16,
-        in_chans=3,
-        num_classes=1000,
-        global_pool="avg",
-        dim=192,
-        depth=12,
-        post_norm=False,
-        init_values=None,
-        inner_norm=False,
-        head_hidden=None,
-        drop_rate=0.0,
-        drop_path_rate=0.0,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dim: int = 192,
+        depth: int = 12,
+        post_norm: bool = False,
+        init_values: float | None = None,
+        inner_norm: bool = False,
+        head_hidden: int | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__(
             img_size,
             patch_size,
@@ -99,7 +99,7 @@ class VRWKV(Isotropic):
     @staticmethod
     def mixers(dim, layer, layers, inner_norm, device=None, dtype=None):
         """Token and channel mixer of a block."""
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         spatial = SpatialMix(dim, layer, layers, out_norm=inner_norm, **dd)
         return spatial, ChannelMix(dim, None, layer, layers, hidden_norm=inner_norm, **dd)
 
@@ -150,8 +150,17 @@ class SpatialMix6(nn.Module):
 
     head_dim = 64
 
-    def __init__(self, dim, layer=0, layers=12, mix_rank=32, decay_rank=64, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self,
+        dim: int,
+        layer: int = 0,
+        layers: int = 12,
+        mix_rank: int = 32,
+        decay_rank: int = 64,
+        device=None,
+        dtype=None,
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         if dim % self.head_dim:
             raise ValueError(f"dim: expected a multiple of {self.head_dim}, got {dim}")
@@ -205,7 +214,7 @@ class VRWKV6(VRWKV):
     def mixers(dim, layer, layers, inner_norm, device=None, dtype=None):
         if inner_norm:
             raise ValueError("inner_norm: Vision-RWKV-6 has none, got True")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         spatial = SpatialMix6(dim, layer, layers, **dd)
         return spatial, ChannelMix(dim, None, layer, layers, heads=spatial.heads, **dd)
 

@@ -28,8 +28,17 @@ class VRWKVAdapter(ViTAdapter):
         kwargs: As `VRWKV`.
     """
 
-    def __init__(self, heads=6, ratio=1.0, own_tokens=True, drop_path_rate=0.0, device=None, dtype=None, **kwargs):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self,
+        heads: int = 6,
+        ratio: float = 1.0,
+        own_tokens: bool = True,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         backbone = VRWKV(**{**kwargs, "num_classes": 0, "global_pool": ""}, drop_path_rate=drop_path_rate, **dd)
         super().__init__(backbone, heads, ratio, own_tokens, drop_path_rate, **dd)
 

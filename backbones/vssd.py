@@ -39,8 +39,8 @@ class NCSSD(nn.Module):
         d_state: N.
     """
 
-    def __init__(self, dim, num_heads, d_state, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, num_heads: int, d_state: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         inner, mixed = 2 * dim, 2 * dim + 2 * d_state
         self.num_heads, self.sizes = num_heads, [inner, mixed, num_heads]
@@ -71,8 +71,8 @@ class NCSSD(nn.Module):
 class Attention(nn.Module):
     """Softmax attention among all tokens of the map ``(B, H, W, C)``."""
 
-    def __init__(self, dim, num_heads, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, num_heads: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
@@ -101,19 +101,19 @@ class VSSD(Pyramid):
 
     def __init__(
         self,
-        in_chans=3,
-        num_classes=1000,
-        global_pool="avg",
-        dim=64,
-        depths=(2, 4, 8, 4),
-        num_heads=(2, 4, 8, 16),
-        d_state=64,
-        drop_rate=0.0,
-        drop_path_rate=0.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dim: int = 64,
+        depths: tuple[int, ...] = (2, 4, 8, 4),
+        num_heads: tuple[int, ...] = (2, 4, 8, 16),
+        d_state: int = 64,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         dims = [dim * 2**i for i in range(len(depths))]
         super().__init__(dims, 4, in_chans, num_classes, drop_rate)
         self.stem = MLLAStem(in_chans, dim, **dd)

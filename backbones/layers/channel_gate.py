@@ -12,8 +12,8 @@ class ChannelGate(nn.Module):
         reduction: C over the width inside, rounded down.
     """
 
-    def __init__(self, dim, reduction=8, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, reduction: int = 8, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
         self.fc1 = nn.Linear(dim, dim // reduction, **dd)

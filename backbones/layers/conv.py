@@ -13,8 +13,8 @@ class Conv2dNHWC(nn.Conv2d):
 class ConvDownsample(nn.Module):
     """Convolution 3x3 of stride 2 and a LayerNorm: half the size, rounded up; ``(B, H, W, C)``."""
 
-    def __init__(self, dim, dim_out, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, dim_out: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.conv = Conv2dNHWC(dim, dim_out, 3, 2, padding=1, **dd)
         self.norm = nn.LayerNorm(dim_out, eps=1e-5, **dd)

@@ -33,9 +33,9 @@ class FrequencyBands(nn.Module):
 
     CUTS = (2, 4, 8)  # a band ends at half the sampling rate over each of these
 
-    def __init__(self, channels, device=None, dtype=None):
+    def __init__(self, channels: int, device=None, dtype=None):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         self.weights = nn.ModuleList(nn.Conv2d(channels, 1, 3, padding=1, **dd) for _ in self.CUTS)
         self.reset_parameters()
 
@@ -81,19 +81,19 @@ class FDConv(nn.Module):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel_size=3,
-        stride=1,
-        padding=0,
-        bias=True,
-        kernel_num=64,
-        reduction=16,
-        temperature=1.0,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+        kernel_num: int = 64,
+        reduction: int = 16,
+        temperature: float = 1.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         if kernel_size not in (1, 3) or min(in_channels, out_channels) <= 16:
             raise ValueError(

@@ -31,7 +31,7 @@ class GroupRational(nn.Module):
         init: The function to begin with, 'identity' or 'swish'.
     """
 
-    def __init__(self, groups=8, init="swish", device=None, dtype=None):
+    def __init__(self, groups: int = 8, init: str = "swish", device=None, dtype=None):
         super().__init__()
         if init not in INITIAL:
             raise ValueError(f"init: expected one of {', '.join(INITIAL)}, got {init!r}")
@@ -66,18 +66,18 @@ class GRKAN(nn.Module):
 
     def __init__(
         self,
-        in_features,
-        hidden_features=None,
-        out_features=None,
-        act_layer=None,
-        norm_layer=None,
-        bias=True,
-        drop=0.0,
-        groups=8,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: type[nn.Module] | None = None,
+        norm_layer: type[nn.Module] | None = None,
+        bias: bool = True,
+        drop: float = 0.0,
+        groups: int = 8,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         hidden_features = hidden_features or in_features
         self.act1 = GroupRational(math.gcd(groups, in_features), "identity", **dd)

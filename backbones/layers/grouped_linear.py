@@ -21,7 +21,7 @@ def grouped_linear(x, weight):
 class GroupedLinear(nn.Module):
     """`grouped_linear` with its weight ``(groups, out_features, in_features)``; sizes are those of one group."""
 
-    def __init__(self, groups, in_features, out_features, device=None, dtype=None):
+    def __init__(self, groups: int, in_features: int, out_features: int, device=None, dtype=None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups, out_features, in_features, device=device, dtype=dtype))
         self.reset_parameters()

@@ -94,21 +94,21 @@ class Isotropic(nn.Module):
 
     def __init__(
         self,
-        img_size=224,
-        patch_size=16,
-        stride=16,
-        in_chans=3,
-        num_classes=1000,
-        global_pool="token",
-        dim=192,
-        depth=24,
-        class_token=True,
-        drop_rate=0.0,
-        positions=True,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        stride: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        dim: int = 192,
+        depth: int = 24,
+        class_token: bool = True,
+        drop_rate: float = 0.0,
+        positions: bool = True,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.in_chans = in_chans
         self.num_classes = num_classes

@@ -38,8 +38,8 @@ class BSplineLinear(nn.Module):
         order: Degree of the splines.
     """
 
-    def __init__(self, in_features, out_features, grid=5, order=3, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, in_features: int, out_features: int, grid: int = 5, order: int = 3, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.grid, self.order = grid, order
         self.base = nn.Linear(in_features, out_features, bias=False, **dd)
@@ -64,8 +64,8 @@ class FourierLinear(nn.Module):
         grid: Frequencies.
     """
 
-    def __init__(self, in_features, out_features, grid=5, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, in_features: int, out_features: int, grid: int = 5, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, 2, grid, **dd))
         self.bias = nn.Parameter(torch.empty(out_features, **dd))
@@ -105,19 +105,19 @@ class KAN(nn.Module):
 
     def __init__(
         self,
-        in_features,
-        hidden_features=None,
-        out_features=None,
-        act_layer=None,
-        norm_layer=None,
-        bias=True,
-        drop=0.0,
-        layer="bspline",
-        grid=5,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: type[nn.Module] | None = None,
+        norm_layer: type[nn.Module] | None = None,
+        bias: bool = True,
+        drop: float = 0.0,
+        layer: str = "bspline",
+        grid: int = 5,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         if layer not in self.LAYERS:
             raise ValueError(f"layer: expected one of {', '.join(self.LAYERS)}, got {layer!r}")

@@ -12,8 +12,8 @@ from .conv import Conv2dNHWC
 class MLLAStem(nn.Module):
     """Convolutions of stride 4 with a residual pair in between: ``(B, 3, H, W)`` to ``(B, H/4, W/4, C)``."""
 
-    def __init__(self, in_chans, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype, "act_layer": nn.ReLU}
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype, "act_layer": nn.ReLU}
         super().__init__()
         half = dim // 2
         self.conv1 = ConvNormAct(in_chans, half, 3, 2, **dd)
@@ -30,8 +30,8 @@ class MLLAStem(nn.Module):
 class MLLADownsample(nn.Module):
     """Inverted bottleneck of stride 2: 1x1, depthwise 3x3, 1x1, BatchNorm; half the size, rounded up."""
 
-    def __init__(self, dim, dim_out, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, dim_out: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         hidden = 4 * dim_out
         self.conv1 = nn.Conv2d(dim, hidden, 1, **dd)
@@ -55,8 +55,8 @@ class MLLABlock(nn.Module):
         drop_path: Stochastic depth of the mixer and the MLP.
     """
 
-    def __init__(self, dim, mixer, mlp_ratio=4.0, drop_path=0.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, mixer, mlp_ratio: float = 4.0, drop_path: float = 0.0, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.conv1 = Conv2dNHWC(dim, dim, 3, padding=1, groups=dim, **dd)
         self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd)

@@ -8,7 +8,7 @@ from torch import nn
 class GroupedLayerNorm(nn.Module):
     """LayerNorm of each group's channels with weights of its own: ``(..., G, d)``, weight and bias ``(G, d)``."""
 
-    def __init__(self, groups, dim, eps=1e-5, device=None, dtype=None):
+    def __init__(self, groups: int, dim: int, eps: float = 1e-5, device=None, dtype=None):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(groups, dim, device=device, dtype=dtype))
@@ -26,7 +26,7 @@ class GroupedLayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """``w x / sqrt(mean(x^2) + 1e-5)`` in float32 at least, returned in the dtype of the weight."""
 
-    def __init__(self, dim, device=None, dtype=None):
+    def __init__(self, dim: int, device=None, dtype=None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.reset_parameters()

@@ -23,8 +23,8 @@ class OmniShift(nn.Module):
 
     sizes = (1, 3, 5)
 
-    def __init__(self, dim, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.alpha = nn.Parameter(torch.empty(1 + len(self.sizes), **dd))
         for size in self.sizes:

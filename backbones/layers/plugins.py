@@ -30,18 +30,18 @@ class TVConv(nn.Module):
 
     def __init__(
         self,
-        channels,
+        channels: int,
         size,
-        kernel_size=3,
-        stride=1,
-        position_channels=4,
-        hidden=64,
-        layers=3,
-        bias=False,
+        kernel_size: int = 3,
+        stride: int = 1,
+        position_channels: int = 4,
+        hidden: int = 64,
+        layers: int = 3,
+        bias: bool = False,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.channels, self.size, self.kernel_size, self.stride = channels, tuple(size), kernel_size, stride
         self.positions = nn.Parameter(torch.empty(1, position_channels, *size, **dd))
@@ -82,7 +82,9 @@ class TVConv(nn.Module):
 class _Weighted:
     """See `WeightedConv2d`."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, *args, den=None, trainable=False, **kwargs):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *args, den=None, trainable: bool = False, **kwargs
+    ):
         super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
         radius = self.kernel_size[0] // 2
         if len(set(self.kernel_size)) > 1 or not self.kernel_size[0] % 2:
@@ -150,8 +152,8 @@ class SCSE(nn.Module):
         combine: 'max' (the authors' code) or 'sum' (their first paper) of both gated maps.
     """
 
-    def __init__(self, channels, reduction=2, combine="max", device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, channels: int, reduction: int = 2, combine: str = "max", device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         if combine not in ("max", "sum"):
             raise ValueError(f"combine: expected 'max' or 'sum', got {combine!r}")
@@ -193,8 +195,17 @@ class ChannelPatchEmbed(nn.Module):
         sampling: Hierarchical channel sampling while training: each batch keeps a random subset of its channels.
     """
 
-    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=384, sampling=True, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 384,
+        sampling: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.patch_size, self.grid, self.sampling = patch_size, img_size // patch_size, sampling
         self.proj = nn.Conv2d(1, embed_dim, patch_size, patch_size, **dd)
@@ -281,11 +292,11 @@ class WaRA(nn.Module):
             update is one matrix, `delta`.
     """
 
-    def __init__(self, linear, rank=4, alpha=None, gains=False):
+    def __init__(self, linear, rank: int = 4, alpha: float | None = None, gains: bool = False):
         super().__init__()
         if linear.in_features % 2 or linear.out_features % 2:
             raise ValueError(f"linear: expected even numbers of features, got {linear}")
-        dd = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        dd: dict = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         self.linear = linear.requires_grad_(False)
         self.scale = (rank if alpha is None else alpha) / rank
         self.A = nn.Parameter(torch.empty(rank, linear.in_features // 2, **dd))

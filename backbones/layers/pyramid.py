@@ -20,7 +20,7 @@ class Stage(nn.Module):
         norm: Module after them, None for none.
     """
 
-    def __init__(self, blocks, downsample=None, norm=None):
+    def __init__(self, blocks: list[nn.Module], downsample: nn.Module | None = None, norm: nn.Module | None = None):
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = nn.Identity() if downsample is None else downsample
@@ -53,7 +53,14 @@ class Pyramid(nn.Module):
 
     __prepare_scriptable__ = refuse_script
 
-    def __init__(self, dims, reduction=4, in_chans=3, num_classes=1000, drop_rate=0.0):
+    def __init__(
+        self,
+        dims: tuple[int, ...],
+        reduction: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+    ):
         super().__init__()
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -66,7 +73,7 @@ class Pyramid(nn.Module):
 
     def classifier_head(self, global_pool, device=None, dtype=None):
         """The usual head: global pooling, dropout, a linear classifier."""
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         head = ClassifierHead(
             self.num_features, self.num_classes, global_pool, self.drop_rate, input_fmt=self.output_fmt, **dd
         )

@@ -69,8 +69,17 @@ class SpatialMix(nn.Module):
         out_norm: Whether a LayerNorm follows BiWKV (the authors' `key_norm`).
     """
 
-    def __init__(self, dim, layer=0, layers=12, passes=1, out_norm=False, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self,
+        dim: int,
+        layer: int = 0,
+        layers: int = 12,
+        passes: int = 1,
+        out_norm: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.layer, self.layers = layer, layers
         self.mix = nn.Parameter(torch.empty(3, dim, **dd))  # of k, v, r
@@ -119,8 +128,18 @@ class ChannelMix(nn.Module):
         hidden_norm: Whether a LayerNorm follows the square (the authors' `key_norm`).
     """
 
-    def __init__(self, dim, hidden=None, layer=0, layers=12, heads=1, hidden_norm=False, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self,
+        dim: int,
+        hidden: int | None = None,
+        layer: int = 0,
+        layers: int = 12,
+        heads: int = 1,
+        hidden_norm: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         hidden = hidden or 4 * dim
         self.layer, self.layers, self.heads = layer, layers, heads
@@ -159,18 +178,18 @@ class RWKVBlock(nn.Module):
 
     def __init__(
         self,
-        dim,
+        dim: int,
         mixer,
         mlp,
-        first_norm=False,
-        post_norm=False,
-        init_values=None,
-        eps=1e-5,
-        drop_path=0.0,
+        first_norm: bool = False,
+        post_norm: bool = False,
+        init_values: float | None = None,
+        eps: float = 1e-5,
+        drop_path: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.post_norm = post_norm
         self.norm0 = nn.LayerNorm(dim, eps=eps, **dd) if first_norm else nn.Identity()

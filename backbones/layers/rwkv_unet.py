@@ -28,8 +28,8 @@ class ReWKV(nn.Module):
         passes: Passes of BiWKV, along rows and columns in turns; each has a decay and a bonus.
     """
 
-    def __init__(self, dim, shift, passes=2, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, shift, passes: int = 2, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.decay = nn.Parameter(torch.empty(passes, dim, **dd))
         self.bonus = nn.Parameter(torch.empty(passes, dim, **dd))
@@ -57,8 +57,8 @@ class ReWKV(nn.Module):
 class ChannelMix(nn.Module):
     """``s = shift(z);  sigmoid(W_r s) * W_v relu(W_k s)^2``, four times as wide inside."""
 
-    def __init__(self, dim, shift, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, shift, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.omni_shift = shift
         self.key = nn.Linear(dim, 4 * dim, bias=False, **dd)
@@ -81,8 +81,8 @@ class Level(nn.Module):
         shift: Class of the mixers' token shifts, made of the number of channels.
     """
 
-    def __init__(self, dim, depth, shift=OmniShift, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, depth: int, shift=OmniShift, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.grad_checkpointing = False
         self.blocks = nn.ModuleList(
@@ -103,7 +103,7 @@ class Level(nn.Module):
 class Downsample(nn.Sequential):
     """Half the size, twice the channels: a convolution 3x3 and a pixel unshuffle."""
 
-    def __init__(self, dim, device=None, dtype=None):
+    def __init__(self, dim: int, device=None, dtype=None):
         conv = nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False, device=device, dtype=dtype)
         super().__init__(conv, nn.PixelUnshuffle(2))
 
@@ -111,7 +111,7 @@ class Downsample(nn.Sequential):
 class Upsample(nn.Sequential):
     """Twice the size, half the channels: a convolution 3x3 and a pixel shuffle."""
 
-    def __init__(self, dim, device=None, dtype=None):
+    def __init__(self, dim: int, device=None, dtype=None):
         conv = nn.Conv2d(dim, 2 * dim, 3, padding=1, bias=False, device=device, dtype=dtype)
         super().__init__(conv, nn.PixelShuffle(2))
 
@@ -140,8 +140,17 @@ class RWKVUNet(nn.Module):
 
     multiple = 8  # sides that the U-Net takes without padding
 
-    def __init__(self, in_chans=1, dim=48, depths=(4, 6, 6, 8), refinement=4, shift=OmniShift, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self,
+        in_chans: int = 1,
+        dim: int = 48,
+        depths: tuple[int, ...] = (4, 6, 6, 8),
+        refinement: int = 4,
+        shift=OmniShift,
+        device=None,
+        dtype=None,
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         dims = [dim * 2**i for i in range(len(depths))]
         self.in_chans = self.num_classes = in_chans

@@ -49,20 +49,20 @@ class DiagonalKernel(nn.Module):
 
     def __init__(
         self,
-        dim,
-        d_state=64,
-        channels=1,
-        init="legs",
-        copies=None,
-        discretization="zoh",
-        dt_min=1e-3,
-        dt_max=1e-1,
-        bandlimit=None,
-        length=None,
+        dim: int,
+        d_state: int = 64,
+        channels: int = 1,
+        init: str = "legs",
+        copies: int | None = None,
+        discretization: str = "zoh",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        bandlimit: float | None = None,
+        length: int | None = None,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         copies = copies or dim
         if dim % copies:
@@ -134,19 +134,19 @@ class LowRankKernel(nn.Module):
 
     def __init__(
         self,
-        dim,
-        d_state=64,
-        channels=1,
-        init="legs",
-        copies=None,
-        dt_min=1e-3,
-        dt_max=1e-1,
+        dim: int,
+        d_state: int = 64,
+        channels: int = 1,
+        init: str = "legs",
+        copies: int | None = None,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
         *,
-        length,
+        length: int,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         copies = copies or 1
         if dim % copies:
@@ -254,22 +254,22 @@ class S4ND(nn.Module):
 
     def __init__(
         self,
-        dim,
-        axes=2,
-        kernel="low_rank",
-        d_state=64,
-        bidirectional=True,
-        channels=1,
-        rank=1,
-        linear=False,
-        out_channels=None,
-        length=None,
-        drop=0.0,
+        dim: int,
+        axes: int = 2,
+        kernel: str = "low_rank",
+        d_state: int = 64,
+        bidirectional: bool = True,
+        channels: int = 1,
+        rank: int = 1,
+        linear: bool = False,
+        out_channels: int | None = None,
+        length: int | None = None,
+        drop: float = 0.0,
         device=None,
         dtype=None,
         **kernel_args,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         kernels = {"diagonal": DiagonalKernel, "low_rank": LowRankKernel}
         if kernel not in kernels:
@@ -326,7 +326,7 @@ class S4ND(nn.Module):
 class S4D(S4ND):
     """S4D (arXiv 2206.11893) on sequences ``(B, L, H)``: `S4ND` of one axis with diagonal kernels."""
 
-    def __init__(self, dim, d_state=64, bidirectional=False, init="legs", **kwargs):
+    def __init__(self, dim: int, d_state: int = 64, bidirectional: bool = False, init: str = "legs", **kwargs):
         super().__init__(dim, 1, "diagonal", d_state, bidirectional, init=init, **kwargs)
 
 
@@ -336,7 +336,9 @@ class S4(S4ND):
     `length` is the most steps that an output looks back.
     """
 
-    def __init__(self, dim, d_state=64, bidirectional=False, init="legs", *, length, **kwargs):
+    def __init__(
+        self, dim: int, d_state: int = 64, bidirectional: bool = False, init: str = "legs", *, length: int, **kwargs
+    ):
         super().__init__(dim, 1, "low_rank", d_state, bidirectional, init=init, length=length, **kwargs)
 
 
@@ -411,17 +413,17 @@ class LSSL(nn.Module):
 
     def __init__(
         self,
-        dim,
-        d_state=64,
-        channels=1,
-        learn=False,
-        dt_min=1e-3,
-        dt_max=1e-1,
-        drop=0.0,
+        dim: int,
+        d_state: int = 64,
+        channels: int = 1,
+        learn: bool = False,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        drop: float = 0.0,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.dt_min, self.dt_max = dt_min, dt_max
         state_space = {"A": (d_state, d_state), "B": (d_state,), "log_dt": (dim,)}

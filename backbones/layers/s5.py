@@ -55,8 +55,8 @@ class DiagonalSystem(nn.Module):
 
     optim_hints = dict.fromkeys(("Lambda_re", "Lambda_im", "log_step"), STATE_SPACE)
 
-    def __init__(self, modes, discretization, clip, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, modes: int, discretization: str, clip: bool, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         if discretization not in DISCRETIZATIONS:
             raise ValueError(f"discretization: expected one of {', '.join(DISCRETIZATIONS)}, got {discretization!r}")
@@ -99,20 +99,20 @@ class S5(DiagonalSystem):
 
     def __init__(
         self,
-        dim,
-        d_state=64,
-        blocks=1,
-        init="legs",
-        bidirectional=False,
-        discretization="zoh",
-        clip=True,
-        c_init="lecun",
-        dt_min=1e-3,
-        dt_max=1e-1,
+        dim: int,
+        d_state: int = 64,
+        blocks: int = 1,
+        init: str = "legs",
+        bidirectional: bool = False,
+        discretization: str = "zoh",
+        clip: bool = True,
+        c_init: str = "lecun",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         if c_init not in ("lecun", "truncated", "complex_normal"):
             raise ValueError(f"c_init: expected 'lecun', 'truncated' or 'complex_normal', got {c_init!r}")
         modes = d_state if init == "ptd" else d_state // 2
@@ -180,8 +180,8 @@ class S5Mixer(nn.Module):
         kwargs: Those of `S5`.
     """
 
-    def __init__(self, dim, activation="half_glu1", drop=0.0, device=None, dtype=None, **kwargs):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, activation: str = "half_glu1", drop: float = 0.0, device=None, dtype=None, **kwargs):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -225,18 +225,18 @@ class ConvS5(DiagonalSystem):
 
     def __init__(
         self,
-        dim,
-        d_state=64,
-        blocks=1,
-        kernel_size=3,
-        discretization="zoh",
-        clip=True,
-        dt_min=1e-3,
-        dt_max=1e-1,
+        dim: int,
+        d_state: int = 64,
+        blocks: int = 1,
+        kernel_size: int = 3,
+        discretization: str = "zoh",
+        clip: bool = True,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__(d_state // 2, discretization, clip, **dd)
         self.dim, self.d_state, self.blocks, self.kernel_size = dim, d_state, blocks, kernel_size
         self.dt_min, self.dt_max = dt_min, dt_max
@@ -304,8 +304,10 @@ class ConvS5Head(nn.Module):
 
     KINDS = {"standard": 1, "resnet": 2, "diag_resnet": 1, "half_glu": 0}  # and their convolutions
 
-    def __init__(self, dim, kind="resnet", kernel_size=3, num_groups=32, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self, dim: int, kind: str = "resnet", kernel_size: int = 3, num_groups: int = 32, device=None, dtype=None
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         if kind not in self.KINDS:
             raise ValueError(f"kind: expected one of {', '.join(self.KINDS)}, got {kind!r}")
@@ -342,9 +344,18 @@ class ConvS5Layer(nn.Module):
     """
 
     def __init__(
-        self, dim, head="resnet", norm="post", num_groups=32, drop=0.0, kernel_size=3, device=None, dtype=None, **kwargs
+        self,
+        dim: int,
+        head: str = "resnet",
+        norm: str = "post",
+        num_groups: int = 32,
+        drop: float = 0.0,
+        kernel_size: int = 3,
+        device=None,
+        dtype=None,
+        **kwargs,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         if norm not in ("pre", "post", None):
             raise ValueError(f"norm: expected 'pre', 'post' or None, got {norm!r}")

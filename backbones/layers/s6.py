@@ -34,14 +34,14 @@ class S6(nn.Module):
 
     def __init__(
         self,
-        dim,
-        groups,
-        d_state=1,
-        dt_rank=None,
+        dim: int,
+        groups: int,
+        d_state: int = 1,
+        dt_rank: int | None = None,
         device=None,
         dtype=None,
     ):
-        dd = {"device": device, "dtype": dtype}
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.dim, self.groups, self.d_state = dim, groups, d_state
         self.dt_rank = dt_rank or math.ceil(dim / 16)

@@ -16,7 +16,7 @@ def rescale(dim, old, new, device=None, dtype=None):
     Raises:
         ValueError: one stride is not the other times a power of two.
     """
-    dd = {"device": device, "dtype": dtype}
+    dd: dict = {"device": device, "dtype": dtype}
     steps = math.log2(old / new)
     if not steps.is_integer():
         raise ValueError(f"stride: expected {new} times a power of two, got {old}")

@@ -26,8 +26,8 @@ class SS2D(nn.Module):
         gated: Whether a gate branch multiplies the output (VMamba's first version; its convolution has a bias, too).
     """
 
-    def __init__(self, dim, ratio=2.0, d_state=1, gated=False, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, ratio: float = 2.0, d_state: int = 1, gated: bool = False, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         inner = int(ratio * dim)
         self.gated = gated

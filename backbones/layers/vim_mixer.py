@@ -15,7 +15,7 @@ from .s6 import S6
 class CausalConv(nn.Module):
     """`linzoo.ops.causal_conv1d` and SiLU with weights ``(groups, dim, taps)`` and bias ``(groups, dim)``."""
 
-    def __init__(self, dim, groups, taps=4, device=None, dtype=None):
+    def __init__(self, dim: int, groups: int, taps: int = 4, device=None, dtype=None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups, dim, taps, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(groups, dim, device=device, dtype=dtype))
@@ -45,8 +45,10 @@ class VimMixer(nn.Module):
         taps: Width of the causal convolution.
     """
 
-    def __init__(self, dim, directions=2, expand=2, d_state=16, taps=4, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self, dim: int, directions: int = 2, expand: int = 2, d_state: int = 16, taps: int = 4, device=None, dtype=None
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         inner = expand * dim
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)

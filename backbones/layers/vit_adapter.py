@@ -88,8 +88,8 @@ class MSDeformAttention(nn.Module):
         ratio: Width of the values over `dim`.
     """
 
-    def __init__(self, dim, levels, heads, points=4, ratio=1.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, levels: int, heads: int, points: int = 4, ratio: float = 1.0, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         inner = int(dim * ratio)
         if inner % heads:
@@ -132,8 +132,8 @@ class MSDeformAttention(nn.Module):
 class ConvFFN(nn.Module):
     """Linear, depthwise 3x3 convolution of every level's map with the same weights, GELU, linear."""
 
-    def __init__(self, dim, hidden, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, hidden: int, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
@@ -152,8 +152,8 @@ class ConvFFN(nn.Module):
 class Injector(nn.Module):
     """``x + gamma * attention(LN(x), LN(c))``: the backbone's tokens x read the pyramid c. gamma begins at 0."""
 
-    def __init__(self, dim, heads, ratio, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, heads: int, ratio: float, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.query_norm = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.feat_norm = nn.LayerNorm(dim, eps=1e-6, **dd)
@@ -172,8 +172,8 @@ class Injector(nn.Module):
 class Extractor(nn.Module):
     """``c += attention(LN(c), LN(x)); c += ConvFFN(LN(c))``: the pyramid c reads the backbone's tokens x."""
 
-    def __init__(self, dim, heads, ratio, drop_path=0.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, dim: int, heads: int, ratio: float, drop_path: float = 0.0, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.query_norm = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.feat_norm = nn.LayerNorm(dim, eps=1e-6, **dd)
@@ -195,8 +195,8 @@ def _conv_norm_act(in_chans, out_chans, stride, **dd):
 class SpatialPrior(nn.Module):
     """Convolutions that see what patches are too coarse for: maps of `dim` channels at strides 4, 8, 16 and 32."""
 
-    def __init__(self, in_chans, dim, width=64, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(self, in_chans: int, dim: int, width: int = 64, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         stem = _conv_norm_act(in_chans, width, 2, **dd)
         stem += [layer for _ in range(2) for layer in _conv_norm_act(width, width, 1, **dd)]
@@ -217,8 +217,10 @@ class SpatialPrior(nn.Module):
 class Interaction(nn.Module):
     """What stands around a group of the backbone's blocks: an injector before it, extractors after it."""
 
-    def __init__(self, dim, heads, ratio, extractors=1, drop_path=0.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self, dim: int, heads: int, ratio: float, extractors: int = 1, drop_path: float = 0.0, device=None, dtype=None
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.injector = Injector(dim, heads, ratio, **dd)
         self.extractors = nn.ModuleList(Extractor(dim, heads, ratio, drop_path, **dd) for _ in range(extractors))
@@ -246,8 +248,17 @@ class ViTAdapter(nn.Module):
 
     levels = 4
 
-    def __init__(self, backbone, heads=6, ratio=1.0, own_tokens=True, drop_path=0.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: int = 6,
+        ratio: float = 1.0,
+        own_tokens: bool = True,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         dim, depth = backbone.num_features, len(backbone.blocks)
         if depth % self.levels or backbone.stride != 16 or backbone.cls_token is not None:
