@@ -12,31 +12,23 @@ import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
+from torch import Tensor, nn
 
 from .layers import Conv2dNHWC, OmniShift
+from .layers.haar import haar, inverse_haar
 from .layers.rwkv_unet import RWKVUNet
 
 __all__ = ["FSRWKV"]
 
 
-def haar(x):
-    """One level of the orthonormal Haar transform of a map ``(B, H, W, C)``, sides even.
-
-    Returns:
-        The bands LL, LH (changes along rows), HL (along columns) and HH: ``(B, H/2, W/2, C)`` each.
-    """
-    a, b, c, d = x[:, ::2, ::2], x[:, ::2, 1::2], x[:, 1::2, ::2], x[:, 1::2, 1::2]
-    return (a + b + c + d) / 2, (a - b + c - d) / 2, (a + b - c - d) / 2, (a - b - c + d) / 2
+def bands(x: Tensor) -> list[Tensor]:
+    """The bands LL, LH (changes along rows), HL (along columns) and HH of a map with even sides."""
+    return [band for half in haar(x, -3) for band in haar(half, -2)]
 
 
-def inverse_haar(ll, lh, hl, hh):
-    """The inverse of `haar`."""
-    rows = [
-        torch.stack([(ll + lh + hl + hh) / 2, (ll - lh + hl - hh) / 2], 3),
-        torch.stack([(ll + lh - hl - hh) / 2, (ll - lh - hl + hh) / 2], 3),
-    ]
-    return torch.stack(rows, 2).flatten(3, 4).flatten(1, 2)  # (B, H/2, 2, W/2, 2, C) to (B, H, W, C)
+def from_bands(ll: Tensor, lh: Tensor, hl: Tensor, hh: Tensor) -> Tensor:
+    """The inverse of `bands`."""
+    return inverse_haar(inverse_haar(ll, lh, -2), inverse_haar(hl, hh, -2), -3)
 
 
 class FSOShift(nn.Module):
@@ -53,8 +45,8 @@ class FSOShift(nn.Module):
         H, W = x.shape[1:3]
         if H % 2 or W % 2:
             x = F.pad(x.permute(0, 3, 1, 2), (0, W % 2, 0, H % 2), mode="replicate").permute(0, 2, 3, 1)
-        ll, *high = haar(x)
-        return inverse_haar(self.low(ll), *high)[:, :H, :W]
+        ll, *high = bands(x)
+        return from_bands(self.low(ll), *high)[:, :H, :W]
 
 
 class SFEB(nn.Module):

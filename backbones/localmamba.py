@@ -21,7 +21,7 @@ from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
 from .layers import SS2D, ChannelGate, Isotropic, Pyramid, RMSNorm, Stage, VimMixer, resize_pos_embed, zero_pad
-from .layers.checkpoint import SS2D_NAMES, rename, reshape_as, unwrap_state_dict
+from .layers.checkpoint import MAMBA_NAMES, SS2D_NAMES, rename, reshape_as, unwrap_state_dict
 from .layers.pretrained import imagenet_cfg
 
 __all__ = ["LocalVMamba", "LocalVim"]
@@ -332,15 +332,6 @@ _LOCALVIM_RENAMES = [
     (r"\.attn\.channel_select\.", ".attn.fc2."),
     (r"^layers\.", "blocks."),
 ]
-_SCAN_KEYS = {
-    "conv1d.weight": "conv.weight",
-    "conv1d.bias": "conv.bias",
-    "x_proj.weight": "s6.x_proj",
-    "dt_proj.weight": "s6.dt_weight",
-    "dt_proj.bias": "s6.dt_bias",
-    "A_log": "s6.A_log",
-    "D": "s6.D",
-}
 
 
 def _local_vmamba_filter_fn(state_dict, model):
@@ -363,7 +354,7 @@ def _localvim_filter_fn(state_dict, model):
         if match is None:
             out[key] = value
         else:
-            name = match[1] + _SCAN_KEYS[match[2] + (match[4] or "")]
+            name = match[1] + MAMBA_NAMES[match[2] + (match[4] or "")]
             scans.setdefault(name, {})[int(match[3])] = value
     out |= {name: torch.stack([parts[i] for i in sorted(parts)]) for name, parts in scans.items()}
     out = reshape_as(out, model)

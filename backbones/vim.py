@@ -16,6 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from .layers import Isotropic, RMSNorm, VimMixer, resize_pos_embed, unwrap_state_dict
+from .layers.checkpoint import MAMBA_NAMES
 from .layers.pretrained import imagenet_cfg
 
 __all__ = ["Vim"]
@@ -100,17 +101,6 @@ class Vim(Isotropic):
 
 
 # The published names of one direction's parameters (the backward one's have `_b`) and ours for the two stacked.
-_DIRECTION_KEYS = {
-    "conv1d.weight": "conv.weight",
-    "conv1d.bias": "conv.bias",
-    "x_proj.weight": "s6.x_proj",
-    "dt_proj.weight": "s6.dt_weight",
-    "dt_proj.bias": "s6.dt_bias",
-    "A_log": "s6.A_log",
-    "D": "s6.D",
-}
-
-
 def checkpoint_filter_fn(state_dict, model):
     """Converts the published state dict to ours, and the position table to the model's grid."""
     state_dict = unwrap_state_dict(state_dict)
@@ -125,8 +115,8 @@ def checkpoint_filter_fn(state_dict, model):
                 continue
             block, name = f"blocks.{match[1]}.", match[2].removeprefix("mixer.").replace("A_b_log", "A_log_b")
             forward = re.sub(r"_b(?=\.|$)", "", name)
-            if forward in _DIRECTION_KEYS:
-                key = f"{block}mixer.{_DIRECTION_KEYS[forward]}"
+            if forward in MAMBA_NAMES:
+                key = f"{block}mixer.{MAMBA_NAMES[forward]}"
                 value = value.squeeze(1) if forward == "conv1d.weight" else value
                 directions.setdefault(key, {})[name != forward] = value
             else:

@@ -22,6 +22,17 @@ SS2D_NAMES = [
     (r"\.op\.", ".mixer."),
 ]
 
+# Mamba's own names of what runs along one direction, and ours.
+MAMBA_NAMES = {
+    "conv1d.weight": "conv.weight",
+    "conv1d.bias": "conv.bias",
+    "x_proj.weight": "s6.x_proj",
+    "dt_proj.weight": "s6.dt_weight",
+    "dt_proj.bias": "s6.dt_bias",
+    "A_log": "s6.A_log",
+    "D": "s6.D",
+}
+
 
 def unwrap_state_dict(checkpoint):
     """The state dict in a published training checkpoint: its averaged (EMA) weights where it has them."""

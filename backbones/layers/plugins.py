@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import nn
 
+from .haar import haar, inverse_haar
+
 # --- TVConv ---------------------------------------------------------------------------------------------------------
 
 
@@ -264,17 +266,6 @@ class ChannelPatchEmbed(nn.Module):
 
 
 # --- WaRA -----------------------------------------------------------------------------------------------------------
-
-
-def haar(x, dim):
-    """One level of the orthonormal Haar transform along `dim` (counted from the end): the low and the high band."""
-    even, odd = x.unflatten(dim, (-1, 2)).unbind(dim)
-    return (even + odd) * 0.5**0.5, (even - odd) * 0.5**0.5
-
-
-def inverse_haar(low, high, dim):
-    """The inverse of `haar`."""
-    return torch.stack([low + high, low - high], dim).flatten(dim - 1, dim) * 0.5**0.5
 
 
 class WaRA(nn.Module):

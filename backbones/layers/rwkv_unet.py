@@ -54,7 +54,7 @@ class ReWKV(nn.Module):
         return self.output(torch.sigmoid(self.receptance(s)) * v)
 
 
-class ChannelMix(nn.Module):
+class OmniChannelMix(nn.Module):
     """``s = shift(z);  sigmoid(W_r s) * W_v relu(W_k s)^2``, four times as wide inside."""
 
     def __init__(self, dim: int, shift, device=None, dtype=None):
@@ -87,7 +87,11 @@ class Level(nn.Module):
         self.grad_checkpointing = False
         self.blocks = nn.ModuleList(
             RWKVBlock(
-                dim, ReWKV(dim, shift(dim, **dd), **dd), ChannelMix(dim, shift(dim, **dd), **dd), init_values=1.0, **dd
+                dim,
+                ReWKV(dim, shift(dim, **dd), **dd),
+                OmniChannelMix(dim, shift(dim, **dd), **dd),
+                init_values=1.0,
+                **dd,
             )
             for _ in range(depth)
         )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from test_parity import PARITY, error, synth
 
 from linzoo.backbones import list_models
-from linzoo.backbones.fs_rwkv import FSOShift, haar, inverse_haar
+from linzoo.backbones.fs_rwkv import FSOShift, bands, from_bands
 from linzoo.backbones.layers import OmniShift, fuse_for_inference
 
 SMALL = dict(dim=8, depths=(1, 1, 1, 1), refinement=1)
@@ -122,19 +122,19 @@ def test_init_weights_after_to_empty(model):
 
 def test_haar_equals_pywavelets_and_inverts():
     x = torch.randn(2, 6, 10, 3, dtype=torch.float64)
-    bands = haar(x)
+    parts = bands(x)
     ll, (along_columns, along_rows, both) = pywt.dwt2(x.numpy(), "haar", axes=(1, 2))
-    for ours, theirs in zip(bands, (ll, along_rows, along_columns, both), strict=True):
+    for ours, theirs in zip(parts, (ll, along_rows, along_columns, both), strict=True):
         torch.testing.assert_close(ours.abs(), torch.from_numpy(theirs).abs())
-    torch.testing.assert_close(inverse_haar(*bands), x)
-    energy = sum(band.square().sum() for band in bands)
+    torch.testing.assert_close(from_bands(*parts), x)
+    energy = sum(band.square().sum() for band in parts)
     torch.testing.assert_close(energy, x.square().sum())
 
 
 def test_fso_shift_leaves_the_high_bands_alone():
     torch.manual_seed(0)
     shift, x = FSOShift(5), torch.randn(2, 8, 12, 5)
-    before, after = haar(x), haar(shift(x))
+    before, after = bands(x), bands(shift(x))
     for band, shifted in zip(before[1:], after[1:], strict=True):
         torch.testing.assert_close(shifted, band)
     torch.testing.assert_close(after[0], shift.low(before[0]))
