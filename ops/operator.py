@@ -207,8 +207,7 @@ class Operator:
         def run(*tensors):
             return self._adjoint(named | dict(zip(names, tensors, strict=True)))
 
-        with torch.enable_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
-            second = dict(zip(names, torch.func.vjp(run, *(named[n] for n in names))[1](grads), strict=True))
+        second = dict(zip(names, torch.func.vjp(run, *(named[n] for n in names))[1](grads), strict=True))
         return tuple(second.get(n) for n in self.backward_arguments)
 
 
