@@ -24,7 +24,7 @@ from .openmmlab_ops import stand_in
 
 __all__ = ["LinZooBackbone"]
 
-stand_in()  # before mmdet is imported, which looks for mmcv's operators then
+stand_in()  # before mmseg and mmdet look for mmcv's operators
 
 
 @MODELS.register_module()

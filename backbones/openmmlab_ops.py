@@ -14,6 +14,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -392,8 +393,30 @@ def module(doc: str) -> types.ModuleType:
     return made
 
 
+def _refuses(found: Any) -> bool:
+    """Whether this is what mmdet and mmseg define in the place of an operator that they could not import."""
+    code = getattr(found.__init__ if isinstance(found, type) else found, "__code__", None)
+    return any("requires mmcv to be compiled" in str(constant) for constant in getattr(code, "co_consts", ()))
+
+
+def _hand_over() -> None:
+    """Gives the operators to modules of mmdet and mmseg that were imported when there were none."""
+    early = [(name, module) for name, module in sys.modules.items() if name.split(".")[0] in ("mmdet", "mmseg")]
+    if not early:
+        return
+    operators = importlib.import_module("mmcv.ops")
+    for name, module in early:
+        for attribute, found in list(vars(module).items()):
+            operator = getattr(operators, attribute.removeprefix("_"), None)
+            if operator and (_refuses(found) or found is None and name.startswith("mmseg.")):
+                setattr(module, attribute, operator)
+
+
 def stand_in() -> str | None:
-    """Lets torchvision's operators serve mmcv where it has none that load; to be called before mmdet is imported.
+    """Lets torchvision's operators serve mmcv where it has none that load.
+
+    Call it before mmseg is imported: mmseg's heads that derive from mmdet's need the operators then. Other modules of
+    mmseg and mmdet that are loaded already are given them.
 
     Returns:
         Which operators serve and why; None where mmcv is not installed.
@@ -423,4 +446,5 @@ def stand_in() -> str | None:
             f"install the torchvision that belongs to torch {torch.__version__}"
         )
     sys.modules[MODULE] = module(f"torchvision {torchvision.__version__}'s, as {reason}")
+    _hand_over()
     return sys.modules[MODULE].__doc__

@@ -3,7 +3,9 @@
 import importlib
 import itertools
 import re
+import subprocess
 import sys
+import textwrap
 import types
 
 import pytest
@@ -400,7 +402,7 @@ def test_mmcv_that_does_not_fit(monkeypatch):
     def broken(name):
         if name == openmmlab_ops.MODULE and name not in sys.modules:
             raise ImportError("undefined symbol: _ZN3c10\nand more")
-        return sys.modules[name]
+        return sys.modules.get(name)
 
     monkeypatch.setattr(openmmlab_ops.importlib, "import_module", broken)
     said = openmmlab_ops.stand_in()
@@ -414,3 +416,22 @@ def test_torchvision_without_operators(monkeypatch):
     monkeypatch.setattr(openmmlab_ops.torch.ops, "torchvision", object())
     with pytest.raises(ImportError, match="^torchvision .* has no compiled operators, and mmcv 2.9.9 .*; install the"):
         openmmlab_ops.stand_in()
+
+
+def test_mmseg_imported_first():
+    """Modules that were loaded without operators get them: mmseg imports half of mmdet on its own."""
+    script = """
+        import mmseg.models
+        from mmdet.models.dense_heads import rpn_head, vfnet_head
+        from mmdet.models.losses import focal_loss
+        from mmdet.structures.bbox import bbox_overlaps
+        import linzoo.backbones.openmmlab, mmcv.ops
+        from mmdet.structures import bbox
+        assert rpn_head.batched_nms is mmcv.ops.batched_nms
+        assert vfnet_head.DeformConv2d is mmcv.ops.DeformConv2d
+        assert focal_loss._sigmoid_focal_loss is mmseg.models.losses.focal_loss._sigmoid_focal_loss
+        assert focal_loss._sigmoid_focal_loss is mmcv.ops.sigmoid_focal_loss
+        assert mmseg.models.decode_heads.point_head.point_sample is mmcv.ops.point_sample
+        assert bbox.bbox_overlaps is bbox_overlaps is not mmcv.ops.bbox_overlaps  # mmdet's own of that name
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], check=True)
