@@ -3,12 +3,15 @@
 Paper: MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection (version 1)
 - https://arxiv.org/abs/2403.19888
 
-Blocks mix tokens with the gated SS2D of VMamba, and channels with a selective scan that runs along the channel axis in
-both directions. Each mixer reads a learned weighted average of the outputs of all mixers before it in its stage.
+Blocks mix tokens with a gated SS2D whose step sizes, B and C come from the block's input, and channels with selective
+scans that run along the channel axis. Each mixer reads a learned weighted average of the outputs of all mixers before
+it in its stage.
 
 No code or weights were published. What is left open is decided here and listed in the model card.
 Maps are channel-last (B, H, W, C) throughout.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +21,48 @@ from timm.models._features_fx import register_notrace_module
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
-from linzoo.ops import selective_scan
+from linzoo.ops import scan_order, selective_scan
 
 from .layers import SS2D, Conv2dNHWC, Pyramid
 from .layers.pretrained import imagenet_cfg
-from .layers.s6 import init_step_bias
+from .layers.s6 import S6, init_step_bias
 
 __all__ = ["ViM2"]
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the number of channels
-class ChannelScan(nn.Module):
-    """Bidirectional selective scan along the channels of a map: the selective scan, with tokens and channels exchanged.
+@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+class TokenMixer(SS2D):
+    """Selective token mixer: ``[v, z] = W_in x;  p = SiLU(DWConv(v));  W_out (LN(sum_k S6_k(p)) * SiLU(z))``.
 
-    Channel c of the map, averaged over `grid` x `grid` cells, is the vector p_c that selects. For each token l::
+    It is VMamba's gated SS2D, but step size, B and C of the four scans are linear in the block's input x.
+    """
+
+    def __init__(self, dim: int, ratio: float = 2.0, d_state: int = 16, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
+        super().__init__(dim, ratio, d_state, gated=True, **dd)
+        self.s6 = S6(int(ratio * dim), 4, d_state, math.ceil(dim / 16), selects_from=dim, **dd)
+
+    def forward(self, x):
+        H, W = x.shape[1:3]
+        v, gate = self.in_proj(x).chunk(2, dim=-1)
+        p = F.silu(self.conv(v)).flatten(1, 2).unsqueeze(2).expand(-1, -1, 4, -1)
+        selection = F.linear(x.flatten(1, 2), self.s6.x_proj.flatten(0, 1)).unflatten(-1, (4, -1))
+        y = self.s6.scan(p, selection, scan_order.cross(H, W, x.device), merge=True).unflatten(1, (H, W))
+        return self.out_proj(self.out_norm(y) * F.silu(gate))
+
+
+@register_notrace_module  # FX cannot follow the expansion to every token
+class ChannelScan(nn.Module):
+    """Selective scans along the channels of a map: the selective scan, with tokens and channels exchanged.
+
+    Channel c of the map, averaged over `grid` x `grid` cells and read in the k-th of the token mixer's four orders, is
+    the vector p_{k,c} that selects. For each token l::
 
         [r_c, B_c, C_c] = W p_c;   delta_c = softplus(r_c + b)
         h_{c,l} = exp(delta_c A) h_{c-1,l} + delta_c B_c v_{c,l};   y_{c,l} = C_c h_{c,l} + D v_{c,l}
 
-    with W, b, A and D of each direction's own, shared by all tokens: any number of tokens will do. It is
-    `linzoo.ops.selective_scan` whose sequence are the channels and whose channels are the tokens.
+    with W, b, A and D of each scan's own, shared by all tokens: any number of tokens will do. The four outputs are
+    added. It is `linzoo.ops.selective_scan` whose sequence are the channels and whose channels are the tokens.
 
     Args:
         d_state: N.
@@ -48,10 +73,10 @@ class ChannelScan(nn.Module):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.d_state, self.grid = d_state, grid
-        self.x_proj = nn.Parameter(torch.empty(2, 1 + 2 * d_state, grid * grid, **dd))
-        self.dt_bias = nn.Parameter(torch.empty(2, **dd))
-        self.A_log = nn.Parameter(torch.empty(2, d_state, **dd))
-        self.D = nn.Parameter(torch.empty(2, **dd))
+        self.x_proj = nn.Parameter(torch.empty(4, 1 + 2 * d_state, grid * grid, **dd))
+        self.dt_bias = nn.Parameter(torch.empty(4, **dd))
+        self.A_log = nn.Parameter(torch.empty(4, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(4, **dd))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -62,27 +87,26 @@ class ChannelScan(nn.Module):
         nn.init.ones_(self.D)
 
     def forward(self, v):
-        """``(B, H, W, C)`` to the sum of both directions, ``(B, H, W, C)``."""
+        """``(B, H, W, C)`` to the sum of the four scans, ``(B, H, W, C)``."""
         B, H, W, C = v.shape
         v = v.permute(0, 3, 1, 2).contiguous()  # (B, C, H, W)
         cells = F.adaptive_avg_pool2d(v, self.grid).flatten(2)
-        selection = F.linear(cells, self.x_proj.flatten(0, 1)).unflatten(-1, (2, -1))  # (B, C, direction, 1 + 2 N)
+        cells = cells[..., scan_order.cross(self.grid, self.grid, v.device)]  # (B, C, scan, cell)
+        selection = torch.einsum("bckp,kop->bcko", cells, self.x_proj)  # (B, C, scan, 1 + 2 N)
         dt, B_c, C_c = selection.split([1, self.d_state, self.d_state], dim=-1)
 
-        def for_tokens(x):  # (direction, ...) to (direction, tokens, ...)
+        def for_tokens(x):  # (scan, ...) to (scan, tokens, ...)
             return x.unsqueeze(1).expand(-1, H * W, *x.shape[1:])
 
-        forth = torch.arange(C, dtype=torch.int32, device=v.device)
         y = selective_scan(
-            v.view(B, C, 1, H * W).expand(-1, -1, 2, -1),
+            v.view(B, C, 1, H * W).expand(-1, -1, 4, -1),
             dt,
             for_tokens(-torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))),
             B_c,
             C_c,
             for_tokens(self.D),
-            dt_weight=v.new_ones(1, 1, 1).expand(2, H * W, 1),
+            dt_weight=v.new_ones(1, 1, 1).expand(4, H * W, 1),
             dt_bias=for_tokens(self.dt_bias),
-            order=torch.stack([forth, forth.flip(0)]),
             merge=True,
         )
         return y.view(B, C, H, W).permute(0, 2, 3, 1)
@@ -164,7 +188,7 @@ class Block(nn.Module):
         counts = range(before, before + token_mixers)
         self.token_averages = nn.ModuleList(WeightedAverage(count, l, averaging, **dd) for count in counts)
         self.token_norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6, **dd) for _ in counts)
-        self.token_mixers = nn.ModuleList(SS2D(dim, token_ratio, d_state, gated=True, **dd) for _ in counts)
+        self.token_mixers = nn.ModuleList(TokenMixer(dim, token_ratio, d_state, **dd) for _ in counts)
         self.channel_average = WeightedAverage(before + token_mixers, l, averaging, **dd)
         self.channel_norm = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.channel_mixer = ChannelMixer(dim, d_state, channel_ratio, **dd)

@@ -30,6 +30,7 @@ class S6(nn.Module):
         groups: Scans that run side by side.
         d_state: N, states per channel.
         dt_rank: R, rank of the step size; None for ``ceil(dim / 16)``.
+        selects_from: Channels that `x_proj` reads, where they are not those of `u`; such a layer is called by `scan`.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class S6(nn.Module):
         groups: int,
         d_state: int = 1,
         dt_rank: int | None = None,
+        selects_from: int | None = None,
         device=None,
         dtype=None,
     ):
@@ -45,7 +47,7 @@ class S6(nn.Module):
         super().__init__()
         self.dim, self.groups, self.d_state = dim, groups, d_state
         self.dt_rank = dt_rank or math.ceil(dim / 16)
-        self.x_proj = nn.Parameter(torch.empty(groups, self.dt_rank + 2 * d_state, dim, **dd))
+        self.x_proj = nn.Parameter(torch.empty(groups, self.dt_rank + 2 * d_state, selects_from or dim, **dd))
         self.dt_weight = nn.Parameter(torch.empty(groups, dim, self.dt_rank, **dd))
         self.dt_bias = nn.Parameter(torch.empty(groups, dim, **dd))
         self.A_log = nn.Parameter(torch.empty(groups, dim, d_state, **dd))
@@ -54,7 +56,8 @@ class S6(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        nn.init.uniform_(self.x_proj, -(self.dim**-0.5), self.dim**-0.5)
+        bound = self.x_proj.shape[-1] ** -0.5
+        nn.init.uniform_(self.x_proj, -bound, bound)
         nn.init.uniform_(self.dt_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         init_step_bias(self.dt_bias)
         self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log))

@@ -1,4 +1,4 @@
-"""ViM2-S on ImageNet-1k by the recipe of VMamba, since none was published: `torchrun --nproc_per_node=8`."""
+"""ViM2-S on ImageNet-1k by the recipe of the paper, with the drop path of VMamba: `torchrun --nproc_per_node=8`."""
 
 _base_ = ["../_base_/imagenet.py", "../_base_/deit_300e.py"]
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from linzoo.backbones.layers import SS2D
-from linzoo.backbones.vim2 import ChannelMixer, ChannelScan, ViM2, WeightedAverage
+from linzoo.backbones.vim2 import ChannelMixer, ChannelScan, TokenMixer, ViM2, WeightedAverage
 
 SMALL = dict(dims=(16, 32, 64, 128), depths=(1, 2, 3, 1), num_classes=7)
 
@@ -13,14 +12,16 @@ def scan_by_hand(scan, v):
     """The channel scan's recurrence, channel by channel, for a map (B, H, W, C)."""
     cells = torch.nn.functional.adaptive_avg_pool2d(v.permute(0, 3, 1, 2), scan.grid).flatten(2)  # (B, C, P)
     total = torch.zeros_like(v)
-    for direction, channels in enumerate((range(v.shape[-1]), reversed(range(v.shape[-1])))):
+    rows = torch.arange(scan.grid**2)
+    columns = rows.view(scan.grid, scan.grid).t().flatten()
+    for k, order in enumerate((rows, columns, rows.flip(0), columns.flip(0))):
         h = v.new_zeros(*v.shape[:3], scan.d_state)
-        for c in channels:
-            r, B, C = (cells[:, c] @ scan.x_proj[direction].t()).split([1, scan.d_state, scan.d_state], -1)
-            delta = torch.nn.functional.softplus(r + scan.dt_bias[direction])  # (B, 1)
-            decay = torch.exp(-delta * scan.A_log[direction].exp())[:, None, None]
+        for c in range(v.shape[-1]):
+            r, B, C = (cells[:, c, order] @ scan.x_proj[k].t()).split([1, scan.d_state, scan.d_state], -1)
+            delta = torch.nn.functional.softplus(r + scan.dt_bias[k])  # (B, 1)
+            decay = torch.exp(-delta * scan.A_log[k].exp())[:, None, None]
             h = decay * h + (delta * B)[:, None, None] * v[..., c, None]
-            total[..., c] += (h * C[:, None, None]).sum(-1) + scan.D[direction] * v[..., c]
+            total[..., c] += (h * C[:, None, None]).sum(-1) + scan.D[k] * v[..., c]
     return total
 
 
@@ -41,13 +42,26 @@ def test_channel_mixer_sees_the_order_of_channels_but_not_of_images():
 
 def test_token_mixer_turned_by_half_a_turn():
     """Routes 0 and 2, 1 and 3 exchange their parameters; the convolution's kernel turns with the map."""
-    mixer = SS2D(8, ratio=1.0, d_state=4, gated=True).double()
-    turned = SS2D(8, ratio=1.0, d_state=4, gated=True).double()
+    mixer = TokenMixer(8, ratio=1.0, d_state=4).double()
+    turned = TokenMixer(8, ratio=1.0, d_state=4).double()
     state = {k: v[[2, 3, 0, 1]] if ".s6." in f".{k}" else v for k, v in mixer.state_dict().items()}
     state["conv.weight"] = state["conv.weight"].flip(2, 3)
     turned.load_state_dict(state)
     x = torch.randn(2, 5, 6, 8, dtype=torch.float64)
     torch.testing.assert_close(turned(x.flip(1, 2)), mixer(x).flip(1, 2))
+
+
+def test_token_mixer_selects_by_its_input():
+    """With D = 0, no output remains where nothing is scanned or where B and C are 0."""
+    mixer, x = TokenMixer(8, d_state=4), torch.randn(1, 5, 6, 8)
+    torch.nn.init.zeros_(mixer.s6.D)
+    assert mixer.s6.x_proj.shape == (4, 1 + 2 * 4, 8), "B, C and the step read the block's 8 channels"
+    torch.nn.init.zeros_(mixer.conv.bias)
+    mixer.in_proj.weight.data[:16] = 0  # nothing scanned
+    assert not mixer(x).any()
+    torch.nn.init.zeros_(mixer.s6.x_proj)  # B = C = 0
+    torch.nn.init.normal_(mixer.in_proj.weight)
+    assert not mixer(x).any()
 
 
 def test_averages_begin_as_residuals():
