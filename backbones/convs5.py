@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from .layers import ConvS5Layer
+from .layers.memory_format import AnyMemoryFormat
 from .layers.script import refuse_script
 
 __all__ = ["ConvS5Video"]
@@ -36,7 +37,7 @@ class ResBlock(nn.Module):
         return self.act(y + self.skip(x))
 
 
-class ConvS5Video(nn.Module):
+class ConvS5Video(AnyMemoryFormat):
     """Next-frame model: a ResNet encoder of each frame, ConvS5 layers over time, the encoder's mirror image.
 
     Args:

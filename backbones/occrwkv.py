@@ -19,6 +19,7 @@ from torch import nn
 
 from .layers import ChannelMix, RWKVBlock, SpatialMix
 from .layers.checkpoint import rename, reshape_as, unwrap_state_dict
+from .layers.memory_format import AnyMemoryFormat
 from .layers.rwkv import RWKV_NAMES, stack_mixes
 from .layers.script import refuse_script
 
@@ -420,7 +421,7 @@ class VoxelEncoder(nn.Module):
         return self.fuse(torch.cat(features, 1))
 
 
-class OccRWKV(nn.Module):
+class OccRWKV(AnyMemoryFormat):
     """OccRWKV (arXiv 2409.19987) on voxels.
 
     The authors encode the sweep's points; here a voxel's features come from the occupied voxels around it. The sparse

@@ -170,6 +170,19 @@ def test_precision(model):
         assert torch.cosine_similarity(y.float().flatten(), exact.flatten(), dim=0) > 0.99
 
 
+@pytest.mark.parametrize("memory_format", (torch.channels_last, torch.channels_last_3d))
+def test_memory_formats(model, memory_format):
+    """Convolutions of maps and of volumes stand side by side: each takes its own format."""
+    voxels = scene()
+    with torch.inference_mode():
+        y = model(voxels)
+    model.to(torch.float32, memory_format=memory_format)
+    axes = 4 if memory_format is torch.channels_last else 5
+    assert all(p.is_contiguous(memory_format=memory_format) for p in model.parameters() if p.dim() == axes)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(voxels), y, rtol=1e-4, atol=1e-4)
+
+
 def test_init_weights_after_to_empty():
     model = OccRWKV(**SMALL, device="meta").to_empty(device="cpu")
     model.init_weights()

@@ -272,3 +272,13 @@ def test_encoder_of_segmentation_models(name):
     assert masks.shape == (2, 3, *SIZE)
     masks.square().mean().backward()
     assert [n for n, p in unet.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", ("vim_t", "vrwkv_t", "kat_tiny_patch16_224"))
+def test_vit_encoder_of_segmentation_models(name):
+    """Models of one stride are encoders of its DPT; its pyramids' decoders refuse them as they refuse timm's ViTs."""
+    toolkit = pytest.importorskip("segmentation_models_pytorch")
+    dpt = toolkit.DPT(f"tu-{name}", encoder_weights=None, classes=3)
+    assert dpt(torch.randn(2, 3, 64, 64)).shape == (2, 3, 64, 64)
+    with pytest.raises(ValueError, match="Unsupported model downsampling pattern"):
+        toolkit.Unet(f"tu-{name}", encoder_weights=None, classes=3)

@@ -470,3 +470,19 @@ def test_maps_of_0_and_255(tmp_path, capsys):
     line = refused(capsys, train.main, tiny.config, "--work-dir", tmp_path / "w")
     assert "hold the labels [0, 255] alone; expected two of the 3 classes' at least" in line
     assert not (tmp_path / "w").exists()
+
+
+def test_hidden_folder_of_a_data_set_of_mmseg(tmp_path, capsys):
+    """Its own data sets read what an editor's hidden folder holds: that is refused."""
+    tiny = write_task("label maps", tmp_path)
+    config = Path(tiny.config)
+    text = config.read_text().replace("make=None, reduce_zero_label", 'type="BaseSegDataset", reduce_zero_label')
+    config.write_text(text.replace("dataset=dict(", 'dataset=dict(_delete_=True, img_suffix=".png", '))
+    (tiny.images / ".ipynb_checkpoints").mkdir()
+    (tiny.images / "._a.png").touch()  # hidden files mmseg leaves out itself
+    train.main([tiny.config, "--work-dir", str(tmp_path / "before")])
+    first = min(tiny.images.glob("[!.]*.png"))
+    (tiny.images / ".ipynb_checkpoints" / "a-checkpoint.png").write_bytes(first.read_bytes())
+    line = refused(capsys, train.main, tiny.config, "--work-dir", tmp_path / "w")
+    assert "BaseSegDataset would read" in line and "a-checkpoint.png' of a hidden folder; remove the folder" in line
+    assert not (tmp_path / "w").exists()

@@ -120,3 +120,12 @@ def test_bad_input(config, data, capsys):
     assert "float64 (3, 4, 5); expected uint8 of four axes" in refused(capsys, train.main, config)
     (data / "train.npy").unlink()
     assert "train.npy' not found" in refused(capsys, train.main, config)
+
+
+@pytest.mark.parametrize("memory_format", (torch.channels_last, torch.channels_last_3d))
+def test_memory_formats(memory_format):
+    model = timm.create_model("convs5_video", **SMALL).eval()
+    x = torch.rand(1, 3, 1, 16, 16)
+    with torch.inference_mode():
+        y = model(x)[0]
+        torch.testing.assert_close(model.to(memory_format=memory_format)(x)[0], y, rtol=1e-4, atol=1e-4)

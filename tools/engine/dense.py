@@ -75,8 +75,9 @@ def check_label_maps(settings: dict, cfg: Config) -> None:
     """The label maps of a data set of mmseg's, each against its image.
 
     Raises:
-        InputError: a folder is missing or empty; an image has no map, or one of another size, in colour, turned, or
-            with labels beside the classes'; no map shows two classes, as maps of 0 and 255 do for two.
+        InputError: a folder is missing or empty, or has a hidden folder whose images mmseg's own data sets would read;
+            an image has no map, or one of another size, in colour, turned, or with labels beside the classes'; no map
+            shows two classes, as maps of 0 and 255 do for two.
     """
     kind = DATASETS.get(f"{cfg.default_scope}.{settings['type']}")
     metainfo = {**kind.METAINFO, **(settings.get("metainfo") or {})}
@@ -90,6 +91,10 @@ def check_label_maps(settings: dict, cfg: Config) -> None:
     for folder, ending in zip(folders, endings, strict=True):
         existing_folder(folder, "expected images and label maps of equal names", root)
         names.append({str(f.relative_to(folder)).removesuffix(ending) for f in find_files(folder, (ending,))})
+    if not settings.get("ann_file") and not issubclass(kind, LabelMaps):
+        for path in folders[0].rglob(f"*{endings[0]}"):
+            if is_hidden(path.parent, folders[0]):
+                raise InputError(f"{kind.__name__} would read {str(path)!r} of a hidden folder; remove the folder")
     if listed := settings.get("ann_file"):
         names[0] = set(existing_file("ann_file", str(root / listed)).read_text().split())
     if not names[0]:
