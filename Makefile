@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 KERNELS := $(wildcard ops/*.h ops/*.cuh ops/*/*.cpp ops/*/*.cu tests/ops/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart denoise segmentation detection test test-fast test-newest test-clients lint clean
+.PHONY: help setup quickstart denoise segmentation detection test test-fast test-newest test-clients wheel lint clean
 
 help:
 	@echo "make quickstart  train GroupMamba-T on handwritten digits, then label held-out ones"
@@ -19,6 +19,7 @@ help:
 	@echo "make detection   Mask R-CNN with it finds them"
 	@echo "make test        the whole test suite      make test-fast  without the slow tests"
 	@echo "make test-newest  the fast tests under the newest torch      make test-clients  timm's own tests over our models"
+	@echo "make wheel       a wheel for every machine, and one with compiled CPU kernels, in dist/"
 	@echo "make lint        ruff, clang-format, pyright    make clean      remove the environment and what runs wrote"
 
 setup: $(VENV)/.installed
@@ -57,6 +58,14 @@ $(VENV)-newest/.installed: pyproject.toml constraints-newest.txt
 
 test-clients: setup
 	$(BIN)/python tests/clients/timm_suite.py
+
+wheel: setup
+	rm -rf build ops/prebuilt
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m linzoo.ops.compile_cpu --prebuilt
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist \
+		--config-settings=--build-option=--plat-name=$$($(BIN)/python -m linzoo.ops.compile_cpu --platform) .
+	rm -rf build ops/prebuilt
 
 lint: setup
 	$(BIN)/ruff check .

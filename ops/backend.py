@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from . import compile_cuda
-from .compile_cpu import BuildError, build, sources
+from .compile_cpu import BuildError, build, prebuilt, sources
 from .kernel_cache import cache_dir, temporary_dir
 
 BACKENDS = ("cpu", "cuda", "reference", "export")
@@ -51,26 +51,34 @@ def forced_backend():
 
 @functools.cache
 def _load(op):
-    """Loads operator `op`'s C++ library; returns None, or why it cannot be had.
-
-    One that does not load is built anew, then in a temporary folder: the cache may be damaged, or mounted noexec.
-    """
+    """Loads operator `op`'s C++ library; returns None, or why it cannot be had."""
     if op not in sources():
         return f"{op} has no C++ kernel"
-    causes = []
+    cause = None
+    try:
+        for path in _libraries(op):
+            try:
+                torch.ops.load_library(str(path))
+            except OSError as error:
+                cause = str(error)
+                continue
+            if cause:
+                warnings.warn(f"{op}: {path} serves, since {cause}", RuntimeWarning, stacklevel=2)
+            return None
+    except BuildError as error:
+        return f"{error}; {cause}" if cause else str(error)
+    return f"its library does not load: {cause}"
+
+
+def _libraries(op):
+    """Operator `op`'s C++ library: the wheel's, else one compiled here, where one before it did not load.
+
+    The cache may be damaged: it is built anew; or mounted noexec: a temporary folder serves.
+    """
+    if path := prebuilt(op):
+        yield path
     for folder, anew in ((cache_dir, False), (cache_dir, True), (temporary_dir, False)):
-        try:
-            path = build(op, folder(), anew)
-            torch.ops.load_library(str(path))
-        except BuildError as error:
-            return str(error)
-        except OSError as error:
-            causes.append(str(error))
-            continue
-        if causes:
-            warnings.warn(f"{op}: {path} serves, since {causes[-1]}", RuntimeWarning, stacklevel=2)
-        return None
-    return f"its library does not load: {causes[-1]}"
+        yield build(op, folder(), anew)
 
 
 def _unavailable(op, backend):

@@ -2,8 +2,12 @@
 
 Each operator's ``cpu.cpp`` needs a C++17 compiler and the headers that torch ships (its stable ABI). The library goes
 to `kernel_cache`, under a name made of everything it depends on.
+
+A platform wheel (``make wheel``) holds the libraries in ``prebuilt/<level>/``, for every level of processors: they need
+no compiler, and any torch from 2.10 on loads them.
 """
 
+import argparse
 import functools
 import hashlib
 import os
@@ -11,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +24,9 @@ import torch
 from .kernel_cache import stored
 
 OPS = Path(__file__).resolve().parent
+PREBUILT = OPS / "prebuilt"
+X86 = platform.machine() in ("x86_64", "AMD64")
+LEVELS = ("x86-64-v4", "x86-64-v3") if X86 else ("armv8-a",)  # of instructions, as -march has them; the best first
 CHUNK = 32  # steps between two stored states
 FLAGS = [
     "-std=c++17",
@@ -29,6 +37,7 @@ FLAGS = [
     "-shared",
     "-w",
     f"-DLINZOO_CHUNK={CHUNK}",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # torch 2.10, the oldest that may load the library
 ]
 
 
@@ -51,7 +60,9 @@ def find_compiler():
     for name in names:
         if path := shutil.which(name):
             return path
-    raise BuildError(f"no C++ compiler found (looked for {', '.join(names)}); install g++ or set CXX")
+    held = ", ".join(sorted(path.name for path in PREBUILT.glob("*")))
+    unfit = f", as this wheel's kernels are for {held} and this processor is not" if held else ""
+    raise BuildError(f"no C++ compiler found (looked for {', '.join(names)}); install g++ or set CXX{unfit}")
 
 
 def _cpu_flags():
@@ -66,11 +77,28 @@ def library_name(name):
     """File name of the compiled kernel of operator `name`: keyed by sources, flags, compiler, CPU and torch."""
     compiler = find_compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    return f"{name}-cpu-{_key(name, compiler, version, _cpu_flags(), torch.__version__)}.so"
+
+
+def _key(name, *further):
+    """16 hexadecimal digits of an operator's sources, the flags and whatever else its library depends on."""
     key = hashlib.sha256()
     for path in [sources()[name], *sorted(OPS.glob("*.h"))]:
         key.update(path.read_bytes())
-    key.update(repr([FLAGS, compiler, version, _cpu_flags(), torch.__version__]).encode())
-    return f"{name}-cpu-{key.hexdigest()[:16]}.so"
+    key.update(repr([FLAGS, *further]).encode())
+    return key.hexdigest()[:16]
+
+
+def prebuilt(name):
+    """The library of operator `name` that a platform wheel holds for this processor; None where there is none."""
+    first = {"AVX512": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 2) if X86 else 0
+    paths = (prebuilt_path(name, level) for level in LEVELS[first:])
+    return next((path for path in paths if path.exists()), None)
+
+
+def prebuilt_path(name, level):
+    """Where a platform wheel holds the library of operator `name` for a level of processors."""
+    return PREBUILT / level / f"{name}-{_key(name)}.so"
 
 
 def build(name, folder=None, anew=False):
@@ -86,26 +114,63 @@ def build(name, folder=None, anew=False):
     return stored(library_name(name), functools.partial(_compile, name), folder, anew)
 
 
-def _compile(name, target):
+def _compile(name, target, level="native"):
     compiler, torch_dir = find_compiler(), Path(torch.__file__).parent
-    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    march = "-mcpu=native" if level == "native" and not X86 else f"-march={level}"
     link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ltorch_cpu", "-lc10"]
-    command = [compiler, *FLAGS, native, f"-I{torch_dir / 'include'}", str(sources()[name])]
+    command = [compiler, *FLAGS, march, f"-I{torch_dir / 'include'}", str(sources()[name])]
     command += ["-o", str(target), f"-L{torch_dir / 'lib'}", *link]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise BuildError(f"{compiler} failed on {sources()[name]}:\n{result.stderr[-2000:]}")
 
 
-def main():
+def build_ahead(name, level):
+    """Compiles operator `name` for all processors of a level, as a platform wheel holds it; returns its path.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+    """
+    path = prebuilt_path(name, level)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _compile(name, path, level)
+    return path
+
+
+def wheel_platform():
+    """The platform tag of a wheel with kernels compiled here: they need this machine's C library or a later one."""
+    library, version = platform.libc_ver()
+    if library != "glibc":
+        return sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    return f"manylinux_{version.replace('.', '_')}_{platform.machine()}"
+
+
+def main(argv=None):
     """Builds every CPU kernel, as many at once as there are cores, and prints where each lies.
 
     Returns:
         Exit status: 1 if one fails.
     """
+    parser = argparse.ArgumentParser(prog="python -m linzoo.ops.compile_cpu", description=__doc__)
+    parser.add_argument(
+        "--prebuilt",
+        nargs="*",
+        choices=LEVELS,
+        metavar="LEVEL",
+        help=f"into the package, for these levels of processors: {', '.join(LEVELS)}; default: all",
+    )
+    parser.add_argument("--platform", action="store_true", help="print the platform tag of such a wheel, and end")
+    args = parser.parse_args(argv)
+    if args.platform:
+        print(wheel_platform())
+        return 0
     status = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        builds = {name: pool.submit(build, name) for name in sources()}
+        if args.prebuilt is None:
+            builds = {name: pool.submit(build, name) for name in sources()}
+        else:
+            levels = args.prebuilt or LEVELS
+            builds = {f"{n} {level}": pool.submit(build_ahead, n, level) for n in sources() for level in levels}
     for name, result in builds.items():
         try:
             print(f"{name}: {result.result()}")

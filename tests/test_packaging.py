@@ -1,15 +1,21 @@
 """What is in the tree is in the package."""
 
+import functools
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import textwrap
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import linzoo
+from linzoo.ops.compile_cpu import LEVELS, sources, wheel_platform
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("ops", "backbones", "configs", "tools")
@@ -53,6 +59,42 @@ def test_sdist_and_wheel_are_whole(tmp_path):
     }
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == files | {"linzoo/__init__.py", "linzoo/__main__.py", "linzoo/py.typed"}
+
+
+@pytest.mark.slow
+def test_platform_wheel_needs_no_compiler(tmp_path):
+    """Its kernels serve where there is none; where the processor is below their level, one line says so."""
+    pytest.importorskip("setuptools")
+    tree, made, site = tmp_path / "tree", tmp_path / "made", tmp_path / "site"
+    without = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "data", "work_dirs", "build", "dist", "tests")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=without)
+    level = LEVELS[{"AVX512": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), -1)]
+    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+    script = f"""
+        import shutil
+        from linzoo.ops.compile_cpu import build, build_ahead, prebuilt_path, sources
+        build_ahead("rational", {level!r})
+        for op in sources().keys() - {{"rational"}}:  # those that the cache holds already save the test a minute
+            shutil.copy(build(op), prebuilt_path(op, {level!r}))
+    """
+    run([sys.executable, "-c", textwrap.dedent(script)], env={**os.environ, "PYTHONPATH": str(tree / "src")})
+    tag = wheel_platform()
+    options = {"--build-option": [f"--plat-name={tag}"]}
+    run(
+        [sys.executable, "-c", f"import setuptools.build_meta as b; b.build_wheel({str(made)!r}, {options!r})"],
+        cwd=tree,
+    )
+    [wheel] = made.glob(f"*-py3-none-{tag}.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    env = dict(PATH="", HOME=str(tmp_path), PYTHONPATH=str(site), OMP_NUM_THREADS="1", COLUMNS="200")
+    said = run([sys.executable, "-m", "linzoo", "doctor"], env=env, cwd=tmp_path).stdout
+    assert f"prebuilt for {level}" in said
+    for op in sources():
+        assert re.search(rf"^ *{op} +cpu +cpu +ok", said, re.M), said
+    if level.startswith("x86"):
+        below = run([sys.executable, "-m", "linzoo", "doctor"], env={**env, "ATEN_CPU_CAPABILITY": "default"}).stdout
+        assert f"install g++ or set CXX, as this wheel's kernels are for {level} and this processor is not" in below
 
 
 def test_references_are_reached_by_import():

@@ -40,6 +40,17 @@ def mmcv_operators():
         return f"none: {error}"
 
 
+def cpu_kernels():
+    """Where the CPU kernels come from."""
+    held = [path for name in compile_cpu.sources() if (path := compile_cpu.prebuilt(name))]
+    if held:
+        return f"prebuilt for {held[0].parent.name}"
+    try:
+        return f"compiled at first use by {compile_cpu.find_compiler()}"
+    except compile_cpu.BuildError as error:
+        return str(error)
+
+
 def check(op, device):
     """The backend that serves `op` on `device`, its self-check, and whether that is good enough."""
     with warnings.catch_warnings():
@@ -55,16 +66,12 @@ def main(argv=None):
     """Command line of `linzoo doctor`; exit status 1 if a self-check fails."""
     argparse.ArgumentParser(prog="linzoo doctor", description=__doc__).parse_args(argv)
     console = rich.console.Console(soft_wrap=True, highlight=False)
-    try:
-        compiler = compile_cpu.find_compiler()
-    except compile_cpu.BuildError as error:
-        compiler = str(error)
     facts = {
         "python": f"{platform.python_version()} on {platform.platform()}",
         "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
         "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "compiler": compiler,
+        "cpu kernels": cpu_kernels(),
         "kernel cache": str(kernel_cache.cache_dir()),
         "models": str(len(linzoo.backbones.list_models())),
         "mmcv's operators": mmcv_operators(),
