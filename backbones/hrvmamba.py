@@ -9,6 +9,7 @@ blocks: depthwise convolutions of four sizes, then VMamba's four-route scan behi
 Streams are NCHW between blocks, in channels-last memory, and channel-last (B, H, W, C) inside them.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -181,7 +182,14 @@ class Exchange(nn.Module):
         block: `DVSSBlock` with what all blocks of the model share.
     """
 
-    def __init__(self, dims: tuple[int, ...], drop_path: float, block, device=None, dtype=None):
+    def __init__(
+        self,
+        dims: tuple[int, ...],
+        drop_path: Sequence[float],
+        block: Callable[..., nn.Module],
+        device=None,
+        dtype=None,
+    ):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.branches = nn.ModuleList(
@@ -205,7 +213,9 @@ class ParallelStage(nn.Module):
         blocks: List of `Exchange`.
     """
 
-    def __init__(self, dims_in: int, dims: tuple[int, ...], blocks, device=None, dtype=None):
+    def __init__(
+        self, dims_in: tuple[int, ...], dims: tuple[int, ...], blocks: Sequence[nn.Module], device=None, dtype=None
+    ):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.grad_checkpointing = False

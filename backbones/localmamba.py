@@ -10,6 +10,7 @@ of each scan before they are summed.
 import functools
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ def local_orders(H, W, routes, device=None):
 class LocalSS2D(SS2D):
     """VMamba's SS2D along four routes of the layer's own, each scan weighed by the gate before they are summed."""
 
-    def __init__(self, dim: int, routes, device=None, dtype=None):
+    def __init__(self, dim: int, routes: str, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__(dim, ratio=2.0, d_state=16, gated=True, **dd)
         self.routes = routes.split()
@@ -113,7 +114,7 @@ class LocalSS2D(SS2D):
 class VSSBlock(nn.Module):
     """``x += SS2D(LN(x))``."""
 
-    def __init__(self, dim: int, routes, drop_path: float = 0.0, device=None, dtype=None):
+    def __init__(self, dim: int, routes: str, drop_path: float = 0.0, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
@@ -143,7 +144,7 @@ class LocalVMamba(Pyramid):
         num_classes: int = 1000,
         global_pool: str = "avg",
         dims: tuple[int, ...] = (96, 192, 384, 768),
-        routes=LOCAL_VSSM_T,
+        routes: Sequence[Sequence[str]] = LOCAL_VSSM_T,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
@@ -170,7 +171,7 @@ class LocalVimMixer(VimMixer):
     windows pass through the convolutions, whose biases make them count.
     """
 
-    def __init__(self, dim: int, routes, device=None, dtype=None):
+    def __init__(self, dim: int, routes: str, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__(dim, directions=4, **dd)
         self.routes = routes.split()
@@ -222,7 +223,9 @@ class LocalVimBlock(nn.Module):
         drop_path: Stochastic depth.
     """
 
-    def __init__(self, dim: int, routes, rope, drop_path: float = 0.0, device=None, dtype=None):
+    def __init__(
+        self, dim: int, routes: str, rope: tuple[int, int] | None, drop_path: float = 0.0, device=None, dtype=None
+    ):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.rope = rope
@@ -260,7 +263,7 @@ class LocalVim(Isotropic):
         num_classes: int = 1000,
         global_pool: str = "avg",
         dim: int = 192,
-        routes=LOCALVIM_T,
+        routes: Sequence[str] = LOCALVIM_T,
         class_token: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,

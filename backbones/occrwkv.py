@@ -11,6 +11,7 @@ Voxels are (B, ..., X, Y, Z) at input and output; maps are NCHW with H along Y a
 """
 
 import re
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -204,7 +205,7 @@ class CompletionBranch(nn.Module):
         dim: Channels of voxels at stride 2; twice and four times as many at 4 and 8.
     """
 
-    def __init__(self, height: int, widths, dim: int = 16, device=None, dtype=None):
+    def __init__(self, height: int, widths: Sequence[int], dim: int = 16, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         dims = [dim, 2 * dim, 4 * dim]
@@ -359,7 +360,7 @@ class SemanticBranch(nn.Module):
         num_classes: Classes of the auxiliary heads, which know no empty voxels.
     """
 
-    def __init__(self, dim: int, widths, num_classes: int = 19, device=None, dtype=None):
+    def __init__(self, dim: int, widths: Sequence[int], num_classes: int = 19, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         pairs = list(zip([dim, *widths], widths, strict=False))

@@ -95,7 +95,7 @@ class Attention(nn.Module):
         num_heads: Heads.
     """
 
-    def __init__(self, dim: int, inner, num_heads: int = 8, device=None, dtype=None):
+    def __init__(self, dim: int, inner: int, num_heads: int = 8, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.num_heads = num_heads
@@ -167,7 +167,7 @@ class MaskDecoder(nn.Module):
         depth: Two-way blocks.
     """
 
-    def __init__(self, dim: int, fine, middle, depth: int = 2, device=None, dtype=None):
+    def __init__(self, dim: int, fine: int, middle: int, depth: int = 2, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         width, out = dim // 4, dim // 8

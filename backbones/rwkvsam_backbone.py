@@ -87,7 +87,9 @@ class NormConv(nn.Module):
 class MapBlock(RWKVBlock):
     """A block of Vision-RWKV on a map ``(B, H, W, C)``, twice as wide in its channel mixer."""
 
-    def __init__(self, dim: int, layer, layers: int, init_values: float, drop_path: float, device=None, dtype=None):
+    def __init__(
+        self, dim: int, layer: int, layers: int, init_values: float, drop_path: float, device=None, dtype=None
+    ):
         dd: dict = {"device": device, "dtype": dtype}
         mixers = SpatialMix(dim, layer, layers, **dd), ChannelMix(dim, 2 * dim, layer, layers, **dd)
         super().__init__(dim, *mixers, init_values=init_values, eps=1e-6, drop_path=drop_path, **dd)

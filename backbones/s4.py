@@ -21,7 +21,7 @@ __all__ = ["PixelS4D", "PixelS5"]
 class Block(nn.Module):
     """``x += Mixer(LN(x))`` on tokens ``(B, L, C)``; the grid of the pixels does not matter."""
 
-    def __init__(self, dim: int, mixer, drop_path: float = 0.0, device=None, dtype=None):
+    def __init__(self, dim: int, mixer: nn.Module, drop_path: float = 0.0, device=None, dtype=None):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-5, device=device, dtype=dtype)
         self.mixer = mixer

@@ -12,6 +12,7 @@ Maps are channel-last (B, H, W, C) throughout.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -173,9 +174,9 @@ class Block(nn.Module):
         self,
         l: int,
         dim: int,
-        token_mixers,
-        token_ratio,
-        channel_ratio,
+        token_mixers: int,
+        token_ratio: float,
+        channel_ratio: float,
         d_state: int,
         averaging: bool,
         drop_path: float = 0.0,
@@ -207,7 +208,9 @@ class Block(nn.Module):
 class ViM2Stage(nn.Module):
     """Downsampling, blocks that all see each other's outputs, and one more weighted average that leaves the stage."""
 
-    def __init__(self, blocks, averaging: bool, downsample: nn.Module | None = None, device=None, dtype=None):
+    def __init__(
+        self, blocks: Sequence[Block], averaging: bool, downsample: nn.Module | None = None, device=None, dtype=None
+    ):
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = nn.Identity() if downsample is None else downsample
@@ -254,7 +257,7 @@ class ViM2(Pyramid):
         depths: tuple[int, ...] = (1, 1, 3, 1),
         token_mixers: int = 2,
         ssm_ratio: float = 2.0,
-        channel_ratios=(2.0, 2.0, 2.0, 1.0),
+        channel_ratios: tuple[float, ...] = (2.0, 2.0, 2.0, 1.0),
         d_state: int = 16,
         averaging: bool = True,
         drop_rate: float = 0.0,

@@ -10,6 +10,7 @@ Maps are channel-last (B, H, W, C) inside; input and output are NCHW.
 """
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -126,7 +127,7 @@ class MultiHeadScanMixer(nn.Module):
 class Block(nn.Module):
     """``x += Mixer(LN(x))``."""
 
-    def __init__(self, dim: int, mixer, drop_path: float = 0.0, device=None, dtype=None):
+    def __init__(self, dim: int, mixer: Callable[..., nn.Module], drop_path: float = 0.0, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
@@ -176,7 +177,7 @@ class VMUNet(nn.Module):
         self,
         in_chans: int = 3,
         num_classes: int = 1,
-        img_size=None,
+        img_size: int | tuple[int, int] | None = None,
         dims: tuple[int, ...] = (96, 192, 384, 768),
         depths: tuple[int, ...] = (2, 2, 2, 2),
         depths_decoder: tuple[int, ...] = (2, 2, 2, 1),

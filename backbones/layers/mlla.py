@@ -55,7 +55,9 @@ class MLLABlock(nn.Module):
         drop_path: Stochastic depth of the mixer and the MLP.
     """
 
-    def __init__(self, dim: int, mixer, mlp_ratio: float = 4.0, drop_path: float = 0.0, device=None, dtype=None):
+    def __init__(
+        self, dim: int, mixer: nn.Module, mlp_ratio: float = 4.0, drop_path: float = 0.0, device=None, dtype=None
+    ):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.conv1 = Conv2dNHWC(dim, dim, 3, padding=1, groups=dim, **dd)

@@ -3,6 +3,8 @@
 Maps are ``(B, C, H, W)`` here, as in the convolutional networks that these were published for.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
@@ -33,7 +35,7 @@ class TVConv(nn.Module):
     def __init__(
         self,
         channels: int,
-        size,
+        size: Sequence[int],
         kernel_size: int = 3,
         stride: int = 1,
         position_channels: int = 4,
@@ -85,7 +87,14 @@ class _Weighted:
     """See `WeightedConv2d`."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, *args, den=None, trainable: bool = False, **kwargs
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *args,
+        den: Sequence[float] | None = None,
+        trainable: bool = False,
+        **kwargs,
     ):
         super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
         radius = self.kernel_size[0] // 2
@@ -283,7 +292,7 @@ class WaRA(nn.Module):
             update is one matrix, `delta`.
     """
 
-    def __init__(self, linear, rank: int = 4, alpha: float | None = None, gains: bool = False):
+    def __init__(self, linear: nn.Linear, rank: int = 4, alpha: float | None = None, gains: bool = False):
         super().__init__()
         if linear.in_features % 2 or linear.out_features % 2:
             raise ValueError(f"linear: expected even numbers of features, got {linear}")

@@ -179,8 +179,8 @@ class RWKVBlock(nn.Module):
     def __init__(
         self,
         dim: int,
-        mixer,
-        mlp,
+        mixer: nn.Module,
+        mlp: nn.Module,
         first_norm: bool = False,
         post_norm: bool = False,
         init_values: float | None = None,

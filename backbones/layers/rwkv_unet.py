@@ -3,6 +3,8 @@
 Maps are NCHW between levels and tokens (B, H * W, C) inside them.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.models import checkpoint
@@ -28,7 +30,7 @@ class ReWKV(nn.Module):
         passes: Passes of BiWKV, along rows and columns in turns; each has a decay and a bonus.
     """
 
-    def __init__(self, dim: int, shift, passes: int = 2, device=None, dtype=None):
+    def __init__(self, dim: int, shift: nn.Module, passes: int = 2, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.decay = nn.Parameter(torch.empty(passes, dim, **dd))
@@ -57,7 +59,7 @@ class ReWKV(nn.Module):
 class OmniChannelMix(nn.Module):
     """``s = shift(z);  sigmoid(W_r s) * W_v relu(W_k s)^2``, four times as wide inside."""
 
-    def __init__(self, dim: int, shift, device=None, dtype=None):
+    def __init__(self, dim: int, shift: nn.Module, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.omni_shift = shift
@@ -81,7 +83,7 @@ class Level(nn.Module):
         shift: Class of the mixers' token shifts, made of the number of channels.
     """
 
-    def __init__(self, dim: int, depth: int, shift=OmniShift, device=None, dtype=None):
+    def __init__(self, dim: int, depth: int, shift: Callable[..., nn.Module] = OmniShift, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.grad_checkpointing = False
@@ -150,7 +152,7 @@ class RWKVUNet(nn.Module):
         dim: int = 48,
         depths: tuple[int, ...] = (4, 6, 6, 8),
         refinement: int = 4,
-        shift=OmniShift,
+        shift: Callable[..., nn.Module] = OmniShift,
         device=None,
         dtype=None,
     ):

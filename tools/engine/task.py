@@ -148,7 +148,9 @@ class TimmModel(Task, BaseModel):
 
     needs: ClassVar[str] = "forward"  # a method that tells a model of this task, where it is not of the zoo
 
-    def __init__(self, model_name: str, *args, pretrained=False, data_preprocessor: dict | None = None, **kwargs):
+    def __init__(
+        self, model_name: str, *args, pretrained: bool | str = False, data_preprocessor: dict | None = None, **kwargs
+    ):
         super().__init__(data_preprocessor)
         kind = kind_of(model_name)
         expected = f"expected a model of kind {' or '.join(self.kinds)}, such as {list_models(kind=self.kinds[0])[0]!r}"
