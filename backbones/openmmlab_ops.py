@@ -372,15 +372,17 @@ OPERATORS = (
 )
 
 
+class MissingOperator(NotImplementedError):
+    """An operator of mmcv that neither it nor torchvision has here."""
+
+
 def _missing(name: str) -> Callable:
     """What an operator is that `mmcv._ext` has and this module has not; Python's own names are absent."""
     if name.startswith("__"):
         raise AttributeError(name)
 
     def operator(*args, **kwargs):
-        raise NotImplementedError(
-            f"mmcv's operator {name!r} needs an mmcv with compiled operators; torchvision has none"
-        )
+        raise MissingOperator(f"mmcv's operator {name!r} needs an mmcv with compiled operators; torchvision has none")
 
     return operator
 

@@ -4,7 +4,28 @@ import importlib
 import importlib.metadata
 import sys
 
-COMMANDS = ("doctor", "models", "configs", "benchmark", "train", "test", "predict")
+COMMANDS = {
+    "doctor": "versions, the backend of each operator and why, a self-check of the kernels",
+    "models": "the zoo: measured parameters and MACs beside the published ones",
+    "configs": "the shipped training configs",
+    "finetune": "train a model on a folder of your own, and report what it does",
+    "train": "train by a config",
+    "test": "evaluate a checkpoint",
+    "predict": "label, segment, restore or find objects in files",
+    "export": "write a model for ONNX Runtime or torch.export",
+    "benchmark": "time operators and models on this machine",
+    "build": "compile the CPU kernels ahead",
+    "make_data": "write the data sets of the examples",
+    "quickstart": "train on handwritten digits and label others",
+    "scenes": "segment or find digits on photographs, from the quickstart's weights",
+    "denoise": "remove noise from photographs",
+    "ptd": "states of perturbed diagonal matrices, as S4 and S5 start from",
+}
+MODULES = {"build": "linzoo.ops.compile_cpu"}  # of other names than their commands
+COMPLETION = {
+    "bash": 'complete -o default -W "{names}" linzoo',
+    "zsh": "autoload -U +X bashcompinit && bashcompinit\ncomplete -o default -W '{names}' linzoo",
+}
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -13,13 +34,20 @@ def main(argv: list[str] | None = None) -> int | None:
     if argv == ["--version"]:
         print(f"linzoo {importlib.metadata.version('linzoo')}")
         return 0
+    if argv[:1] == ["completion"] and argv[1:] and argv[1] in COMPLETION:
+        print(COMPLETION[argv[1]].format(names=" ".join(COMMANDS)))
+        return 0
     if not argv or argv[0] not in COMMANDS:
         asked = bool(argv) and argv[0] not in ("-h", "--help")
-        line = f"linzoo: unknown command {argv[0]!r}; " if asked else ""
-        print(f"{line}usage: linzoo {{{','.join(COMMANDS)}}} ...", file=sys.stderr if asked else sys.stdout)
-        return 2 if asked else 0
+        if asked:
+            print(f"linzoo: unknown command {argv[0]!r}; usage: linzoo {{{','.join(COMMANDS)}}} ...", file=sys.stderr)
+            return 2
+        print("usage: linzoo COMMAND ...; `linzoo COMMAND --help` says more\n")
+        print("\n".join(f"  {name:11}{description}" for name, description in COMMANDS.items()))
+        print('\nlinzoo --version; in a shell: eval "$(linzoo completion bash)" (or zsh)')
+        return 0
     try:
-        tool = importlib.import_module(f"linzoo.tools.{argv[0]}")
+        tool = importlib.import_module(MODULES.get(argv[0], f"linzoo.tools.{argv[0]}"))
     except ImportError as e:  # an optional part, or one that does not fit; its message says how to install it
         print(f"error: linzoo {argv[0]}: {e}", file=sys.stderr)
         return 2

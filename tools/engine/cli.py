@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from mmengine.config import DictAction
 
+from linzoo.backbones.openmmlab_ops import MissingOperator
+
 from .errors import InputError, note
 
 
@@ -44,6 +46,8 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 main(argv)
+        except MissingOperator as e:
+            line = str(e)
         except InputError as e:
             # An error raised in a data-loader worker carries the worker's traceback before its own message.
             line = str(e).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")

@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmengine.runner import Runner
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -103,6 +106,23 @@ class LayerDecay(DefaultOptimWrapperConstructor):
             settings = (self.base_lr * scales.get(name, 1.0), 0.0 if exempt else self.base_wd)
             groups.setdefault(settings, []).append(parameter)
         params.extend({"params": group, "lr": lr, "weight_decay": wd} for (lr, wd), group in groups.items())
+
+
+@HOOKS.register_module()
+class FreezeHook(Hook):
+    """A classifier's head learns alone: the rest gets no gradient and stays in eval mode."""
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Freeze all but the modules that the model's `pretrained_cfg` names as its classifier.
+
+        At every step, since mmengine puts the whole model in training mode after `before_train_epoch`.
+        """
+        model = (runner.model.module if is_model_wrapper(runner.model) else runner.model).model
+        names = model.pretrained_cfg["classifier"]
+        heads = [model.get_submodule(name) for name in ([names] if isinstance(names, str) else names)]
+        model.eval().requires_grad_(False)
+        for head in heads:
+            head.train().requires_grad_(True)
 
 
 def _decay(hint: dict) -> dict:

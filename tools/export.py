@@ -1,0 +1,178 @@
+"""Write a model for other programs: `linzoo export MODEL [WEIGHTS] --format onnx --out DIR`.
+
+MODEL is a model's name (`linzoo models`, or timm's), `local-dir:DIR` of a run's export, or a config of ours with its
+checkpoint as WEIGHTS. The file is compared with the model itself, at the size that it was traced at and, where axes are
+dynamic, at another; a difference beyond the tolerance ends with status 1.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import rich.box
+import rich.console
+import rich.table
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from linzoo.backbones import kind_of
+from linzoo.ops import use_backend
+from linzoo.tools.engine.cli import command
+from linzoo.tools.engine.config import load_config, shipped_configs
+from linzoo.tools.engine.errors import InputError, did_you_mean
+from linzoo.tools.engine.files import write_atomically
+from linzoo.tools.engine.task import TimmModel, build
+from linzoo.tools.engine.weights import create_model, load_weights
+
+AXES = {"batch": 0, "height": 2, "width": 3}
+TOLERANCE = 1e-3  # of the outputs' standard deviation
+
+
+def load(name: str, weights: str | None) -> tuple[nn.Module, tuple[int, ...]]:
+    """A model in eval mode, and the size (C, H, W) of its images."""
+    if name.endswith(".py") or name.removesuffix(".py").removeprefix("configs/") in shipped_configs():
+        cfg = load_config(name)
+        task = build(cfg)
+        if not isinstance(task, TimmModel):
+            raise InputError(f"MODEL {name!r} is a {type(task).__name__} of OpenMMLab's; expected a model of timm's")
+        if weights is None:
+            raise InputError(f"MODEL {name!r} is a config: WEIGHTS is missing; expected its checkpoint")
+        load_weights(task.model, weights)
+        model = task.model
+    elif ":" in name and not name.startswith("local-dir:"):
+        raise InputError(f"MODEL {name!r}: expected a name, local-dir:DIR, or a config")
+    else:
+        base = name.partition(".")[0]
+        if ":" not in name and not timm.is_model(base):
+            raise InputError(f"MODEL {name!r}: no such model in timm or LinZoo{did_you_mean(base, timm.list_models())}")
+        own = ":" in name or "." in name
+        model = timm.create_model(name, pretrained=True) if own else create_model(name, pretrained=weights or False)
+        if own and weights:
+            raise InputError(f"WEIGHTS {weights!r}: MODEL {name!r} has weights of its own; expected one of the two")
+    kind = kind_of(model.pretrained_cfg["architecture"])
+    if kind in ("promptable", "occupancy", "video"):
+        raise InputError(f"MODEL {name!r} is of kind {kind!r}; expected one that takes images alone")
+    return model.eval(), resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg))["input_size"]
+
+
+def to_onnx(model: nn.Module, x: Tensor, dynamic: dict, file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Write an ONNX file whose scans are ONNX's own; how ONNX Runtime runs it."""
+    import onnxruntime  # the optional part `export`
+
+    with use_backend("export"), torch.no_grad():
+        program = torch.onnx.export(model, (x,), dynamic_shapes=(dynamic,), dynamo=True, verbose=False)
+    write_atomically(file, lambda partial: program.save(partial))
+    session = onnxruntime.InferenceSession(file)
+    [entry] = session.get_inputs()
+    return lambda x: [torch.from_numpy(y) for y in session.run(None, {entry.name: x.numpy()})]
+
+
+def to_torch(model: nn.Module, x: Tensor, dynamic: dict, file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Write an archive of torch.export, which keeps our operators; how torch runs it."""
+    program = torch.export.export(model, (x,), dynamic_shapes=(dynamic,))
+
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as archive:
+            torch.export.save(program, archive)
+
+    write_atomically(file, write)
+    made = torch.export.load(str(file)).module()
+    return lambda x: _as_list(made(x))
+
+
+def _as_list(y: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [y] if isinstance(y, Tensor) else list(y)
+
+
+FORMATS = {"onnx": (to_onnx, "model.onnx"), "torch": (to_torch, "model.pt2")}
+
+
+def compare(run: Callable, model: nn.Module, x: Tensor) -> tuple[float, float, float]:
+    """Largest error over the standard deviation of each output; seconds of the file and of the model."""
+    with torch.inference_mode():
+        model(x), run(x)
+        begin = time.perf_counter()
+        expected = _as_list(model(x))
+        middle = time.perf_counter()
+        found = run(x)
+        end = time.perf_counter()
+    errors = [float((a - b).abs().max() / b.std().clamp(min=1e-12)) for a, b in zip(found, expected, strict=True)]
+    return max(errors), end - middle, middle - begin
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `export`. Wrong input ends it with a line on stderr and status 2, a wrong file with status 1."""
+    parser = argparse.ArgumentParser(
+        prog="linzoo export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("weights", metavar="WEIGHTS", nargs="?", help="a file of weights of any trainer")
+    parser.add_argument("--format", choices=FORMATS, default="onnx")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: the model's own")
+    parser.add_argument("--dynamic", default="batch", help="axes of any length, of batch,height,width; default: batch")
+    parser.add_argument("--out", required=True, help="folder")
+    args = parser.parse_args(argv)
+    asked = [axis for axis in args.dynamic.split(",") if axis]
+    if unknown := sorted(set(asked) - set(AXES)):
+        raise InputError(f"--dynamic {args.dynamic}: unknown axis {unknown[0]!r}; expected some of {','.join(AXES)}")
+    if args.size and min(args.size) < 1:
+        raise InputError(f"--size {args.size[0]} {args.size[1]}: expected positive numbers")
+    model, (channels, *own) = load(args.model, args.weights)
+    height, width = args.size or own
+    fixed = model.pretrained_cfg.get("fixed_input_size")
+    if fixed and ([height, width] != own or {"height", "width"} & set(asked)):
+        raise InputError(
+            f"MODEL {args.model!r} takes {own[0]} x {own[1]} alone; expected that --size, and --dynamic batch"
+        )
+    x = torch.randn(2, channels, height, width)
+    try:
+        with torch.inference_mode():
+            model(x)
+    except (RuntimeError, ValueError, AssertionError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise InputError(f"--size {height} {width}: MODEL {args.model!r} does not take it ({reason})") from e
+    write, file_name = FORMATS[args.format]
+    file = Path(args.out, file_name)
+    begin = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run = write(model, x, {AXES[axis]: torch.export.Dim.AUTO for axis in asked}, file)
+    except ImportError as e:
+        raise InputError(f"--format {args.format} needs the export part: `pip install 'linzoo[export]'` ({e})") from e
+    except Exception as e:  # whatever a tracer finds in the way
+        reason = (str(e).strip().splitlines() or [""])[0]
+        hint = "; try --dynamic batch" if set(asked) - {"batch"} else ""
+        raise InputError(
+            f"MODEL {args.model!r} cannot be written as {args.format}: {type(e).__name__}: {reason}{hint}"
+        ) from e
+    seconds = time.perf_counter() - begin
+    table = rich.table.Table("images", "max error / std", "file, s", "model, s", box=rich.box.SIMPLE)
+    other = [3 if "batch" in asked else 2, channels]
+    other += [side + 64 if axis in asked else side for axis, side in (("height", height), ("width", width))]
+    wrong = []
+    for images in [x, torch.randn(other)] if asked else [x]:
+        try:
+            error, theirs, ours = compare(run, model, images)
+        except Exception as e:  # whatever the runtime finds
+            raise InputError(
+                f"{str(file)!r} does not run on {tuple(images.shape)}, which --dynamic {args.dynamic} asks for: "
+                f"{(str(e).strip().splitlines() or [type(e).__name__])[0]}"
+            ) from e
+        table.add_row(" x ".join(map(str, images.shape)), f"{error:.1e}", f"{theirs:.3f}", f"{ours:.3f}")
+        wrong += [error] if not error <= TOLERANCE else []
+    rich.console.Console(highlight=False).print(table)
+    print(f"{file}: written in {seconds:.0f} s; tolerance {TOLERANCE:g}")
+    if wrong:
+        print(f"error: {str(file)!r} is off by {max(wrong):.1e} of the outputs' deviation", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
