@@ -13,13 +13,18 @@ from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba
 from .kat import KAT
 from .localmamba import LocalVim, LocalVMamba
+from .mambavision import MambaVision
+from .mila import MILA
 from .occrwkv import OccRWKV
+from .plainmamba import PlainMamba
 from .restore_rwkv import RestoreRWKV
 from .rwkvsam import RWKVSAM
 from .rwkvsam_backbone import RWKVSAMBackbone
 from .s4 import PixelS4D, PixelS5
 from .s4nd import S4NDConvNeXt
 from .spatialmamba import SpatialMamba
+from .videomamba import VideoMamba
+from .videomamba_video import VideoMambaVideo
 from .vim import Vim
 from .vim2 import ViM2
 from .vm_unet import VMUNet
@@ -30,6 +35,7 @@ from .vssd import VSSD
 
 __all__ = [
     "KAT",
+    "MILA",
     "RWKVSAM",
     "VRWKV",
     "VRWKV6",
@@ -42,9 +48,11 @@ __all__ = [
     "HRVMamba",
     "LocalVMamba",
     "LocalVim",
+    "MambaVision",
     "OccRWKV",
     "PixelS4D",
     "PixelS5",
+    "PlainMamba",
     "RWKVSAMBackbone",
     "RestoreRWKV",
     "S4NDConvNeXt",
@@ -52,6 +60,8 @@ __all__ = [
     "VMUNet",
     "VMamba",
     "ViM2",
+    "VideoMamba",
+    "VideoMambaVideo",
     "KINDS",
     "Vim",
     "kind_of",
@@ -67,10 +77,14 @@ _FAMILIES: dict[Kind, tuple[str, ...]] = {
         "hrvmamba",
         "kat",
         "localmamba",
+        "mambavision",
+        "mila",
+        "plainmamba",
         "rwkvsam_backbone",
         "s4",
         "s4nd",
         "spatialmamba",
+        "videomamba",
         "vim",
         "vim2",
         "vmamba",
@@ -83,7 +97,7 @@ _FAMILIES: dict[Kind, tuple[str, ...]] = {
     "restoration": ("fs_rwkv", "restore_rwkv"),
     "promptable": ("rwkvsam",),
     "occupancy": ("occrwkv",),
-    "video": ("convs5",),
+    "video": ("convs5", "videomamba_video"),
 }
 KINDS: tuple[Kind, ...] = tuple(_FAMILIES)
 
