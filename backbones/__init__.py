@@ -25,6 +25,7 @@ from .s4nd import S4NDConvNeXt
 from .spatialmamba import SpatialMamba
 from .videomamba import VideoMamba
 from .videomamba_video import VideoMambaVideo
+from .vil import ViL
 from .vim import Vim
 from .vim2 import ViM2
 from .vm_unet import VMUNet
@@ -59,6 +60,7 @@ __all__ = [
     "SpatialMamba",
     "VMUNet",
     "VMamba",
+    "ViL",
     "ViM2",
     "VideoMamba",
     "VideoMambaVideo",
@@ -85,6 +87,7 @@ _FAMILIES: dict[Kind, tuple[str, ...]] = {
         "s4nd",
         "spatialmamba",
         "videomamba",
+        "vil",
         "vim",
         "vim2",
         "vmamba",

@@ -42,6 +42,7 @@ _VSSD = "README of github.com/YuHengsss/VSSD, without MESA"
 _VSSD_NOTE = "our count has every convolution and matrix product; what the README's leaves out is not said"
 _VIDEOMAMBA = "README of github.com/OpenGVLab/VideoMamba"
 _VIDEOMAMBA_NOTE = "beside the matrix products, the README's FLOPs leave less than half of 9 L D N for the scans"
+_VIL = "README of github.com/NX-AI/vision-lstm, version 2"
 _VIM = "README of github.com/hustvl/Vim; FLOPs as quoted in the README of github.com/hunto/LocalMamba"
 _VIM_NOTE = "beside the matrix products, the quoted FLOPs leave less than half of 9 L D N for the scans"
 _VIM2 = "arXiv 2403.19888v1, quoted second-hand and unverified"
@@ -121,6 +122,9 @@ PUBLISHED = {
     "videomamba_t": Published(7, 1.1, 76.9, _VIDEOMAMBA, note=_VIDEOMAMBA_NOTE),
     "videomamba_s": Published(26, 4.3, 81.2, _VIDEOMAMBA, note=_VIDEOMAMBA_NOTE),
     "videomamba_m": Published(74, 12.7, 82.8, _VIDEOMAMBA, note=_VIDEOMAMBA_NOTE),
+    "vil_t": Published(6.4, None, 78.3, _VIL),
+    "vil_s": Published(23.4, None, 81.5, _VIL),
+    "vil_b": Published(89.3, None, 82.4, _VIL),
     "vim_t": Published(7, 1.5, 76.1, _VIM, note=_VIM_NOTE),
     "vim_t_stride8": Published(None, None, 78.3, _VIM),
     "vim_s": Published(26, 5.1, 80.5, _VIM, note=_VIM_NOTE),

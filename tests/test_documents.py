@@ -46,6 +46,7 @@ WITHOUT = {
         "s5_pixel_*": PIXELS,
         "*_adapter_seg": "the adapter of segmentation",
         "videomamba_*": NO_DENSE,
+        "vil_*": NO_DENSE,
         "*": ONE_SIZE,
     },
 }

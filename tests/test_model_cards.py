@@ -38,7 +38,7 @@ def test_counting_flops():
         ),
         ("hrvmamba_n", "neck", None),
         *((name, "blocks", "of_tokens_around_a_class_token") for name in ("vim_t", "localvim_t_midcls")),
-        *((name, "blocks", "of_tokens") for name in ("localvim_t", "plainmamba_l1", "vrwkv_t")),
+        *((name, "blocks", "of_tokens") for name in ("localvim_t", "plainmamba_l1", "vil_t", "vrwkv_t")),
         *((name, "blocks", "of_tokens_after_a_class_token") for name in ("kat_tiny_patch16_224", "videomamba_t")),
     ],
 )
