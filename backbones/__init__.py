@@ -13,13 +13,19 @@ from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba
 from .kat import KAT
 from .localmamba import LocalVim, LocalVMamba
+from .mambavision import MambaVision
+from .mila import MILA
 from .occrwkv import OccRWKV
+from .plainmamba import PlainMamba
 from .restore_rwkv import RestoreRWKV
 from .rwkvsam import RWKVSAM
 from .rwkvsam_backbone import RWKVSAMBackbone
 from .s4 import PixelS4D, PixelS5
 from .s4nd import S4NDConvNeXt
 from .spatialmamba import SpatialMamba
+from .videomamba import VideoMamba
+from .videomamba_video import VideoMambaVideo
+from .vil import ViL
 from .vim import Vim
 from .vim2 import ViM2
 from .vm_unet import VMUNet
@@ -30,6 +36,7 @@ from .vssd import VSSD
 
 __all__ = [
     "KAT",
+    "MILA",
     "RWKVSAM",
     "VRWKV",
     "VRWKV6",
@@ -42,16 +49,21 @@ __all__ = [
     "HRVMamba",
     "LocalVMamba",
     "LocalVim",
+    "MambaVision",
     "OccRWKV",
     "PixelS4D",
     "PixelS5",
+    "PlainMamba",
     "RWKVSAMBackbone",
     "RestoreRWKV",
     "S4NDConvNeXt",
     "SpatialMamba",
     "VMUNet",
     "VMamba",
+    "ViL",
     "ViM2",
+    "VideoMamba",
+    "VideoMambaVideo",
     "KINDS",
     "Vim",
     "kind_of",
@@ -67,10 +79,15 @@ _FAMILIES: dict[Kind, tuple[str, ...]] = {
         "hrvmamba",
         "kat",
         "localmamba",
+        "mambavision",
+        "mila",
+        "plainmamba",
         "rwkvsam_backbone",
         "s4",
         "s4nd",
         "spatialmamba",
+        "videomamba",
+        "vil",
         "vim",
         "vim2",
         "vmamba",
@@ -83,7 +100,7 @@ _FAMILIES: dict[Kind, tuple[str, ...]] = {
     "restoration": ("fs_rwkv", "restore_rwkv"),
     "promptable": ("rwkvsam",),
     "occupancy": ("occrwkv",),
-    "video": ("convs5",),
+    "video": ("convs5", "videomamba_video"),
 }
 KINDS: tuple[Kind, ...] = tuple(_FAMILIES)
 

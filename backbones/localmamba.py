@@ -24,6 +24,7 @@ from torch import nn
 from .layers import SS2D, ChannelGate, Isotropic, Pyramid, RMSNorm, Stage, VimMixer, resize_pos_embed, zero_pad
 from .layers.checkpoint import MAMBA_NAMES, SS2D_NAMES, rename, reshape_as, unwrap_state_dict
 from .layers.pretrained import imagenet_cfg
+from .layers.rope import axial_angles, turn
 
 __all__ = ["LocalVMamba", "LocalVim"]
 
@@ -200,16 +201,12 @@ def rotate(x, grid, base, theta=10000.0):
     the column, in pairs ``i`` by ``theta ** (-4 i / C)`` a step. A step is 1 / 14 of the map whose grid is `base`; for
     another grid, the tables of cosines and sines are interpolated bicubically.
     """
-    pairs = x.shape[-1] // 4
-    frequency = theta ** (-torch.arange(pairs, dtype=x.dtype, device=x.device) / pairs)
-    row, col = ((torch.arange(n, dtype=x.dtype, device=x.device) * (GRID / n))[:, None] * frequency for n in base)
-    angle = torch.cat([row[:, None].expand(*base, pairs), col.expand(*base, pairs)], 2).permute(2, 0, 1)
+    row, column = (torch.arange(n, dtype=x.dtype, device=x.device) * (GRID / n) for n in base)
+    angle = axial_angles(row, column, x.shape[-1] // 4, theta).permute(2, 0, 1)
     tables = torch.stack([angle.cos(), angle.sin()])
     if torch.compiler.is_exporting() or tuple(grid) != tuple(base):
         tables = F.interpolate(tables, size=tuple(grid), mode="bicubic", align_corners=False)
-    cos, sin = tables.flatten(2).mT.unflatten(2, (2, pairs))
-    a, b = x.unflatten(2, (2, pairs, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(2)
+    return turn(x, *tables.flatten(2).mT)
 
 
 @register_notrace_module  # FX cannot follow positions, which depend on the map's size
@@ -305,9 +302,7 @@ class LocalVim(Isotropic):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, LocalVimMixer):
-            trunc_normal_(module.s6.x_proj, std=0.02)
-            trunc_normal_(module.s6.dt_weight, std=0.02)
-            nn.init.zeros_(module.s6.dt_bias)
+            module.s6.init_as_linear()
 
     def embed(self, x):
         x, grid = super().embed(F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size)))

@@ -33,10 +33,16 @@ _KAT = "README of github.com/Adamdad/kat"
 _KAT_NOTE = "the README leaves out the two matrix products of attention"
 _S4ND = "arXiv 2210.06583"
 _S4ND_NOTE = "the Fourier transforms of the long convolutions are not in our count"
+_MAMBAVISION = "README of github.com/NVlabs/MambaVision"
+_MILA = "README of github.com/LeapLabTHU/MLLA, with MESA"
+_PLAINMAMBA = "README of github.com/ChenhongyiYang/PlainMamba; GFLOPs quoted second-hand"
 _RESTORE_RWKV = "arXiv 2407.11087, tables of v1; of the light variant, the abstract of v3"
 _SPATIALMAMBA = "README of github.com/EdwardChasel/Spatial-Mamba"
 _VSSD = "README of github.com/YuHengsss/VSSD, without MESA"
 _VSSD_NOTE = "our count has every convolution and matrix product; what the README's leaves out is not said"
+_VIDEOMAMBA = "README of github.com/OpenGVLab/VideoMamba"
+_VIDEOMAMBA_NOTE = "beside the matrix products, the README's FLOPs leave less than half of 9 L D N for the scans"
+_VIL = "README of github.com/NX-AI/vision-lstm, version 2"
 _VIM = "README of github.com/hustvl/Vim; FLOPs as quoted in the README of github.com/hunto/LocalMamba"
 _VIM_NOTE = "beside the matrix products, the quoted FLOPs leave less than half of 9 L D N for the scans"
 _VIM2 = "arXiv 2403.19888v1, quoted second-hand and unverified"
@@ -72,6 +78,28 @@ PUBLISHED = {
     "kat_small_patch16_224": Published(22.1, 4.35, 81.2, _KAT, note=_KAT_NOTE),
     "kat_base_patch16_224": Published(86.6, 17.06, 82.3, _KAT, note=_KAT_NOTE),
     "s4nd_convnext_tiny": Published(30, 5.2, 82.2, _S4ND, note=_S4ND_NOTE),
+    "mambavision_t": Published(
+        31.8, 4.4, 82.3, _MAMBAVISION, note="our count has every convolution and matrix product, attention's, too"
+    ),
+    "mambavision_t2": Published(35.1, 5.1, 82.7, _MAMBAVISION),
+    "mambavision_s": Published(50.1, 7.5, 83.3, _MAMBAVISION),
+    "mambavision_b": Published(97.7, 15.0, 84.2, _MAMBAVISION),
+    "mambavision_l": Published(227.9, 34.9, 85.0, _MAMBAVISION),
+    "mambavision_l2": Published(241.5, 37.5, 85.3, _MAMBAVISION),
+    "mila_t": Published(25, 4.2, 83.5, _MILA),
+    "mila_s": Published(43, 7.3, 84.4, _MILA),
+    "mila_b": Published(96, 16.2, 85.3, _MILA),
+    "plainmamba_l1": Published(
+        7.3, 3.0, 77.9, _PLAINMAMBA, note="the published module has 7,551,656 parameters with its classifier"
+    ),
+    "plainmamba_l2": Published(25.7, 8.1, 81.6, _PLAINMAMBA),
+    "plainmamba_l3": Published(
+        50.5,
+        14.4,
+        82.3,
+        _PLAINMAMBA,
+        note="our count has the four scans with 9 L D N each; a quoted figure's is not said",
+    ),
     "restore_rwkv": Published(27.914, 37.4585, None, _RESTORE_RWKV, 128),
     "restore_rwkv_light": Published(
         1.16, None, None, _RESTORE_RWKV, 128, "1.157 M with one kernel per token shift; here are all of its branches"
@@ -91,6 +119,12 @@ PUBLISHED = {
     "localvim_s": Published(28, 4.8, 81.1, _LOCALMAMBA, note=_LOCALVIM_NOTE),
     "local_vssm_t": Published(26, 5.7, 82.7, _LOCALMAMBA),
     "local_vssm_s": Published(50, 11.4, 83.7, _LOCALMAMBA),
+    "videomamba_t": Published(7, 1.1, 76.9, _VIDEOMAMBA, note=_VIDEOMAMBA_NOTE),
+    "videomamba_s": Published(26, 4.3, 81.2, _VIDEOMAMBA, note=_VIDEOMAMBA_NOTE),
+    "videomamba_m": Published(74, 12.7, 82.8, _VIDEOMAMBA, note=_VIDEOMAMBA_NOTE),
+    "vil_t": Published(6.4, None, 78.3, _VIL),
+    "vil_s": Published(23.4, None, 81.5, _VIL),
+    "vil_b": Published(89.3, None, 82.4, _VIL),
     "vim_t": Published(7, 1.5, 76.1, _VIM, note=_VIM_NOTE),
     "vim_t_stride8": Published(None, None, 78.3, _VIM),
     "vim_s": Published(26, 5.1, 80.5, _VIM, note=_VIM_NOTE),

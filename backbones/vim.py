@@ -7,33 +7,18 @@ Patch tokens, a class token in their middle, and blocks of one mixer each, which
 """
 
 import math
-import re
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.layers.weight_init import lecun_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from .layers import Isotropic, RMSNorm, VimMixer, resize_pos_embed, unwrap_state_dict
-from .layers.checkpoint import MAMBA_NAMES
+from .layers import Isotropic, RMSNorm, VimBlock, unwrap_state_dict
+from .layers.checkpoint import stack_directions
 from .layers.pretrained import imagenet_cfg
 
 __all__ = ["Vim"]
-
-
-class Block(nn.Module):
-    """``r + Mixer(RMS(r))`` with the residual stream r in float32 whatever the weights' dtype."""
-
-    def __init__(self, dim: int, drop_path: float = 0.0, device=None, dtype=None):
-        dd: dict = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.norm = RMSNorm(dim, **dd)
-        self.mixer = VimMixer(dim, **dd)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x, grid):
-        return x + self.drop_path(self.mixer(self.norm(x))).to(x.dtype)
 
 
 class Vim(Isotropic):
@@ -72,7 +57,7 @@ class Vim(Isotropic):
             img_size, patch_size, stride, in_chans, num_classes, global_pool, dim, depth, True, drop_rate, **dd
         )
         rates = calculate_drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.ModuleList([Block(dim, rate, **dd) for rate in rates])
+        self.blocks = nn.ModuleList([VimBlock(dim, rate, **dd) for rate in rates])
         self.norm = RMSNorm(dim, **dd)
         self.init_weights(needs_reset=False)
 
@@ -100,34 +85,10 @@ class Vim(Isotropic):
         return x.to(torch.promote_types(x.dtype, torch.float32)), grid
 
 
-# The published names of one direction's parameters (the backward one's have `_b`) and ours for the two stacked.
 def checkpoint_filter_fn(state_dict, model):
     """Converts the published state dict to ours, and the position table to the model's grid."""
-    state_dict = unwrap_state_dict(state_dict)
-    out = {}
-    if "norm_f.weight" in state_dict:
-        directions = {}
-        for key, value in state_dict.items():
-            match = re.fullmatch(r"layers\.(\d+)\.(.*)", key)
-            if match is None:
-                key = key.replace("patch_embed.proj.", "patch_embed.").replace("norm_f.", "norm.")
-                out[key] = value
-                continue
-            block, name = f"blocks.{match[1]}.", match[2].removeprefix("mixer.").replace("A_b_log", "A_log_b")
-            forward = re.sub(r"_b(?=\.|$)", "", name)
-            if forward in MAMBA_NAMES:
-                key = f"{block}mixer.{MAMBA_NAMES[forward]}"
-                value = value.squeeze(1) if forward == "conv1d.weight" else value
-                directions.setdefault(key, {})[name != forward] = value
-            else:
-                out[block + match[2]] = value
-        out.update({key: torch.stack([both[False], both[True]]) for key, both in directions.items()})
-    else:
-        out.update(state_dict)
-    pos_embed = out["pos_embed"]
-    if pos_embed.shape != model.pos_embed.shape:
-        side = math.isqrt(pos_embed.shape[1] - 1)
-        out["pos_embed"] = resize_pos_embed(pos_embed, (side, side), model.grid_size, class_token=True)
+    out = stack_directions(unwrap_state_dict(state_dict))
+    out["pos_embed"] = model.fit_positions(out["pos_embed"])
     return out
 
 

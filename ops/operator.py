@@ -31,9 +31,9 @@ class Operator:
         schema: Arguments and results, ``"(Tensor u, Tensor? order, bool save) -> (Tensor y, Tensor states)"``. The
             first result is the operator's, the others are what the backward pass wants. An argument ``save`` says
             whether it will want them; `Operator` passes it.
-        kernel: The folder of its kernels, ``ops/<kernel>``.
+        kernel: The folder of its kernels, ``ops/<kernel>``; None where `reference` is fast and serves every device.
         reference: The operator in plain PyTorch, of the same arguments and results.
-        forward: ``forward(backend, *arguments)``: the results, by the kernels of "cpu" or "cuda".
+        forward: ``forward(backend, *arguments)``: the results, by the kernels of "cpu" or "cuda", where there are any.
         backward: ``backward(backend, dy, *arguments, *results)``, without `save`, the first result and what `drop`
             names: the gradients, in order, of every tensor that is differentiated and not None.
         fake: The results' shapes, as empty tensors.
@@ -51,10 +51,10 @@ class Operator:
         name: str,
         schema: str,
         *,
-        kernel: str,
+        kernel: str | None,
         reference: Callable,
-        forward: Callable,
-        backward: Callable,
+        forward: Callable | None = None,
+        backward: Callable | None = None,
         fake: Callable,
         flops: Callable[..., int],
         constants: Sequence[str] = ("order",),
@@ -117,14 +117,21 @@ class Operator:
         else:
             transformed = torch._C._are_functorch_transforms_active()
             if _has_tangents(tensors, transformed):
-                fall_back(self.name, "forward-mode derivatives have no kernel")
+                self._say("forward-mode derivatives have no kernel")
                 return _first(self.reference(*inputs, *([False] if self.saves else [])))
         if self.saves:  # a program for export is for any length: its number of chunks must not be fixed
             save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
             inputs = (*inputs, save and not torch.compiler.is_exporting())
         return _first(self._function.apply(*inputs) if transformed else self.op(*inputs))
 
+    def _say(self, reason):
+        """That the reference serves for a reason, where that is worth a word."""
+        if self.kernel is not None:
+            fall_back(self.name, reason)
+
     def _resolve(self, *inputs):
+        if self.kernel is None:
+            return "reference"
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         backend, reason = resolve(self.kernel, tensors[0].device), None
         if backend == "cuda":
@@ -200,7 +207,7 @@ class Operator:
         _save(ctx, inputs)
 
     def _second_derivative(self, ctx, *grads):
-        fall_back(self.name, "second derivatives have no kernel")
+        self._say("second derivatives have no kernel")
         named = dict(zip(self.backward_arguments, _saved(ctx), strict=True))
         names = [n for n in self.active if named[n] is not None]
 

@@ -14,23 +14,39 @@ README = (ROOT / "README.md").read_text()
 CARDS = {path.stem: path.read_text() for path in (ROOT / "model_cards").glob("*.md")}
 BACKBONES = [name for kind in ("backbone", "adopted", "pyramid") for name in list_models(kind=kind)]
 # The card of a family that shares one.
-SHARED_CARDS = {"s4nd": "s4", "convs5": "s4", "vrwkv_adapter": "vrwkv", "rwkvsam_backbone": "rwkvsam"}
+SHARED_CARDS = {
+    "s4nd": "s4",
+    "convs5": "s4",
+    "videomamba_video": "videomamba",
+    "vrwkv_adapter": "vrwkv",
+    "rwkvsam_backbone": "rwkvsam",
+}
 
 PIXELS = "a classifier of pixel sequences: it has no maps"
 MAPS = "it gives maps and no classes"
+NO_DENSE = "the authors publish no results of this task"
 ONE_SIZE = "the authors publish dense results of other sizes; their config with this name trains it"
 # Why a variant has no config of a task: {task: {wildcard: reason}}; the first that fits counts.
 WITHOUT = {
     "cls": {
         "vrwkv_*_adapter_*": MAPS,
         "rwkvsam_backbone_l": "the paper names it and gives no recipe",
+        "mambavision_l*": "its recipe is not known to us",
         "vim_b": "the authors publish no recipe of it",
     },
-    "seg": {"s[45]d_pixel_*": PIXELS, "s5_pixel_*": PIXELS, "*_adapter_det": "the adapter of detection", "*": ONE_SIZE},
+    "seg": {
+        "s[45]d_pixel_*": PIXELS,
+        "s5_pixel_*": PIXELS,
+        "*_adapter_det": "the adapter of detection",
+        "videomamba_*": NO_DENSE,
+        "*": ONE_SIZE,
+    },
     "det": {
         "s[45]d_pixel_*": PIXELS,
         "s5_pixel_*": PIXELS,
         "*_adapter_seg": "the adapter of segmentation",
+        "videomamba_*": NO_DENSE,
+        "vil_*": NO_DENSE,
         "*": ONE_SIZE,
     },
 }

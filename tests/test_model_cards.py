@@ -32,11 +32,14 @@ def test_counting_flops():
 @pytest.mark.parametrize(
     ("name", "layer", "transform"),
     [
-        *((name, "stages", "of_a_map") for name in (*FIRST, "s4nd_convnext_tiny", "rwkvsam_backbone_t")),
+        *(
+            (name, "stages", "of_a_map")
+            for name in (*FIRST, "mambavision_t", "mila_t", "s4nd_convnext_tiny", "rwkvsam_backbone_t")
+        ),
         ("hrvmamba_n", "neck", None),
         *((name, "blocks", "of_tokens_around_a_class_token") for name in ("vim_t", "localvim_t_midcls")),
-        *((name, "blocks", "of_tokens") for name in ("localvim_t", "vrwkv_t")),
-        ("kat_tiny_patch16_224", "blocks", "of_tokens_after_a_class_token"),
+        *((name, "blocks", "of_tokens") for name in ("localvim_t", "plainmamba_l1", "vil_t", "vrwkv_t")),
+        *((name, "blocks", "of_tokens_after_a_class_token") for name in ("kat_tiny_patch16_224", "videomamba_t")),
     ],
 )
 def test_heat_maps(name, layer, transform):

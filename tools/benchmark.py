@@ -27,6 +27,7 @@ from linzoo.ops import (
     causal_conv1d,
     deform_conv,
     diagonal_scan,
+    mlstm,
     nc_ssd,
     rational,
     scan_order,
@@ -218,6 +219,14 @@ def ssd_case(device, B, L, H, P, N, causal):
     return call, leaves, lambda: read @ (write @ values)
 
 
+def mlstm_case(device, B, L, H, P):
+    """mLSTM of H heads. The floor: the two matrix products that write to each head's memory and read from it."""
+    q, k, v = (torch.randn(B, L, H, P, device=device).requires_grad_() for _ in range(3))
+    i, f = (torch.randn(B, L, H, device=device).requires_grad_() for _ in range(2))
+    read, write, values = (x.detach().transpose(1, 2).contiguous() for x in (q, k, v))
+    return lambda: mlstm(q, k, v, i, f), [q, k, v, i, f], lambda: read @ (write.mT @ values)
+
+
 def rational_case(device, B, L, C):
     """KAT's activation: one numerator, eight denominators. The floor: a copy of the activations."""
     x = torch.randn(B, L, C, device=device)
@@ -294,6 +303,7 @@ OPS = {
     "bi_wkv": (bi_wkv_case, [{"B": 1, "L": 4096, "C": 192}, {"B": 8, "L": 196, "C": 192}]),
     "deform_conv": (deform_conv_case, [{"B": 4, "H": 64, "W": 64, "C": 64, "G": 4}]),
     "diagonal_scan": (diagonal_scan_case, [{"B": 8, "L": 1024, "P": 64}, {"B": 8, "L": 1024, "P": 384}]),
+    "mlstm": (mlstm_case, [{"B": 1, "L": 3136, "H": 4, "P": 96}, {"B": 8, "L": 196, "H": 4, "P": 96}]),
     "rational": (rational_case, [{"B": 8, "L": 197, "C": 3072}]),
     "ssm_kernel": (
         ssm_kernel_case,

@@ -28,7 +28,7 @@ from .s4 import LSSL, S4, S4D, S4ND
 from .s5 import S5, ConvS5, ConvS5Layer, S5Mixer
 from .s6 import S6
 from .ss2d import SS2D
-from .vim_mixer import CausalConv, VimMixer
+from .vim_mixer import CausalConv, VimBlock, VimMixer
 
 __all__ = [
     "GRKAN",
@@ -62,6 +62,7 @@ __all__ = [
     "SpatialMix",
     "Stage",
     "TVConv",
+    "VimBlock",
     "VimMixer",
     "WaRA",
     "WeightedConv1d",

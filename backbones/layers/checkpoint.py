@@ -2,6 +2,8 @@
 
 import re
 
+import torch
+
 # What VMamba's first files call things, and what its training code calls them; many families forked either.
 VMAMBA_EARLY_NAMES = [
     (r"^patch_embed\.proj\.", "patch_embed.0."),
@@ -32,6 +34,30 @@ MAMBA_NAMES = {
     "A_log": "s6.A_log",
     "D": "s6.D",
 }
+
+
+def stack_directions(state_dict):
+    """Vim's published names as ours: the parameters of the backward direction (`_b`) stacked with the forward one's.
+
+    A state dict in our names stays as it is.
+    """
+    if "norm_f.weight" not in state_dict:
+        return dict(state_dict)
+    out, directions = {}, {}
+    for key, value in state_dict.items():
+        match = re.fullmatch(r"layers\.(\d+)\.(.*)", key)
+        if match is None:
+            out[key.replace("patch_embed.proj.", "patch_embed.").replace("norm_f.", "norm.")] = value
+            continue
+        block, name = f"blocks.{match[1]}.", match[2].removeprefix("mixer.").replace("A_b_log", "A_log_b")
+        forward = re.sub(r"_b(?=\.|$)", "", name)
+        if forward in MAMBA_NAMES:
+            key = f"{block}mixer.{MAMBA_NAMES[forward]}"
+            value = value.squeeze(1) if forward == "conv1d.weight" else value
+            directions.setdefault(key, {})[name != forward] = value
+        else:
+            out[block + match[2]] = value
+    return out | {key: torch.stack([both[False], both[True]]) for key, both in directions.items()}
 
 
 def unwrap_state_dict(checkpoint):

@@ -1,5 +1,6 @@
 """What every isotropic family (patch tokens of one width, like a ViT) owes timm."""
 
+import math
 from functools import partial
 
 import torch
@@ -21,34 +22,37 @@ POOLS = {
 }
 
 
-def middle(tokens):
-    """Index of a class token that stands in the middle of a sequence of `tokens`, itself included."""
-    return (tokens - 1) // 2
+def token_place(tokens, first=False):
+    """Index of a class token among `tokens`, itself included: in front of them or in their middle."""
+    return 0 if first else (tokens - 1) // 2
 
 
-def without_middle(x):
-    """Tokens ``(B, M + 1, C)`` without the class token in their middle."""
-    index = middle(x.shape[1])
+def without_token(x, first=False):
+    """Tokens ``(B, M + 1, C)`` without the class token in their middle, or in front of them."""
+    index = token_place(x.shape[1], first)
     return torch.cat([x[:, :index], x[:, index + 1 :]], dim=1)
 
 
-def with_middle(x, token):
-    """Inserts `token` ``(B, 1, C)`` in the middle of ``(B, M, C)``, in front of token floor(M / 2)."""
-    index = x.shape[1] // 2
+def with_token(x, token, first=False):
+    """Inserts `token` ``(B, 1, C)`` in the middle of ``(B, M, C)``, before token floor(M / 2), or in front of all."""
+    index = 0 if first else x.shape[1] // 2
     return torch.cat([x[:, :index], token, x[:, index:]], dim=1)
 
 
 @register_notrace_function  # FX cannot follow what depends on the image's size
-def resize_pos_embed(pos_embed, old_grid, new_grid, class_token, antialias=True):
-    """Position table ``(1, M, C)`` of one grid for another, bicubically; a class token's row stays as it is."""
+def resize_pos_embed(pos_embed, old_grid, new_grid, class_token, antialias=True, first=False):
+    """Position table ``(1, M, C)`` of one grid for another, bicubically; a class token's row stays as it is.
+
+    The class token stands in the middle, or with `first` in front.
+    """
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
     sizes = dict(new_size=list(new_grid), old_size=list(old_grid), num_prefix_tokens=0, antialias=antialias)
     if not class_token:
         return resample_abs_pos_embed(pos_embed, **sizes)
-    index = middle(pos_embed.shape[1])
-    grid = resample_abs_pos_embed(without_middle(pos_embed), **sizes)
-    return with_middle(grid, pos_embed[:, index : index + 1])
+    index = token_place(pos_embed.shape[1], first)
+    grid = resample_abs_pos_embed(without_token(pos_embed, first), **sizes)
+    return with_token(grid, pos_embed[:, index : index + 1], first)
 
 
 @register_notrace_function
@@ -79,7 +83,7 @@ class Isotropic(nn.Module):
             tokens; or '' for none.
         dim: Width.
         depth: Blocks.
-        class_token: Whether a class token stands in the middle of the sequence.
+        class_token: Whether a class token stands in the middle of the sequence (in front of it, where `token_first`).
         drop_rate: Dropout before the classifier.
         positions: Whether tokens get learned positions.
 
@@ -91,6 +95,7 @@ class Isotropic(nn.Module):
 
     pad_patches = False  # whether images are padded to whole patches
     antialias_pos_embed = True  # where a smaller image's positions are interpolated
+    token_first = False  # whether the class token stands in front of the others, not in their middle
 
     def __init__(
         self,
@@ -186,13 +191,28 @@ class Isotropic(nn.Module):
         grid = patch_grid(x.shape[2], x.shape[3], self.patch_size, self.stride)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         if self.cls_token is not None:
-            x = with_middle(x, self.cls_token.expand(x.shape[0], -1, -1))
+            x = with_token(x, self.cls_token.expand(x.shape[0], -1, -1), self.token_first)
         if self.pos_embed is None:
             return x, grid
-        table = resize_pos_embed(
-            self.pos_embed, self.grid_size, grid, self.cls_token is not None, self.antialias_pos_embed
+        return x + self.positions(grid), grid
+
+    def positions(self, grid):
+        """The position table ``(1, tokens, C)`` for a grid."""
+        has_token = self.cls_token is not None
+        return resize_pos_embed(
+            self.pos_embed, self.grid_size, grid, has_token, self.antialias_pos_embed, self.token_first
         )
-        return x + table, grid
+
+    def fit_positions(self, table):
+        """A published position table ``(1, tokens, C)``, of a square grid, for the grid of this model."""
+        if table.shape == self.pos_embed.shape:
+            return table
+        side, has_token = math.isqrt(table.shape[1]), self.cls_token is not None
+        return resize_pos_embed(table, (side, side), self.grid_size, has_token, first=self.token_first)
+
+    def without_token(self, x):
+        """Tokens ``(B, tokens, C)`` without the class token, where there is one."""
+        return x if self.cls_token is None else without_token(x, self.token_first)
 
     def run_block(self, block, x, grid):
         """One block on tokens ``(B, tokens, C)``, under gradient checkpointing where that is on."""
@@ -228,7 +248,7 @@ class Isotropic(nn.Module):
             x = self.run_block(block, x, grid)
             if i in take_indices:
                 y = self.norm(x) if norm else x
-                maps.append(y if self.cls_token is None else without_middle(y))
+                maps.append(self.without_token(y))
         if output_fmt != "NLC":
             maps = [y.unflatten(1, grid) for y in maps]
         if output_fmt == "NCHW":
@@ -254,9 +274,9 @@ class Isotropic(nn.Module):
 
     def forward_head(self, x, pre_logits=False):
         if self.global_pool == "token":
-            x = x[:, middle(x.shape[1])]
+            x = x[:, token_place(x.shape[1], self.token_first)]
         elif self.global_pool:
-            x = POOLS[self.global_pool](x if self.cls_token is None else without_middle(x))
+            x = POOLS[self.global_pool](self.without_token(x))
         x = self.pre_head(x)
         x = self.head_drop(x.flatten(1) if self.global_pool in POOLS else x)
         return x if pre_logits else self.head(x)

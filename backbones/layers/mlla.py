@@ -1,4 +1,4 @@
-"""The body that VSSD and Spatial-Mamba take from MLLA (arXiv 2405.16605): stem, block and downsampling.
+"""The body of MILA (MLLA, arXiv 2405.16605), VSSD and Spatial-Mamba: stem, block and downsampling.
 
 Maps are channel-last (B, H, W, C) between these modules.
 """

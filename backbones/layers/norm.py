@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from timm.models._features_fx import register_notrace_module
 from torch import nn
 
 
@@ -36,3 +37,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-5).to(self.weight.dtype)
+
+
+@register_notrace_module  # FX cannot follow the check of the input's axes
+class BatchNormNHWC(nn.BatchNorm1d):
+    """BatchNorm of a channel-last map ``(B, H, W, C)``."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, 2)).view(x.shape)

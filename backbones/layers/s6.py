@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from torch import nn
 
 from linzoo.ops import selective_scan
@@ -31,6 +32,7 @@ class S6(nn.Module):
         d_state: N, states per channel.
         dt_rank: R, rank of the step size; None for ``ceil(dim / 16)``.
         selects_from: Channels that `x_proj` reads, where they are not those of `u`; such a layer is called by `scan`.
+        bias_twice: Add the step's bias twice, in the projection and in the scan, as MambaVision and PlainMamba do.
     """
 
     def __init__(
@@ -40,12 +42,13 @@ class S6(nn.Module):
         d_state: int = 1,
         dt_rank: int | None = None,
         selects_from: int | None = None,
+        bias_twice: bool = False,
         device=None,
         dtype=None,
     ):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
-        self.dim, self.groups, self.d_state = dim, groups, d_state
+        self.dim, self.groups, self.d_state, self.bias_twice = dim, groups, d_state, bias_twice
         self.dt_rank = dt_rank or math.ceil(dim / 16)
         self.x_proj = nn.Parameter(torch.empty(groups, self.dt_rank + 2 * d_state, selects_from or dim, **dd))
         self.dt_weight = nn.Parameter(torch.empty(groups, dim, self.dt_rank, **dd))
@@ -62,6 +65,12 @@ class S6(nn.Module):
         init_step_bias(self.dt_bias)
         self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log().expand_as(self.A_log))
         nn.init.ones_(self.D)
+
+    def init_as_linear(self):
+        """Fills x_proj, dt_weight and dt_bias as code does that initialises all linear maps alike, the scan's too."""
+        trunc_normal_(self.x_proj, std=0.02)
+        trunc_normal_(self.dt_weight, std=0.02)
+        nn.init.zeros_(self.dt_bias)
 
     def forward(self, u, order=None, merge=False):
         """Scans `u`.
@@ -87,6 +96,5 @@ class S6(nn.Module):
             u = u.float()  # scan outputs of 1e4 and more overflow in float16
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-        return selective_scan(
-            u, dt, A, B, C, self.D, dt_weight=self.dt_weight, dt_bias=self.dt_bias, order=order, merge=merge
-        )
+        bias = 2 * self.dt_bias if self.bias_twice else self.dt_bias
+        return selective_scan(u, dt, A, B, C, self.D, dt_weight=self.dt_weight, dt_bias=bias, order=order, merge=merge)

@@ -4,11 +4,13 @@ import math
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from timm.models._features_fx import register_notrace_module
 from torch import nn
 
 from linzoo.ops import causal_conv1d
 
+from .norm import RMSNorm
 from .s6 import S6
 
 
@@ -34,7 +36,7 @@ class CausalConv(nn.Module):
 class VimMixer(nn.Module):
     """Bidirectional Mamba mixer of tokens ``(B, L, C)`` (Vim, arXiv 2401.09417, algorithm 1).
 
-    ``[x, z] = W_in u;  y = sum over both directions of S6(SiLU(conv(x)));  W_out (y * SiLU(z) / 2)``: the directions
+    ``[x, z] = W_in u;  y = mean over both directions of S6(SiLU(conv(x)));  W_out (y * SiLU(z))``: the directions
     share the projections and the gate, and have a causal convolution and scan parameters each.
 
     Args:
@@ -43,13 +45,23 @@ class VimMixer(nn.Module):
         expand: Inner width over C.
         d_state: N, states per channel.
         taps: Width of the causal convolution.
+        average: Whether the directions' outputs are averaged, as in Vim, or added, as in VideoMamba.
     """
 
     def __init__(
-        self, dim: int, directions: int = 2, expand: int = 2, d_state: int = 16, taps: int = 4, device=None, dtype=None
+        self,
+        dim: int,
+        directions: int = 2,
+        expand: int = 2,
+        d_state: int = 16,
+        taps: int = 4,
+        average: bool = True,
+        device=None,
+        dtype=None,
     ):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
+        self.average = average
         inner = expand * dim
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv = CausalConv(inner, directions, taps, **dd)
@@ -61,4 +73,19 @@ class VimMixer(nn.Module):
         forth = torch.arange(u.shape[1], dtype=torch.int32, device=u.device)
         order = torch.stack([forth, forth.flip(0)])
         y = self.s6(self.conv(x.unsqueeze(2).expand(-1, -1, 2, -1), order), order, merge=True)
-        return self.out_proj(y * F.silu(z) / 2)
+        y = y * F.silu(z)
+        return self.out_proj(y / 2 if self.average else y)
+
+
+class VimBlock(nn.Module):
+    """``r + Mixer(RMS(r))`` with the residual stream r in float32 whatever the weights' dtype; see `VimMixer`."""
+
+    def __init__(self, dim: int, drop_path: float = 0.0, average: bool = True, device=None, dtype=None):
+        dd: dict = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm = RMSNorm(dim, **dd)
+        self.mixer = VimMixer(dim, average=average, **dd)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x, grid=None):
+        return x + self.drop_path(self.mixer(self.norm(x))).to(x.dtype)

@@ -12,6 +12,7 @@ from linzoo.ops import (
     deform_conv,
     diagonal_scan,
     fft_conv,
+    mlstm,
     nc_ssd,
     rational,
     scan_order,
@@ -89,6 +90,10 @@ CASES = {
             B=normal(2, 5, 1, 2),
             C=normal(2, 5, 1, 2),
         ),
+    ),
+    "mlstm": lambda: (
+        lambda **x: mlstm(**x, chunk_size=2),
+        heads("q", "k", "v") | dict(i=normal(2, 5, 2), f=normal(2, 5, 2)),
     ),
     "nc_ssd": lambda: (
         nc_ssd,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from linzoo.ops import causal_conv1d, fft_conv, nc_ssd, self_check, ssd, use_backend, wkv6, wkv7
+from linzoo.ops import causal_conv1d, fft_conv, mlstm, nc_ssd, self_check, ssd, use_backend, wkv6, wkv7
 
 
 def normal(*shape):
@@ -25,6 +25,7 @@ CASES |= {
     "wkv6": lambda: (wkv6, wkv_inputs("r", "k", "v", "w") | dict(u=normal(2, 3))),
     "wkv7": lambda: (wkv7, wkv_inputs("r", "w", "k", "v", "a", "b")),
     "fft_conv": lambda: (fft_conv, dict(u=normal(2, 5, 3), kernels=normal(3, 4))),
+    "mlstm": lambda: (mlstm, wkv_inputs("q", "k", "v") | dict(i=normal(2, 5, 2), f=normal(2, 5, 2))),
     "ssd": lambda: (
         ssd,
         dict(x=normal(2, 5, 2, 3), dt=normal(2, 5, 2), A=normal(2), B=normal(2, 5, 1, 4), C=normal(2, 5, 1, 4)),

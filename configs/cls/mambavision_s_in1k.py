@@ -1,0 +1,5 @@
+"""MambaVision-S on ImageNet-1k by its published recipe: `torchrun --nproc_per_node=8`."""
+
+_base_ = ["../_base_/imagenet.py", "../_base_/mambavision_310e.py"]
+
+model = dict(model_name="mambavision_s", drop_path_rate=0.2, mesa=0.5)

@@ -1,0 +1,12 @@
+"""Mask R-CNN with PlainMamba-L3 on COCO, 12 epochs."""
+
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco.py", "../_base_/adamw_1x.py"]
+
+model = dict(
+    backbone=dict(
+        model_name="plainmamba_l3",
+        pretrained="weights/plainmamba_l3.pth",
+        drop_path_rate=0.4,
+    ),
+    neck=dict(in_channels=[448, 448, 448, 448]),
+)

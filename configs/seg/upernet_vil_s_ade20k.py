@@ -1,0 +1,13 @@
+"""UPerNet with ViL-S on ADE20K at 512 px, 160,000 steps."""
+
+_base_ = ["../_base_/upernet.py", "../_base_/ade20k.py", "../_base_/adamw_160k.py"]
+
+model = dict(
+    backbone=dict(
+        model_name="vil_s",
+        pretrained="weights/vil_s.pth",
+        drop_path_rate=0.05,
+    ),
+    decode_head=dict(in_channels=[384, 384, 384, 384]),
+    auxiliary_head=dict(in_channels=384),
+)

@@ -1,0 +1,99 @@
+"""The mLSTM in plain PyTorch: the specification, step by step, and the same chunk by chunk."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch._higher_order_ops.scan import scan
+
+from ..tensors import state_dtype
+
+
+def _prepare(q, k, v, i, f):
+    """All in the dtype of the states, keys divided by sqrt(P), and the logarithm of the forget gate."""
+    dtype = state_dtype(q.dtype)
+    q, k, v, i, f = (x.to(dtype) for x in (q, k, v, i, f))
+    return q, k / q.shape[-1] ** 0.5, v, i, F.logsigmoid(f)
+
+
+def _read(numerator, denominator, m, eps):
+    """The quotient; exp(-m) stays finite, where the quotient is 0 up to 1e-30 anyway."""
+    limit = 0.9 * math.log(torch.finfo(m.dtype).max)
+    floor = torch.exp((-m).clamp(max=limit))
+    return numerator / (torch.maximum(denominator.abs(), floor) + eps).unsqueeze(-1)
+
+
+def _step(state, x, eps):
+    """One step of all heads: C is ``(B, H, P, P)``, n ``(B, H, P)`` and m ``(B, H)``."""
+    (C, n, m), (q, k, v, i, log_f) = state, x
+    m_new = torch.maximum(log_f + m, i)
+    keep, write = torch.exp(log_f + m - m_new).unsqueeze(-1), torch.exp(i - m_new).unsqueeze(-1)
+    C = keep.unsqueeze(-1) * C + (write * k).unsqueeze(-1) * v.unsqueeze(-2)
+    n = keep * n + write * k
+    y = _read((q.unsqueeze(-1) * C).sum(-2), (q * n).sum(-1), m_new, eps)
+    return (C, n, m_new), y
+
+
+def mlstm(q, k, v, i, f, eps, use_scan=False):
+    """See `linzoo.ops.mlstm`. With `use_scan` the loop is one `torch._higher_order_ops.scan`."""
+    xs = _prepare(q, k, v, i, f)
+    batch, _, heads, width = q.shape
+    state = (
+        xs[0].new_zeros(batch, heads, width, width),
+        xs[0].new_zeros(batch, heads, width),
+        xs[0].new_full((batch, heads), -torch.inf),
+    )
+    if use_scan:
+        y = scan(lambda s, x: _step(s, x, eps), state, tuple(x.transpose(0, 1) for x in xs), dim=0)[1].transpose(0, 1)
+    else:
+        steps = []
+        for x in zip(*(x.unbind(1) for x in xs), strict=True):
+            state, y = _step(state, x, eps)
+            steps.append(y)
+        y = torch.stack(steps, 1)
+    return y.to(q.dtype)
+
+
+def chunked(q, k, v, i, f, eps, chunk_size):
+    """As `mlstm`: within a chunk as masked attention, between chunks by the states, with one running maximum for both.
+
+    m is the largest logarithm of a weight, over the steps of the chunk and the state before it. Decays between two
+    steps are a sum of their own for each pair: as differences of running sums they would lose digits.
+    """
+    length, pad = q.shape[1], -q.shape[1] % chunk_size
+    q_, k, v, i, log_f = _prepare(q, k, v, i, f)
+
+    def chunks(x, value=0.0):  # (B, H, chunks, steps, ...)
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad), value=value)
+        return x.unflatten(1, (-1, chunk_size)).movedim(3, 1)
+
+    q_, k, v, log_f = (chunks(x) for x in (q_, k, v, log_f))
+    i = chunks(i, -torch.inf)  # steps behind the last one write nothing and forget nothing
+    v = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # n is the state of a value that is always 1
+    total = log_f.cumsum(3)
+
+    mask = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device).tril()
+    later = mask.tril(-1)
+    since = log_f.unsqueeze(4).expand(*log_f.shape, chunk_size).masked_fill(~later, 0).cumsum(3)  # from step s to t
+    weight = (since + i.unsqueeze(3)).masked_fill(~mask, -torch.inf)  # (B, H, c, t, s)
+    inside = weight.amax(4)
+    last = since[:, :, :, -1] + i  # what each step leaves in the state behind the chunk
+    peak = last.amax(3)
+    # A chunk of padding alone cannot be, so every maximum is finite.
+    left = (k * torch.exp(last - peak.unsqueeze(3)).unsqueeze(4)).mT @ v
+
+    state, m = torch.zeros_like(left[:, :, 0]), torch.full_like(peak[:, :, 0], -torch.inf)
+    states, maxima = [], []
+    for c in range(left.shape[2]):
+        states.append(state)
+        maxima.append(m)
+        decayed = total[:, :, c, -1] + m
+        m = torch.maximum(decayed, peak[:, :, c])
+        keep, write = torch.exp(decayed - m), torch.exp(peak[:, :, c] - m)
+        state = keep[..., None, None] * state + write[..., None, None] * left[:, :, c]
+    before = total + torch.stack(maxima, 2).unsqueeze(3)
+    m = torch.maximum(inside, before)
+    y = (q_ @ k.mT * torch.exp(weight - m.unsqueeze(4))) @ v
+    y = y + torch.exp(before - m).unsqueeze(4) * (q_ @ torch.stack(states, 2))
+    y = _read(y[..., :-1], y[..., -1], m, eps)
+    return y.movedim(1, 3).flatten(1, 2)[:, :length].to(q.dtype)
