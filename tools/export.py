@@ -95,7 +95,8 @@ FORMATS = {"onnx": (to_onnx, "model.onnx"), "torch": (to_torch, "model.pt2")}
 def compare(run: Callable, model: nn.Module, x: Tensor) -> tuple[float, float, float]:
     """Largest error over the standard deviation of each output; seconds of the file and of the model."""
     with torch.inference_mode():
-        model(x), run(x)
+        run(x)
+        model(x)
         begin = time.perf_counter()
         expected = _as_list(model(x))
         middle = time.perf_counter()
