@@ -15,6 +15,9 @@ from .kat import KAT
 from .localmamba import LocalVim, LocalVMamba
 from .mambavision import MambaVision
 from .mila import MILA
+from .mambair import MambaIR
+from .mambair_opensr import OpenSRMamba
+from .mambair_v2 import MambaIRv2
 from .occrwkv import OccRWKV
 from .plainmamba import PlainMamba
 from .restore_rwkv import RestoreRWKV
@@ -50,7 +53,10 @@ __all__ = [
     "LocalVMamba",
     "LocalVim",
     "MambaVision",
+    "MambaIR",
+    "MambaIRv2",
     "OccRWKV",
+    "OpenSRMamba",
     "PixelS4D",
     "PixelS5",
     "PlainMamba",
@@ -97,7 +103,7 @@ _FAMILIES: dict[Kind, tuple[str, ...]] = {
     "adopted": ("efficientvim",),
     "pyramid": ("vrwkv_adapter",),
     "segmentation": ("vm_unet",),
-    "restoration": ("fs_rwkv", "restore_rwkv"),
+    "restoration": ("fs_rwkv", "mambair", "mambair_opensr", "mambair_v2", "restore_rwkv"),
     "promptable": ("rwkvsam",),
     "occupancy": ("occrwkv",),
     "video": ("convs5", "videomamba_video"),

@@ -77,7 +77,7 @@ def describe(name: str) -> dict:
         "published_gmacs": published.gmacs,
         "top1": published.top1,
         "paper": papers if isinstance(papers, str) else " ".join(papers),
-        "weights": "yes" if cfg.url or cfg.hf_hub_id else "no",
+        "weights": "yes" if cfg.url or cfg.hf_hub_id or cfg.source else "no",
         "license": cfg.license or "-",
         "source": published.source,
         "note": published.note,

@@ -21,7 +21,9 @@ from linzoo.tools.engine.weights import load_weights
 def main(argv: list[str] | None = None) -> None:
     """Command line of `predict`: writes predictions.json, a contact sheet predictions.png, and files to DIR."""
     parser = config_parser(__doc__)
-    parser.add_argument("checkpoint", help=".safetensors, or a checkpoint of any trainer")
+    parser.add_argument(
+        "checkpoint", help=".safetensors, a checkpoint of any trainer, or a model's name for its published weights"
+    )
     parser.add_argument("input", nargs="?", help="file, or folder of files; nothing where the task takes none")
     parser.add_argument("--out", required=True, help="folder for predictions.json, predictions.png and files")
     for task in TASKS:

@@ -15,7 +15,9 @@ from linzoo.tools.engine.weights import load_weights, read_checkpoint
 def main(argv: list[str] | None = None) -> None:
     """Command line of `test`: prints the metrics as one line of JSON."""
     parser = config_parser(__doc__)
-    parser.add_argument("checkpoint", help=".safetensors, or a checkpoint of any trainer")
+    parser.add_argument(
+        "checkpoint", help=".safetensors, a checkpoint of any trainer, or a model's name for its published weights"
+    )
     args = parser.parse_args(argv)
 
     cfg = load_config(args.config, args.cfg_options)

@@ -17,7 +17,7 @@ SMALL = dict(dim=8, depths=(1, 1, 1, 1), refinement=1)
 CASES = sorted((PARITY / "restore").glob("*.json"))
 
 
-@pytest.fixture(params=list_models(kind="restoration"))
+@pytest.fixture(params=list_models("*rwkv*", kind="restoration"))
 def model(request):
     torch.manual_seed(0)
     return timm.create_model(request.param, **SMALL).eval()

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_bad_input import refused
 from torch.nn import functional as F
@@ -104,6 +105,95 @@ def test_fresh_noise(data):
     assert torch.equal(first["targets"], second["targets"])
     assert not torch.equal(first["inputs"], second["inputs"])
     assert abs((first["inputs"] - first["targets"]).std() - 0.2) < 0.02
+
+
+def test_jpeg(data):
+    """Inputs are the targets, compressed; no input folder is needed."""
+    (data / "train/input").rename(data / "away")
+    mild, strong = (PairedImages(str(data), "train", jpeg=quality)[1] for quality in (95, 5))
+    assert mild["inputs"].shape == mild["targets"].shape == (1, 40, 56)
+    errors = [(item["inputs"] - item["targets"]).abs().mean().item() for item in (mild, strong)]
+    assert 0 < errors[0] < errors[1] < 0.2
+
+
+@pytest.fixture
+def div2k(tmp_path):
+    """Colour images of 51 x 34 in DIV2K's layout, and those shrunk to 25 x 17."""
+    for part in ("train", "valid"):
+        for name in ("HR", "LR_bicubic/X2"):
+            (tmp_path / f"div2k/DIV2K_{part}_{name}").mkdir(parents=True)
+        for i in range(2):
+            y, x = np.mgrid[:34, :51] / 30
+            colours = [0.5 + 0.4 * np.sin(5 * y + i + c) * np.cos(7 * x - c) for c in range(3)]
+            image = Image.fromarray((np.dstack(colours) * 255).round().astype(np.uint8))
+            image.save(tmp_path / f"div2k/DIV2K_{part}_HR/000{i}.png")
+            small = image.crop((0, 0, 50, 34)).resize((25, 17), Image.BICUBIC)
+            small.save(tmp_path / f"div2k/DIV2K_{part}_LR_bicubic/X2/000{i}x2.png")
+    return tmp_path / "div2k"
+
+
+def test_super_resolution(div2k, tmp_path, capsys):
+    """DIV2K's layout, crops that show the same place, training, metrics on Y, tiles."""
+    folders = ("DIV2K_train_LR_bicubic/X2", "DIV2K_train_HR")
+    settings = dict(channels=3, scale=2, folders=folders, suffix="x2")
+    whole = PairedImages(str(div2k), **settings)[1]
+    assert whole["inputs"].shape == (3, 17, 25) and whole["targets"].shape == (3, 34, 50)
+    torch.manual_seed(0)
+    for item in (PairedImages(str(div2k), crop=8, rotate=True, length=12, **settings)[i] for i in range(12)):
+        assert item["inputs"].shape == (3, 8, 8) and item["targets"].shape == (3, 16, 16)
+        shrunk = F.avg_pool2d(item["targets"], 2)
+        assert (shrunk - item["inputs"]).abs().mean() < 0.03
+        assert (shrunk.flip(1) - item["inputs"]).abs().mean() > 0.03
+
+    config = tmp_path / "config.py"
+    config.write_text(f"""
+_base_ = [{str(ROOT / "configs/restore/mambair_light_x2_div2k.py")!r}]
+model = dict(dim=30, depths=(1,), d_state=2)
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False,
+    dataset=dict(data_root={str(div2k)!r}, crop=8, length=4))
+val_dataloader = dict(num_workers=0, dataset=dict(data_root={str(div2k)!r}))
+test_dataloader = val_dataloader
+train_cfg = dict(max_epochs=1, val_interval=1)
+""")
+    train.main([str(config), "--work-dir", str(tmp_path / "run")])
+    weights = str(tmp_path / "run/export/model.safetensors")
+    capsys.readouterr()
+    test.main([str(config), weights])
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["restore/PSNR"] > 5
+    images, out = div2k / "DIV2K_valid_LR_bicubic/X2", tmp_path / "out"
+    predict.main([str(config), weights, str(images), "--out", str(out), "--tile", "12", "--overlap", "4"])
+    assert Image.open(out / "restored/0000x2.png").size == (50, 34)
+
+    (images / "0000x2.png").rename(images / "0000x3.png")
+    line = refused(capsys, test.main, config, weights)
+    assert "is alone (1 such); expected a file named" in line
+    Image.new("RGB", (20, 17)).save(images / "0000x2.png")
+    (images / "0000x3.png").unlink()
+    assert "is 20 x 17; expected 1/2 of its target" in refused(capsys, test.main, config, weights)
+
+
+def test_tiles_of_a_larger_result():
+    image = torch.rand(3, 21, 30)
+
+    def double(x):
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    found = restore_tiled(double, image, tile=8, overlap=3, scale=2)
+    torch.testing.assert_close(found, double(image[None])[0])
+
+
+def test_luma_metrics_are_scikit_images():
+    """Y of BT.601, borders left out, eight bits."""
+    generator = torch.Generator().manual_seed(0)
+    target = F.interpolate(torch.rand(1, 3, 8, 8, generator=generator), 48, mode="bicubic").clamp(0, 1)[0]
+    restored = target + 0.05 * torch.randn(target.shape, generator=generator)
+    found = RestorationMetric(levels=255, luma=True, border=2).measure(restored, target)
+    pixels = [x.clamp(0, 1).permute(1, 2, 0).double().numpy() for x in (restored, target)]
+    pixels[0] = (pixels[0] * 255).round() / 255
+    a, b = (rgb2ycbcr(x)[2:-2, 2:-2, 0] for x in pixels)
+    assert abs(found["PSNR"] - peak_signal_noise_ratio(b, a, data_range=255)) < 1e-3
+    gaussian = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    assert abs(found["SSIM"] - structural_similarity(b, a, data_range=255, **gaussian)) < 0.02  # borders differ
 
 
 def test_losses():

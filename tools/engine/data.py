@@ -29,8 +29,12 @@ class NamesImages:
             raise InputError(f"cannot read image {path!r}; expected a whole image file ({reason})") from e
 
 
-def pair_files(root: str | Path, parts: tuple[str, str] = ("images", "masks")) -> list[tuple[Path, Path]]:
+def pair_files(
+    root: str | Path, parts: tuple[str, str] = ("images", "masks"), suffix: str = ""
+) -> list[tuple[Path, Path]]:
     """Images of `root/images` with the masks of equal stem in `root/masks`, or of two other folders, sorted.
+
+    Stems of the first folder may end with `suffix`, which is left out.
 
     InputError where a folder is missing or empty, a file is alone, or two have one stem.
     """
@@ -40,10 +44,11 @@ def pair_files(root: str | Path, parts: tuple[str, str] = ("images", "masks")) -
         files = find_files(folder, deep=False)
         if not files:
             raise InputError(f"data folder {str(folder)!r} holds no image; expected files ending in {ENDINGS}")
-        stems = {file.stem: file for file in files}
+        ending = suffix if part is parts[0] else ""
+        stems = {file.stem.removesuffix(ending): file for file in files}
         if len(stems) < len(files):
-            twin = next(file for file in files if stems[file.stem] != file)
-            raise InputError(f"image {str(twin)!r} has the name of {str(stems[twin.stem])!r}; expected one file a name")
+            twin, other = next((f, kept) for f in files if (kept := stems[f.stem.removesuffix(ending)]) != f)
+            raise InputError(f"image {str(twin)!r} has the name of {str(other)!r}; expected one file a name")
         found.append(stems)
     first, second = found
     for part, folder, files, others in ((*parts, first, second), (*parts[::-1], second, first)):

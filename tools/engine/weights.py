@@ -23,7 +23,12 @@ class Fit(NamedTuple):
 
 
 def read_checkpoint(path: str | Path) -> checkpoints.Checkpoint:
-    """`linzoo.backbones.checkpoints.read_checkpoint`, with InputError for what cannot be read."""
+    """`linzoo.backbones.checkpoints.read_checkpoint`, with InputError for what cannot be read.
+
+    The name of a model in place of a path stands for its published weights.
+    """
+    if not Path(path).exists() and timm.is_model(str(path).partition(".")[0]):
+        return checkpoints.Checkpoint(create_model(str(path), pretrained=True).state_dict(), None)
     try:
         return checkpoints.read_checkpoint(path)
     except FileNotFoundError as e:
@@ -159,7 +164,7 @@ def weights_file(model_name: str, pretrained: bool | str, overlay: dict | None) 
     if pretrained is not True:
         return pretrained or None
     cfg = vars(get_pretrained_cfg(model_name) or PretrainedCfg()) | (overlay or {})
-    if not any(cfg[key] for key in ("url", "hf_hub_id", "file", "state_dict")):
+    if not any(cfg[key] for key in ("url", "hf_hub_id", "file", "state_dict", "source")):
         raise InputError(f"pretrained=True: no weights of {model_name!r} are published; expected a file of them")
     return (overlay or {}).get("file")
 
@@ -177,7 +182,10 @@ def create_model(
     file = weights_file(model_name, pretrained, pretrained_cfg_overlay)
     if overlay := {key: value for key, value in (pretrained_cfg_overlay or {}).items() if key != "file"}:
         kwargs["pretrained_cfg_overlay"] = overlay
-    model = timm.create_model(model_name, *args, pretrained=pretrained is True and file is None, **kwargs)
+    try:
+        model = timm.create_model(model_name, *args, pretrained=pretrained is True and file is None, **kwargs)
+    except FileNotFoundError as e:  # of weights in a package that is not installed
+        raise InputError(str(e)) from e
     if file is not None:
         load_start(model, file)
     return model

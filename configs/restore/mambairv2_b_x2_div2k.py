@@ -1,0 +1,9 @@
+"""mambairv2_b_x2: MambaIRv2 on DF2K, both parts in one folder; eight processes."""
+
+_base_ = ["../_base_/sr_500k.py", "../_base_/div2k_x2.py"]
+
+model = dict(type="Restorer", model_name="mambairv2_b_x2")
+train_dataloader = dict(
+    batch_size=4,
+    dataset=dict(data_root="data/df2k", folders=("DF2K_train_LR_bicubic/X2", "DF2K_train_HR")),
+)

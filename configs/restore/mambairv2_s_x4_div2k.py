@@ -1,0 +1,9 @@
+"""mambairv2_s_x4: MambaIRv2 on DF2K, both parts in one folder; eight processes, from the weights of scale 2."""
+
+_base_ = ["../_base_/sr_250k.py", "../_base_/div2k_x4.py"]
+
+model = dict(type="Restorer", model_name="mambairv2_s_x4", pretrained="weights/mambairv2_s_x2.pth")
+train_dataloader = dict(
+    batch_size=4,
+    dataset=dict(data_root="data/df2k", folders=("DF2K_train_LR_bicubic/X4", "DF2K_train_HR")),
+)
