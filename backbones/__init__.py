@@ -25,10 +25,14 @@ from .rwkvsam import RWKVSAM
 from .rwkvsam_backbone import RWKVSAMBackbone
 from .s4 import PixelS4D, PixelS5
 from .s4nd import S4NDConvNeXt
+from .segmamba import SegMamba
 from .spatialmamba import SpatialMamba
 from .videomamba import VideoMamba
 from .videomamba_video import VideoMambaVideo
 from .vil import ViL
+from .swin_umamba import SwinUMamba, SwinUMambaD
+from .umamba import UMamba
+from .umamba_3d import umamba_bot_3d as _umamba_bot_3d  # noqa: F401  registers the 3-D ones
 from .vim import Vim
 from .vim2 import ViM2
 from .vm_unet import VMUNet
@@ -64,6 +68,10 @@ __all__ = [
     "RestoreRWKV",
     "S4NDConvNeXt",
     "SpatialMamba",
+    "SwinUMamba",
+    "SwinUMambaD",
+    "SegMamba",
+    "UMamba",
     "VMUNet",
     "VMamba",
     "ViL",
@@ -76,7 +84,7 @@ __all__ = [
     "list_models",
 ]
 
-Kind = Literal["backbone", "adopted", "pyramid", "segmentation", "restoration", "promptable", "occupancy", "video"]
+Kind = Literal["backbone", "adopted", "pyramid", "segmentation", "restoration", "promptable", "occupancy", "video", "volume"]
 
 _FAMILIES: dict[Kind, tuple[str, ...]] = {
     "backbone": (
@@ -102,11 +110,13 @@ _FAMILIES: dict[Kind, tuple[str, ...]] = {
     ),
     "adopted": ("efficientvim",),
     "pyramid": ("vrwkv_adapter",),
-    "segmentation": ("vm_unet",),
+    "segmentation": ("swin_umamba", "umamba", "vm_unet"),
     "restoration": ("fs_rwkv", "mambair", "mambair_opensr", "mambair_v2", "restore_rwkv"),
     "promptable": ("rwkvsam",),
     "occupancy": ("occrwkv",),
     "video": ("convs5", "videomamba_video"),
+    "video": ("convs5",),
+    "volume": ("segmamba", "umamba_3d"),
 }
 KINDS: tuple[Kind, ...] = tuple(_FAMILIES)
 
@@ -119,7 +129,8 @@ def list_models(filter: str | list[str] = "", kind: Kind | None = "backbone") ->
         kind: "backbone"; "adopted" for backbones of linear complexity that timm itself registers; "pyramid" for
             backbones that only give maps; "segmentation" for models that return mask logits; "restoration" for models
             that return the restored image; "promptable" for models that return the masks of points and boxes;
-            "occupancy" for models of voxels; "video" for models of clips. None for all of them.
+            "occupancy" for models of voxels; "video" for models of clips; "volume" for models that segment volumes. None
+            for all of them.
 
     Raises:
         ValueError: there is no such kind.

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates, get_device_dtype
+from timm.layers import PatchEmbed, calculate_drop_path_rates, get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function, register_notrace_module
@@ -28,6 +28,7 @@ from linzoo.ops import scan_order
 from .layers import S6, SS2D, Conv2dNHWC, Pyramid, Stage
 from .layers.checkpoint import SS2D_NAMES, rename, reshape_as, unwrap_state_dict
 from .layers.script import refuse_script
+from .layers.vss import PatchExpand, VSSBlock
 
 __all__ = ["VMUNet"]
 
@@ -203,12 +204,12 @@ class VMUNet(nn.Module):
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         self.stages = nn.ModuleList()
         for i, dim in enumerate(dims):
-            blocks = [Block(dim, mixer, rate, **dd) for rate in rates[i]]
+            blocks = [VSSBlock(dim, mixer, rate, **dd) for rate in rates[i]]
             self.stages.append(Stage(blocks, PatchMerging(dims[i - 1], dim, **dd) if i else None))
         rates = calculate_drop_path_rates(drop_path_rate, depths_decoder[::-1], stagewise=True)
         self.decoder = nn.ModuleList()
         for j, dim in enumerate(reversed(dims)):
-            blocks = [Block(dim, mixer, rate, **dd) for rate in reversed(rates[-1 - j])]
+            blocks = [VSSBlock(dim, mixer, rate, **dd) for rate in reversed(rates[-1 - j])]
             self.decoder.append(Stage(blocks, PatchExpand(2 * dim, dim, 2, **dd) if j else None))
         self.final_up = PatchExpand(dims[0], self.num_features, 4, **dd)
         self.reset_classifier(num_classes, **dd)

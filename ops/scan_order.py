@@ -126,3 +126,23 @@ def atrous(H, W, step, device=None):
         raise ValueError(f"step: must divide the map's sides, got {step} for {H} x {W}")
     grid = raster(H, W, device).view(H // step, step, W // step, step)
     return grid.permute(1, 3, 0, 2).reshape(step * step, -1)
+
+
+def slices(length, chunks, device=None):
+    """Token j of each of `chunks` equal runs of raster order, before token j + 1 of the first (SegMamba, 2401.13560).
+
+    With as many chunks as a volume ``(D, H, W)`` is deep this goes through the depth at each place of a slice, place
+    by place. Returns ``(length,)``.
+
+    Raises:
+        ValueError: `length` is no multiple of `chunks`.
+    """
+    if chunks < 1 or length % chunks:
+        raise ValueError(f"chunks: must divide the number of tokens, got {chunks} for {length}")
+    return torch.arange(length, dtype=torch.int32, device=device).view(chunks, -1).t().reshape(-1)
+
+
+def volume(length, chunks, device=None):
+    """The three walks of SegMamba (arXiv 2401.13560): forwards, backwards, and through the `slices`; ``(3, length)``."""
+    forth = torch.arange(length, dtype=torch.int32, device=device)
+    return torch.stack([forth, reverse(forth), slices(length, chunks, device)])

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from linzoo.backbones import KINDS, kind_of, list_models
 from linzoo.backbones.published import PUBLISHED, Published
 
+VOLUME = 64  # side of the cubes in which models of volumes are measured
 COLUMNS = (
     "name", "family", "params_m", "gmacs", "size", "published_params_m", "published_gmacs", "top1", "paper", "weights",
     "license", "source", "note",
@@ -43,6 +44,7 @@ def measure(name: str, size: int = 224) -> tuple[int, float | None]:
     """Parameters and multiply-accumulates of one image, of `size` x `size`.
 
     Of a clip of the model's number of frames, where it has one; else of one frame.
+    """Parameters and multiply-accumulates of one image, or frame of a clip, of `size` x `size`, or of a cube.
 
     MACs are None where they depend on what is in the scene, as those of occupancy do.
     """
@@ -53,6 +55,8 @@ def measure(name: str, size: int = 224) -> tuple[int, float | None]:
     shape = (1, *((1,) if kind == "video" else ()), model.in_chans, size, size)
     if hasattr(model, "num_frames"):
         shape = (1, model.in_chans, model.num_frames, size, size)
+    depth = {"video": (1, model.in_chans), "volume": (model.in_chans, size)}.get(kind, (model.in_chans,))
+    shape = (1, *depth, size, size)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(torch.empty(shape, device="meta"))
@@ -64,7 +68,7 @@ def measure(name: str, size: int = 224) -> tuple[int, float | None]:
 def describe(name: str) -> dict:
     """One row of the list, with `COLUMNS` as keys; None where there is no figure."""
     cfg = get_pretrained_cfg(name)
-    published = PUBLISHED.get(name, Published(None, None, None, "", (cfg.input_size or (None,))[-1]))
+    published = PUBLISHED.get(name, Published(None, None, None, "", (cfg.input_size or (VOLUME,))[-1]))
     params, macs = measure(name, published.size)
     papers = cfg.paper_ids or ()
     return {

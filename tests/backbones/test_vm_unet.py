@@ -34,7 +34,7 @@ def test_parity(path, tmp_path):
 
 
 def test_registered():
-    assert list_models(kind="segmentation") == ["mhs_vm_unet", "vm_unet"]
+    assert list_models("*vm_unet", kind="segmentation") == ["mhs_vm_unet", "vm_unet"]
     assert not set(list_models()) & set(list_models(kind="segmentation"))
 
 

@@ -45,6 +45,18 @@ def test_small_examples():
     assert so.atrous(2, 4, 2).tolist() == [[0, 2], [1, 3], [4, 6], [5, 7]]
 
 
+def test_volumes():
+    """SegMamba's third walk goes through the depth at each place; runs need not be slices."""
+    assert so.slices(12, 3).tolist() == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+    walks = so.volume(24, 4)
+    assert walks.shape == (3, 24) and walks.dtype == torch.int32
+    assert (walks.sort(-1).values == torch.arange(24)).all()
+    assert torch.equal(walks[1], walks[0].flip(0)) and walks[2].tolist()[:4] == [0, 6, 12, 18]
+    for chunks in (0, 5):
+        with pytest.raises(ValueError, match=f"chunks: must divide the number of tokens, got {chunks} for 12"):
+            so.slices(12, chunks)
+
+
 def _steps(order, W):
     row, col = order.long() // W, order.long() % W
     return (row.diff().abs() + col.diff().abs()).tolist()

@@ -113,7 +113,7 @@ def fit(model: nn.Module, state: dict[str, Tensor], path: str | Path, start: boo
 def _heads(model: nn.Module) -> tuple[str, ...]:
     """How the names of the tensors begin that depend on the number of classes."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    dense = ("decode_head.", "auxiliary_head.", "bbox_head.", "roi_head.", "head.")
+    dense = ("decode_head.", "auxiliary_head.", "bbox_head.", "roi_head.", "head.", "heads.")
     return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names)) or dense
 
 
