@@ -84,7 +84,9 @@ __all__ = [
     "list_models",
 ]
 
-Kind = Literal["backbone", "adopted", "pyramid", "segmentation", "restoration", "promptable", "occupancy", "video", "volume"]
+Kind = Literal[
+    "backbone", "adopted", "pyramid", "segmentation", "restoration", "promptable", "occupancy", "video", "volume"
+]
 
 _FAMILIES: dict[Kind, tuple[str, ...]] = {
     "backbone": (
@@ -129,8 +131,8 @@ def list_models(filter: str | list[str] = "", kind: Kind | None = "backbone") ->
         kind: "backbone"; "adopted" for backbones of linear complexity that timm itself registers; "pyramid" for
             backbones that only give maps; "segmentation" for models that return mask logits; "restoration" for models
             that return the restored image; "promptable" for models that return the masks of points and boxes;
-            "occupancy" for models of voxels; "video" for models of clips; "volume" for models that segment volumes. None
-            for all of them.
+            "occupancy" for models of voxels; "video" for models of clips; "volume" for models that segment volumes.
+            None for all of them.
 
     Raises:
         ValueError: there is no such kind.

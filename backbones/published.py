@@ -38,6 +38,7 @@ _MILA = "README of github.com/LeapLabTHU/MLLA, with MESA"
 _PLAINMAMBA = "README of github.com/ChenhongyiYang/PlainMamba; GFLOPs quoted second-hand"
 _RESTORE_RWKV = "arXiv 2407.11087, tables of v1; of the light variant, the abstract of v3"
 _SPATIALMAMBA = "README of github.com/EdwardChasel/Spatial-Mamba"
+_SWIN_UMAMBA = "arXiv 2402.03302, quoted second-hand and unverified"
 _VSSD = "README of github.com/YuHengsss/VSSD, without MESA"
 _VSSD_NOTE = "our count has every convolution and matrix product; what the README's leaves out is not said"
 _VIDEOMAMBA = "README of github.com/OpenGVLab/VideoMamba"
@@ -107,6 +108,8 @@ PUBLISHED = {
     "spatialmamba_t": Published(27, 4.5, 83.5, _SPATIALMAMBA),
     "spatialmamba_s": Published(43, 7.1, 84.6, _SPATIALMAMBA),
     "spatialmamba_b": Published(96, 15.8, 85.3, _SPATIALMAMBA),
+    "swin_umamba": Published(60, 68.0, None, _SWIN_UMAMBA, 320),
+    "swin_umamba_d": Published(28, 18.9, None, _SWIN_UMAMBA, 320),
     "vssd_m": Published(14, 2.3, 82.5, _VSSD, note=_VSSD_NOTE),
     "vssd_t": Published(24, 4.5, 83.6, _VSSD, note=_VSSD_NOTE),
     "vssd_s": Published(40, 7.4, 84.1, _VSSD, note=_VSSD_NOTE),

@@ -72,9 +72,7 @@ class VolumeStage(nn.Module):
         d_state: States per channel.
     """
 
-    def __init__(
-        self, downsample: nn.Module, dim: int, depth: int, chunks: int, d_state: int, device=None, dtype=None
-    ):
+    def __init__(self, downsample: nn.Module, dim: int, depth: int, chunks: int, d_state: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.grad_checkpointing = False

@@ -9,7 +9,6 @@ skips and a decoder of VMamba's blocks. Both have heads at four sizes for deep s
 The encoder's maps are channel-last (B, H, W, C), the rest is channel-first.
 """
 
-import re
 from functools import partial
 
 import torch
@@ -40,7 +39,10 @@ class VSSEncoder(DenseModel):
         """The stages; after them the maps have strides 4, 8 ..."""
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         return nn.ModuleList(
-            Stage([VSSBlock(dim, Mixer, rate, **dd) for rate in rates[i]], PatchMerging(dims[i - 1], dim, **dd) if i else None)
+            Stage(
+                [VSSBlock(dim, Mixer, rate, **dd) for rate in rates[i]],
+                PatchMerging(dims[i - 1], dim, **dd) if i else None,
+            )
             for i, dim in enumerate(dims)
         )
 
@@ -164,9 +166,7 @@ class SwinUMambaD(VSSEncoder):
         pairs = list(zip(dims[:0:-1], dims[-2::-1], strict=True))
         self.expands = nn.ModuleList(PatchExpand(a, b, 2, **dd) for a, b in pairs)
         self.reduces = nn.ModuleList(nn.Linear(2 * b, b, **dd) for _, b in pairs)
-        self.decoder = nn.ModuleList(
-            Stage([VSSBlock(b, Mixer, **dd) for _ in range(depth_decoder)]) for _, b in pairs
-        )
+        self.decoder = nn.ModuleList(Stage([VSSBlock(b, Mixer, **dd) for _ in range(depth_decoder)]) for _, b in pairs)
         self.final_up = PatchExpand(dims[0], dims[0], 4, **dd)
         self.heads = self.make_heads(self.head_dims(), **dd)
         self.init_weights(needs_reset=False)

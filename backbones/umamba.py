@@ -12,6 +12,7 @@ Maps are channel-first.
 import math
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -36,7 +37,14 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self, dim: int, dim_out: int, kernel: Size, stride: Size | int = 1, project: bool = False, device=None, dtype=None
+        self,
+        dim: int,
+        dim_out: int,
+        kernel: Size,
+        stride: Size | int = 1,
+        project: bool = False,
+        device=None,
+        dtype=None,
     ):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
@@ -62,7 +70,7 @@ def blocks(dim: int, dim_out: int, kernel: Size, stride: Size | int, depth: int,
 
 @register_notrace_module  # FX cannot follow what depends on the size of the map
 class MambaLayer(nn.Module):
-    """``Mamba(LN(tokens))`` of a map ``(B, C, ...)``, **without a residual connection**, in the precision of its weights.
+    """``Mamba(LN(tokens))`` of a map ``(B, C, ...)``, **without a residual connection**, in the weights' precision.
 
     Tokens are the positions in raster order; or, with `positions`, the channels, each a vector of all positions, of
     which the map must then have just so many.
@@ -81,10 +89,11 @@ class MambaLayer(nn.Module):
             tokens = tokens.transpose(1, 2)
         elif tokens.shape[2] != self.positions:
             raise ValueError(
-                f"x: a map of {tuple(size)} is not of {self.positions} positions; the tokens of this layer are channels, "
-                "so the model takes nothing but its patch_size"
+                f"x: a map of {tuple(size)} is not of {self.positions} positions; this layer's tokens are channels, so "
+                "the model takes nothing but its patch_size"
             )
-        with torch.autocast(x.device.type, enabled=False):
+        # Autocast knows no meta device.
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             tokens = self.mamba(self.norm(tokens.to(self.norm.weight.dtype)))
         return (tokens if self.positions else tokens.transpose(1, 2)).unflatten(2, size)
 
@@ -147,8 +156,8 @@ class UMamba(DenseModel):
             raise ValueError(f"patch_size={patch_size!r}, mamba={mamba!r}: expected 2 or 3 axes, and 'bot' or 'enc'")
         if len(plan) != count or len(kernels) != count or any(len(s) != axes for s in (*plan, *kernels)):
             raise ValueError(
-                f"strides={strides!r}, kernel_sizes={kernel_sizes!r}: expected {count - 1} strides and {count} kernels of "
-                f"{axes} axes, for features={features!r}"
+                f"strides={strides!r}, kernel_sizes={kernel_sizes!r}: expected {count - 1} strides and {count} kernels "
+                f"of {axes} axes, for features={features!r}"
             )
         total = tuple(math.prod(s) for s in zip(*plan, strict=True))
         if any(side % stride for side, stride in zip(patch_size, total, strict=True)):
@@ -172,9 +181,7 @@ class UMamba(DenseModel):
         self.bottleneck = MambaLayer(features[-1], **dd) if mamba == "bot" else nn.Identity()
         # From the deepest up; the last level in 2-D leaves its skip out.
         self.dims = tuple(features[-2::-1])
-        self.reduces = nn.ModuleList(
-            CONV[axes](a, b, 1, **dd) for a, b in zip(features[:0:-1], self.dims, strict=True)
-        )
+        self.reduces = nn.ModuleList(CONV[axes](a, b, 1, **dd) for a, b in zip(features[:0:-1], self.dims, strict=True))
         self.decoder = nn.ModuleList()
         for i, dim in enumerate(self.dims):
             enter = dim if axes == 2 and i == count - 2 else 2 * dim
@@ -233,9 +240,9 @@ _RENAMES = [
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: UMamba) -> dict[str, Tensor]:
-    """Converts the published state dict, nnU-Net's checkpoints among them, to ours; tensors of two names are taken once."""
+    """Converts the published state dict or nnU-Net's checkpoint to ours; tensors of two names are taken once."""
     state_dict = state_dict.get("network_weights", unwrap_state_dict(state_dict))
-    if "stem.0.conv1.weight" in state_dict:
+    if not any("encoder.stem." in key for key in state_dict):
         return heads_of_other_classes(state_dict, model)
     out = {}
     for key, value in state_dict.items():

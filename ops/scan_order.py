@@ -129,7 +129,7 @@ def atrous(H, W, step, device=None):
 
 
 def slices(length, chunks, device=None):
-    """Token j of each of `chunks` equal runs of raster order, before token j + 1 of the first (SegMamba, 2401.13560).
+    """Token j of each of `chunks` equal runs of raster order, then token j + 1 (SegMamba, arXiv 2401.13560).
 
     With as many chunks as a volume ``(D, H, W)`` is deep this goes through the depth at each place of a slice, place
     by place. Returns ``(length,)``.
@@ -143,6 +143,6 @@ def slices(length, chunks, device=None):
 
 
 def volume(length, chunks, device=None):
-    """The three walks of SegMamba (arXiv 2401.13560): forwards, backwards, and through the `slices`; ``(3, length)``."""
+    """The three walks of SegMamba (arXiv 2401.13560): forwards, backwards, through the `slices`; ``(3, length)``."""
     forth = torch.arange(length, dtype=torch.int32, device=device)
     return torch.stack([forth, reverse(forth), slices(length, chunks, device)])

@@ -21,7 +21,7 @@ SHARED_CARDS = {
     "vrwkv_adapter": "vrwkv",
     "rwkvsam_backbone": "rwkvsam",
 }
-SHARED_CARDS |= {"mambair_v2": "mambair", "mambair_opensr": "mambair"}
+SHARED_CARDS |= {"mambair_v2": "mambair", "mambair_opensr": "mambair", "umamba_3d": "umamba"}
 
 PIXELS = "a classifier of pixel sequences: it has no maps"
 MAPS = "it gives maps and no classes"

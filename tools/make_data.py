@@ -132,6 +132,40 @@ def noisy(out: str | os.PathLike) -> None:
     _write_whole(Path(out), write)
 
 
+def lumps(out: str | os.PathLike) -> None:
+    """Volumes of ellipsoids in noise, as NIfTI files `out/{train,val}/{images,labels}/<index>.nii.gz`.
+
+    24 and 8 of 32 slices of 48 x 48 voxels, 2 mm between slices and 1 mm in them. Each has one or two bright ellipsoids
+    (class 1) and one dark (class 2), apart from each other, in smooth noise, with noise of each voxel over it. The same
+    every time. The folder appears whole or not at all; an existing one is left as it is.
+    """
+    import nibabel
+    import numpy as np
+    from scipy.ndimage import gaussian_filter
+
+    spacing, size = np.array([2.0, 1.0, 1.0]), np.array([32, 48, 48])
+
+    def write(folder: Path) -> None:
+        rng = np.random.default_rng(0)
+        grid = np.stack(np.meshgrid(*(np.arange(n) for n in size), indexing="ij"), -1) * spacing
+        for part, count in (("train", 24), ("val", 8)):
+            for name in ("images", "labels"):
+                (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                label, shade = np.zeros(size, np.uint8), gaussian_filter(rng.normal(size=size), 4 / spacing)
+                for kind in (1, 2, 1)[: rng.integers(2, 4)]:
+                    radii, centre = rng.uniform(5, 10, 3), rng.uniform(0.25, 0.75, 3) * size * spacing
+                    inside = (((grid - centre) / radii) ** 2).sum(-1) < 1
+                    label[inside & (label == 0)] = kind
+                image = 0.5 * shade / shade.std() + np.choose(label, [0.0, 1.5, -1.5]) + rng.normal(0, 0.5, size)
+                affine = np.diag([*spacing[::-1], 1.0])
+                for name, values in (("images", image.astype(np.float32)), ("labels", label)):
+                    file = folder / part / name / f"{i:02d}.nii.gz"
+                    nibabel.save(nibabel.Nifti1Image(values.transpose(2, 1, 0), affine), file)
+
+    _write_whole(Path(out), write)
+
+
 SCENE_CLASSES = ("photograph", *(str(digit) for digit in range(10)))
 
 
@@ -244,7 +278,7 @@ def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
         temporary.rename(out)
 
 
-MAKERS = {"bouncing": bouncing, "digits": digits, "inked": inked, "noisy": noisy, "scenes": scenes}
+MAKERS = {"bouncing": bouncing, "digits": digits, "inked": inked, "lumps": lumps, "noisy": noisy, "scenes": scenes}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """A tiny model, config and data of every task that the tools train, for tests of what is common to all."""
 
 import argparse
+import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from test_occupancy import write_scenes
 from test_promptable import write_coco
+from test_volumes import write_volumes
 
 ROOT = Path(__file__).resolve().parents[2]
 LOADERS = """
@@ -83,6 +85,12 @@ CONFIGS = {
         'dict(data_root="{data}/clips", part="{part}", make=None)',
     ),
 }
+if importlib.util.find_spec("monai"):
+    CONFIGS["volume"] = (
+        '["{configs}/vol/umamba_bot_3d_lumps.py"]',
+        "model = dict(features=(4, 4), strides=((2, 2, 2),), patch_size=(8, 16, 16), window=(8, 16, 16))\n",
+        'dict(data_root="{data}/lumps", data_prefix="{part}", make=None, crop=(8, 16, 16), length=2)',
+    )
 OF_IMAGES = ("classification", "mmpretrain", "segmentation", "label maps", "restoration", "promptable", "detection")
 # Options of predict.
 ASKED = {"detection": ["--threshold", "0"], "promptable": ["--point", "20", "20"], "video": ["--frames", "2"]}
@@ -138,6 +146,8 @@ def write_task(task: str, folder: Path) -> Tiny:
                 Image.new("RGB", (60, 44)).save(data / "coco" / part / "not_there.png")
         elif task == "occupancy":
             write_scenes(data / "kitti", part, 2)
+        elif task == "volume":
+            write_volumes(data / "lumps" / part, 2)
         elif task == "video":
             (data / "clips").mkdir(parents=True, exist_ok=True)
             np.save(data / "clips" / f"{part}.npy", rng.integers(0, 255, (4, 6, 16, 16), dtype=np.uint8))
@@ -153,7 +163,11 @@ def write_task(task: str, folder: Path) -> Tiny:
         "detection": data / "coco/train",
     }
     images = places[0] if task in CONFIGS and task not in images and places else images.get(task, data)
-    inputs = {"occupancy": data / "kitti/sequences/08/voxels", "video": data / "clips/val.npy"}
+    inputs = {
+        "occupancy": data / "kitti/sequences/08/voxels",
+        "video": data / "clips/val.npy",
+        "volume": data / "lumps/val/images",
+    }
     if task in OF_IMAGES:
         inputs[task] = folder / "inputs"
         inputs[task].mkdir()

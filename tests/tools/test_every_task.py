@@ -222,7 +222,7 @@ def test_two_inputs_of_one_stem(tiny, tmp_path):
     weights = write_weights(tiny.config, tmp_path / "w.pth")
     source = sorted(tiny.inputs.iterdir())[0] if tiny.inputs.is_dir() else tiny.inputs
     folder = tmp_path / "twins"
-    names = {".bin": ("a/x.bin", "b/x.bin"), ".npy": ("a/x.npy", "b/x.npy")}
+    names = {Path(end).suffix: (f"a/{end}", f"b/{end}") for end in ("x.bin", "x.npy", "x.nii.gz")}
     for name in names.get(source.suffix, ("x.png", "x.bmp", "X.tif")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if source.suffix in names:

@@ -26,6 +26,7 @@ from .resume import ResumeHook  # noqa: E402
 from .runner import Runner  # noqa: E402
 from .segmenter import LoadMask, MaskedImages, MaskMetric, Segmenter  # noqa: E402
 from .task import Task, TimmModel  # noqa: E402
+from .volumes import VolumeMetric, Volumes, VolumeSegmenter  # noqa: E402
 
 __all__ = [
     "AutocastOptimWrapper",
@@ -60,5 +61,8 @@ __all__ = [
     "Task",
     "TimmModel",
     "TimmWeightDecay",
+    "VolumeMetric",
+    "VolumeSegmenter",
+    "Volumes",
     "VoxelScenes",
 ]
