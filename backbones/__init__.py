@@ -13,11 +13,11 @@ from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba
 from .kat import KAT
 from .localmamba import LocalVim, LocalVMamba
-from .mambavision import MambaVision
-from .mila import MILA
 from .mambair import MambaIR
 from .mambair_opensr import OpenSRMamba
 from .mambair_v2 import MambaIRv2
+from .mambavision import MambaVision
+from .mila import MILA
 from .occrwkv import OccRWKV
 from .plainmamba import PlainMamba
 from .restore_rwkv import RestoreRWKV
@@ -27,12 +27,12 @@ from .s4 import PixelS4D, PixelS5
 from .s4nd import S4NDConvNeXt
 from .segmamba import SegMamba
 from .spatialmamba import SpatialMamba
-from .videomamba import VideoMamba
-from .videomamba_video import VideoMambaVideo
-from .vil import ViL
 from .swin_umamba import SwinUMamba, SwinUMambaD
 from .umamba import UMamba
 from .umamba_3d import umamba_bot_3d as _umamba_bot_3d  # noqa: F401  registers the 3-D ones
+from .videomamba import VideoMamba
+from .videomamba_video import VideoMambaVideo
+from .vil import ViL
 from .vim import Vim
 from .vim2 import ViM2
 from .vm_unet import VMUNet
@@ -117,7 +117,6 @@ _FAMILIES: dict[Kind, tuple[str, ...]] = {
     "promptable": ("rwkvsam",),
     "occupancy": ("occrwkv",),
     "video": ("convs5", "videomamba_video"),
-    "video": ("convs5",),
     "volume": ("segmamba", "umamba_3d"),
 }
 KINDS: tuple[Kind, ...] = tuple(_FAMILIES)

@@ -18,8 +18,8 @@ from torch import Tensor, nn, stack
 
 from linzoo.ops import scan_order
 
-from .layers.checkpoint import MAMBA_NAMES, rename, reshape_as, unwrap_state_dict
-from .layers.dense import DenseModel, ResBlock, UpBlock, heads_of_other_classes
+from .layers.checkpoint import MAMBA_NAMES, rename, reshape_as
+from .layers.dense import DenseModel, ResBlock, UpBlock, heads_of_other_classes, unwrap_nnunet
 from .layers.mamba import MambaMixer
 
 __all__ = ["SegMamba"]
@@ -188,7 +188,7 @@ _RENAMES = [
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Converts the published state dict to ours: what runs along the three directions is stacked."""
-    state_dict = unwrap_state_dict(state_dict)
+    state_dict = unwrap_nnunet(state_dict)
     if "stages.0.gsc.proj.weight" in state_dict:
         return heads_of_other_classes(state_dict, model)
     out, parts = {}, {}

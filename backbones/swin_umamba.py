@@ -18,8 +18,8 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from .layers import SS2D, Stage
-from .layers.checkpoint import SS2D_NAMES, rename, reshape_as, unwrap_state_dict
-from .layers.dense import DenseModel, ResBlock, UpBlock, heads_of_other_classes
+from .layers.checkpoint import SS2D_NAMES, rename, reshape_as
+from .layers.dense import DenseModel, ResBlock, UpBlock, heads_of_other_classes, unwrap_nnunet
 from .layers.vss import PatchExpand, VSSBlock
 
 __all__ = ["SwinUMamba", "SwinUMambaD"]
@@ -113,6 +113,7 @@ class SwinUMamba(VSSEncoder):
         # Of strides 1, 2, 4 ...: what comes in at each, and the width of its skip.
         enter, widths = (in_chans, first, *dims[:-1]), (first, *dims)
         self.skips = nn.ModuleList(ResBlock(2, a, b, **dd) for a, b in zip(enter, widths, strict=True))
+        self.widths = widths
         deeper = (*widths[1:], dims[-1])  # the deepest skip is as wide as the map below it
         self.decoder = nn.ModuleList(UpBlock(2, a, b, **dd) for a, b in zip(deeper, widths, strict=True))
         self.last = ResBlock(2, first, first, **dd)
@@ -121,7 +122,7 @@ class SwinUMamba(VSSEncoder):
 
     def head_dims(self) -> list[int]:
         """Channels of the maps that `decode` gives."""
-        return [block.block.conv2.out_channels for block in self.decoder[:4]]
+        return list(self.widths[:4])
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Images, sides multiples of 32, to the outputs of the encoder's stages."""
@@ -160,6 +161,7 @@ class SwinUMambaD(VSSEncoder):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__(in_chans, num_classes, (32, 32), deep_supervision)
         self.set_features(dims, [4 * 2**i for i in range(len(dims))], dims[0])
+        self.dims = dims
         self.embed = PatchEmbed(None, 4, in_chans, dims[0], nn.LayerNorm, output_fmt="NHWC", **dd)
         self.stages = self.make_stages(dims, depths, drop_path_rate, **dd)
         # From the deepest up.
@@ -173,7 +175,7 @@ class SwinUMambaD(VSSEncoder):
 
     def head_dims(self) -> list[int]:
         """Channels of the maps that `decode` gives."""
-        return [self.num_features, *(reduce.out_features for reduce in reversed(self.reduces))]
+        return [self.num_features, *self.dims[:-1]]
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Images, sides multiples of 32, to the outputs of the encoder's stages."""
@@ -214,7 +216,7 @@ _RENAMES = [
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Converts the published state dict, nnU-Net's checkpoints among them, to ours."""
-    state_dict = state_dict.get("network_weights", unwrap_state_dict(state_dict))
+    state_dict = unwrap_nnunet(state_dict)
     if "embed.proj.weight" in state_dict:
         return heads_of_other_classes(state_dict, model)
     renamed = {rename(key, _RENAMES): value for key, value in state_dict.items()}

@@ -21,8 +21,8 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
-from .layers.checkpoint import MAMBA_NAMES, rename, reshape_as, unwrap_state_dict
-from .layers.dense import CONV, INSTANCE_NORM, DenseModel, heads_of_other_classes
+from .layers.checkpoint import MAMBA_NAMES, rename, reshape_as
+from .layers.dense import CONV, INSTANCE_NORM, DenseModel, heads_of_other_classes, unwrap_nnunet
 from .layers.mamba import MambaMixer
 
 __all__ = ["UMamba"]
@@ -241,7 +241,7 @@ _RENAMES = [
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: UMamba) -> dict[str, Tensor]:
     """Converts the published state dict or nnU-Net's checkpoint to ours; tensors of two names are taken once."""
-    state_dict = state_dict.get("network_weights", unwrap_state_dict(state_dict))
+    state_dict = unwrap_nnunet(state_dict)
     if not any("encoder.stem." in key for key in state_dict):
         return heads_of_other_classes(state_dict, model)
     out = {}

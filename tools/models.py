@@ -43,8 +43,7 @@ def create(name: str, size: int, **kwargs) -> torch.nn.Module:
 def measure(name: str, size: int = 224) -> tuple[int, float | None]:
     """Parameters and multiply-accumulates of one image, of `size` x `size`.
 
-    Of a clip of the model's number of frames, where it has one; else of one frame.
-    """Parameters and multiply-accumulates of one image, or frame of a clip, of `size` x `size`, or of a cube.
+    Of a clip of the model's number of frames, where it has one, else of one frame; of a volume as deep as it is wide.
 
     MACs are None where they depend on what is in the scene, as those of occupancy do.
     """
@@ -52,11 +51,10 @@ def measure(name: str, size: int = 224) -> tuple[int, float | None]:
     parameters = sum(p.numel() for p in model.parameters())
     if kind == "occupancy":
         return parameters, None
-    shape = (1, *((1,) if kind == "video" else ()), model.in_chans, size, size)
-    if hasattr(model, "num_frames"):
-        shape = (1, model.in_chans, model.num_frames, size, size)
     depth = {"video": (1, model.in_chans), "volume": (model.in_chans, size)}.get(kind, (model.in_chans,))
     shape = (1, *depth, size, size)
+    if hasattr(model, "num_frames"):
+        shape = (1, model.in_chans, model.num_frames, size, size)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(torch.empty(shape, device="meta"))

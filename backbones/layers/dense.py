@@ -5,6 +5,7 @@ Maps are channel-first, ``(B, C, H, W)`` or ``(B, C, D, H, W)``.
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function
 from torch import Tensor, nn
 
+from .checkpoint import unwrap_state_dict
 from .padding import zero_pad
 from .pyramid import Pyramid
 from .script import refuse_script
@@ -74,6 +76,11 @@ def pad_to_strides(x: Tensor, in_chans: int, strides: Sequence[int]) -> Tensor:
         )
     pad = [n for side, stride in zip(reversed(x.shape), reversed(strides), strict=False) for n in (0, -side % stride)]
     return zero_pad(x, pad)
+
+
+def unwrap_nnunet(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict in a checkpoint of nnU-Net, or of another trainer."""
+    return checkpoint["network_weights"] if "network_weights" in checkpoint else unwrap_state_dict(checkpoint)
 
 
 def heads_of_other_classes(state_dict: dict[str, Tensor], model: "DenseModel") -> dict[str, Tensor]:
