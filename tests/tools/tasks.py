@@ -83,6 +83,12 @@ CONFIGS = {
         'dict(data_root="{data}/clips", part="{part}", make=None)',
     ),
 }
+CONFIGS["clips"] = (
+    '["{configs}/video/videomamba_t_k400.py"]',
+    "model = dict(num_classes=3, num_frames=2, img_size=32, dim=16, depth=1, pretrained=False)\n"
+    "val_evaluator = dict(topk=(1,))\ntest_evaluator = dict(topk=(1,))\n",
+    'dict(data_root="{data}/actions", data_prefix="{part}", num_frames=2, size=32)',
+)
 OF_IMAGES = ("classification", "mmpretrain", "segmentation", "label maps", "restoration", "promptable", "detection")
 # Options of predict.
 ASKED = {"detection": ["--threshold", "0"], "promptable": ["--point", "20", "20"], "video": ["--frames", "2"]}
@@ -136,6 +142,13 @@ def write_task(task: str, folder: Path) -> Tiny:
             write_coco(data / "coco", part, 4)
             if task == "detection":  # which is tested on images without any object, too
                 Image.new("RGB", (60, 44)).save(data / "coco" / part / "not_there.png")
+        elif task == "clips":
+            for name in "abcabc":
+                clip = data / "actions" / part / name
+                clip = clip / str(len(list(clip.iterdir())) if clip.is_dir() else 0)
+                clip.mkdir(parents=True)
+                for t in range(3):
+                    Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(clip / f"{t}.png")
         elif task == "occupancy":
             write_scenes(data / "kitti", part, 2)
         elif task == "video":
@@ -153,7 +166,11 @@ def write_task(task: str, folder: Path) -> Tiny:
         "detection": data / "coco/train",
     }
     images = places[0] if task in CONFIGS and task not in images and places else images.get(task, data)
-    inputs = {"occupancy": data / "kitti/sequences/08/voxels", "video": data / "clips/val.npy"}
+    inputs = {
+        "occupancy": data / "kitti/sequences/08/voxels",
+        "video": data / "clips/val.npy",
+        "clips": data / "actions/val",
+    }
     if task in OF_IMAGES:
         inputs[task] = folder / "inputs"
         inputs[task].mkdir()
