@@ -86,7 +86,7 @@ class VideoMambaVideo(VideoMamba):
         table = self.positions(grid)
         time = resize_time(self.time_embed, steps)
         x = (x + table[:, 1:].unsqueeze(1) + time.unsqueeze(2)).flatten(1, 2)
-        x = with_token(x, (self.cls_token + table[:, :1]).expand(x.shape[0], -1, -1), first=True)
+        x = with_token(x, torch.add(self.cls_token, table[:, :1]).expand(x.shape[0], -1, -1), first=True)
         return x.to(torch.promote_types(x.dtype, torch.float32)), (steps, *grid)
 
     def forward_intermediates(

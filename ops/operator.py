@@ -144,14 +144,14 @@ class Operator:
         if "order" in self.arguments:
             check_entries(inputs[self.arguments.index("order")], inputs[0].shape[1])
         backend = self._resolve(*inputs)
-        if backend != "reference":
+        if backend != "reference" and self._forward:
             return self._forward(backend, *inputs)
         results = self.reference(*inputs)
         return tuple(x.contiguous() for x in results) if isinstance(results, tuple) else results.contiguous()
 
     def _run_backward(self, dy, *inputs):
         backend = self._resolve(*inputs)
-        if backend != "reference":
+        if backend != "reference" and self._backward:
             return self._backward(backend, dy, *inputs)
         run, tensors = self._differentiated(dict(zip(self.backward_arguments[1:], inputs, strict=True)))
         with _recording():

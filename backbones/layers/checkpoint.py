@@ -60,7 +60,7 @@ def stack_directions(state_dict):
     return out | {key: torch.stack([both[False], both[True]]) for key, both in directions.items()}
 
 
-def unwrap_state_dict(checkpoint):
+def unwrap_state_dict(checkpoint) -> dict:
     """The state dict in a published training checkpoint: its averaged (EMA) weights where it has them."""
     for name in ("model_ema", "ema_model", "model", "state_dict"):
         if isinstance(checkpoint.get(name), dict):

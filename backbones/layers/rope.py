@@ -11,7 +11,7 @@ def axial_angles(rows: Tensor, columns: Tensor, pairs: int, theta: float = 10000
     ``(W,)``.
     """
     frequency = theta ** (-torch.arange(pairs, dtype=rows.dtype, device=rows.device) / pairs)
-    grid = (len(rows), len(columns), pairs)
+    grid = (rows.shape[0], columns.shape[0], pairs)
     row, column = (rows[:, None] * frequency)[:, None], columns[:, None] * frequency
     return torch.cat([row.expand(grid), column.expand(grid)], 2)
 

@@ -91,6 +91,12 @@ if importlib.util.find_spec("monai"):
         "model = dict(features=(4, 4), strides=((2, 2, 2),), patch_size=(8, 16, 16), window=(8, 16, 16))\n",
         'dict(data_root="{data}/lumps", data_prefix="{part}", make=None, crop=(8, 16, 16), length=2)',
     )
+CONFIGS["clips"] = (
+    '["{configs}/video/videomamba_t_k400.py"]',
+    "model = dict(num_classes=3, num_frames=2, img_size=32, dim=16, depth=1, pretrained=False)\n"
+    "val_evaluator = dict(topk=(1,))\ntest_evaluator = dict(topk=(1,))\n",
+    'dict(data_root="{data}/actions", data_prefix="{part}", num_frames=2, size=32)',
+)
 OF_IMAGES = ("classification", "mmpretrain", "segmentation", "label maps", "restoration", "promptable", "detection")
 # Options of predict.
 ASKED = {"detection": ["--threshold", "0"], "promptable": ["--point", "20", "20"], "video": ["--frames", "2"]}
@@ -144,6 +150,13 @@ def write_task(task: str, folder: Path) -> Tiny:
             write_coco(data / "coco", part, 4)
             if task == "detection":  # which is tested on images without any object, too
                 Image.new("RGB", (60, 44)).save(data / "coco" / part / "not_there.png")
+        elif task == "clips":
+            for name in "abcabc":
+                clip = data / "actions" / part / name
+                clip = clip / str(len(list(clip.iterdir())) if clip.is_dir() else 0)
+                clip.mkdir(parents=True)
+                for t in range(3):
+                    Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(clip / f"{t}.png")
         elif task == "occupancy":
             write_scenes(data / "kitti", part, 2)
         elif task == "volume":
@@ -167,6 +180,7 @@ def write_task(task: str, folder: Path) -> Tiny:
         "occupancy": data / "kitti/sequences/08/voxels",
         "video": data / "clips/val.npy",
         "volume": data / "lumps/val/images",
+        "clips": data / "actions/val",
     }
     if task in OF_IMAGES:
         inputs[task] = folder / "inputs"

@@ -11,6 +11,7 @@ import_openmmlab()
 from linzoo.backbones.openmmlab import LinZooBackbone  # noqa: E402
 
 from .classifier import Classifier, ImageFolder, MesaHook  # noqa: E402
+from .clips import ClipClassifier, ClipFolder  # noqa: E402
 from .curves import CurveHook  # noqa: E402
 from .dense import LabelMaps  # noqa: E402
 from .errors import InputError  # noqa: E402
@@ -31,6 +32,8 @@ from .volumes import VolumeMetric, Volumes, VolumeSegmenter  # noqa: E402
 __all__ = [
     "AutocastOptimWrapper",
     "Classifier",
+    "ClipClassifier",
+    "ClipFolder",
     "Clips",
     "CurveHook",
     "ExportHook",

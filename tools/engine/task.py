@@ -146,14 +146,15 @@ class TimmModel(Task, BaseModel):
         InputError: the model is of another kind; the weights are missing or another model's.
     """
 
-    needs: ClassVar[str] = "forward"  # a method that tells a model of this task, where it is not of the zoo
+    needs: ClassVar[str] = "forward"  # a method that tells a model of this task
+    example: ClassVar[str | None] = None  # such a model, where the first of its kind is none
 
     def __init__(
         self, model_name: str, *args, pretrained: bool | str = False, data_preprocessor: dict | None = None, **kwargs
     ):
         super().__init__(data_preprocessor)
-        kind = kind_of(model_name)
-        expected = f"expected a model of kind {' or '.join(self.kinds)}, such as {list_models(kind=self.kinds[0])[0]!r}"
+        kind, example = kind_of(model_name), self.example or list_models(kind=self.kinds[0])[0]
+        expected = f"expected a model of kind {' or '.join(self.kinds)}, such as {example!r}"
         if kind is not None and kind not in self.kinds:
             raise InputError(f"model_name={model_name!r} is of kind {kind!r}; {expected}")
         self.model = create_model(model_name, *args, pretrained=pretrained, **kwargs)

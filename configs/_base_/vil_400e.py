@@ -1,4 +1,4 @@
-"""ViL's recipe: 400 epochs of AdamW at 2,048 images a step (8 x 256) in bfloat16, no label smoothing."""
+"""ViL's recipe: 400 epochs of AdamW at 2,048 images a step (8 x 256) with `--amp`, no label smoothing."""
 
 _base_ = ["./adamw_300e.py"]
 
@@ -8,7 +8,7 @@ model = dict(
     train_cfg=dict(augments=[dict(type="Mixup", alpha=0.8), dict(type="CutMix", alpha=1.0)]),
 )
 train_cfg = dict(max_epochs=400)
-optim_wrapper = dict(type="AutocastOptimWrapper", optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=1.0))
+optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=1.0))
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, end=5, convert_to_iter_based=True),
     dict(type="CosineAnnealingLR", eta_min=1e-6, begin=5, end=400, convert_to_iter_based=True),
