@@ -3,7 +3,9 @@
 _base_ = ["./deit_300e.py"]
 
 train_cfg = dict(max_epochs=310)
-optim_wrapper = dict(optimizer=dict(_delete_=True, type="Lamb", lr=5e-3, betas=(0.9, 0.999), weight_decay=0.05))
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type="mmpretrain.Lamb", lr=5e-3, betas=(0.9, 0.999), weight_decay=0.05)
+)
 param_scheduler = [
     dict(type="LinearLR", start_factor=2e-4, end=20, convert_to_iter_based=True),
     dict(type="CosineAnnealingLR", eta_min=5e-6, begin=20, end=300, convert_to_iter_based=True),
