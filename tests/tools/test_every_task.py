@@ -214,6 +214,18 @@ def test_resume_with_other_classes(tmp_path, capsys):
     assert "the classes are ['A', 'a', 'b'] and were ['a', 'b', 'c']" in line
 
 
+def test_resume_without_the_start_file(tmp_path, capsys):
+    """The checkpoint has the weights, so the file that the run once started from may be gone."""
+    tiny = write_task("classification", tmp_path)
+    start = write_weights(tiny.config, tmp_path / "start.pth")
+    options = ["--work-dir", str(tmp_path / "w"), "--resume", "--cfg-options", f"model.pretrained={start}"]
+    train.main([tiny.config, *options])
+    start.unlink()
+    train.main([tiny.config, *options, "train_cfg.max_epochs=2"])
+    assert f"pretrained={str(start)!r} is gone; the weights are those of" in capsys.readouterr().err
+    assert (tmp_path / "w" / "epoch_2.pth").exists()
+
+
 # --- writing --------------------------------------------------------------------------------------------------------
 
 

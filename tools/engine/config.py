@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from ..configs import shipped_configs
 from .dense import DENSE
-from .errors import InputError, did_you_mean, existing_file
+from .errors import InputError, did_you_mean, existing_file, note
 from .resume import latest_checkpoint, refuse_what_cannot_be_resumed
 from .runner import Runner
 from .task import Task, TimmModel, without_start
@@ -287,23 +287,33 @@ def _build_without_memory(settings: dict, key: str) -> nn.Module:
         raise InputError(f"config key {key}: {name!r} does not take these keywords: {e}") from e
 
 
+def _without_lost_files(model: ConfigDict, resumed: Path) -> None:
+    """Leave out start files that are gone: a resumed run has its weights from the checkpoint."""
+    for settings in (model, model.get("backbone")):
+        file = settings.get("pretrained") if isinstance(settings, dict) else None
+        if isinstance(file, str) and "://" not in file and not Path(file.partition("#")[0]).exists():
+            settings["pretrained"] = False
+            note(f"--resume: pretrained={file!r} is gone; the weights are those of {str(resumed)!r}")
+
+
 def check_start(cfg: Config) -> None:
-    """Check what a run is to start from, before anything of it is written.
+    """Check what a run is to start from, before anything of it is written; a resumed one may have lost its start file.
 
     Raises:
         InputError: a file is missing, damaged or another model's; a setting changed that a resumed run cannot follow.
     """
+    resumed = latest_checkpoint(cfg.work_dir) if cfg.get("resume") else None
+    if resumed:
+        refuse_what_cannot_be_resumed(cfg, resumed)
+        _without_lost_files(cfg.model, resumed)
     backbone = cfg.model.get("backbone")
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
         if isinstance(backbone, dict) and backbone.get("type") == "LinZooBackbone":
             file = _file_of(backbone, "model.backbone")
             _build_without_memory({**backbone, "pretrained": file}, "model.backbone")
         _check_model(cfg.model, start=True)
-    resumed = latest_checkpoint(cfg.work_dir) if cfg.get("resume") else None
     source = resumed or cfg.get("load_from")
     if source:
         with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
             model = task_of(cfg).weights(_build_without_memory(without_start(cfg.model), "model"))
         fit(model, read_checkpoint(source).state, source, start=not resumed)
-    if resumed:
-        refuse_what_cannot_be_resumed(cfg, resumed)
