@@ -133,6 +133,30 @@ def test_coco(tmp_path, masks):
             assert all((tmp_path / "out" / part / image["file_name"]).is_file() for image in content["images"])
 
 
+def as_coco_has_it(data: Path, part: str, year: str) -> None:
+    (data / "images").rename(data / f"{part}{year}")
+    (data / "annotations").mkdir(exist_ok=True)
+    (data / "annotations.json").rename(data / "annotations" / f"instances_{part}{year}.json")
+    (data / "annotations" / f"captions_{part}{year}.json").write_text('{"annotations": []}')
+
+
+def as_roboflow_has_it(data: Path, part: str, year: str) -> None:
+    (data / "images").rename(data / part)
+    (data / "annotations.json").rename(data / part / "_annotations.coco.json")
+
+
+@pytest.mark.parametrize(
+    "lay_out, parts", [(as_coco_has_it, ("train", "val")), (as_roboflow_has_it, ("train", "valid"))]
+)
+def test_layouts_of_coco_and_roboflow(tmp_path, lay_out, parts):
+    for part in parts:
+        lay_out(write_coco(tmp_path / "data"), part, "2017")
+    assert find_task(tmp_path / "data") == "det"
+    found = arrange(tmp_path / "data", "det", tmp_path / "out")
+    assert found.counts == {"train": 6, "val": 6} and found.classes == ["box"]
+    assert len(list((tmp_path / "out" / "val").glob("*.png"))) == 6
+
+
 @pytest.mark.parametrize("mode, channels", [("RGB", 3), ("L", 1)])
 def test_targets(tmp_path, mode, channels):
     data = write_targets(tmp_path / "data", mode)

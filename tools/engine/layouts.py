@@ -286,10 +286,12 @@ def _arrange_targets(data: Path, out: Path, names: Sequence[str] | None) -> Arra
 
 
 def _annotations(data: Path) -> list[Path]:
-    """COCO files at `data`, in it or in its `annotations/`."""
+    """COCO files at `data`, in it, in its `annotations/` or in its parts; of COCO's own those of objects."""
     if data.suffix == ".json":
         return [data]
-    found = sorted(data.glob("*.json")) + sorted((data / "annotations").glob("*.json"))
+    folders = [data, data / "annotations", *(folder for part, folder in _parts(data).items() if part)]
+    found = [file for folder in folders for file in sorted(folder.glob("*.json"))]
+    found = [file for file in found if file.name.startswith("instances")] or found
     return [file for file in found if b'"annotations"' in file.read_bytes()]
 
 
@@ -297,7 +299,8 @@ def _arrange_objects(data: Path, out: Path, names: Sequence[str] | None) -> Arra
     files = _annotations(data)
     if not files:
         raise InputError(f"DATA {str(data)!r} holds no annotations; expected {LAYOUTS['det']}")
-    named = {p: f for f in files for p, words in PARTS.items() if any(word in f.stem.lower() for word in words)}
+    names = {file: str(file.relative_to(data)).lower() if data.is_dir() else file.stem.lower() for file in files}
+    named = {p: f for f in files for p, words in PARTS.items() if any(word in names[f] for word in words)}
     whole = named if {"train", "val"} <= named.keys() else {"": named.get("train", files[0])}
     if "" in whole and len(files) > 1:
         raise InputError(
@@ -311,8 +314,11 @@ def _arrange_objects(data: Path, out: Path, names: Sequence[str] | None) -> Arra
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"annotations {str(file)!r}: no COCO file ({e})") from e
         root = data if data.is_dir() else file.parent
-        inside = root / (part or "train")
-        folders = (root / "images", root, inside, inside / "images", root / "images" / inside.name, file.parent.parent)
+        inside = (part or "train", file.stem.rpartition("_")[2])  # train, or train2017 of instances_train2017.json
+        folders = [file.parent, root, root / "images", file.parent.parent]
+        folders += [
+            root / above / name / below for name in inside for above in ("", "images") for below in ("", "images")
+        ]
         folder = next((f for f in folders if images and (f / images[0]["file_name"]).is_file()), file.parent)
         classes = [category["name"] for category in coco[part]["categories"]]
         check_coco("", str(file), str(folder), classes)
