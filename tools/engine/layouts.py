@@ -299,8 +299,8 @@ def _arrange_objects(data: Path, out: Path, names: Sequence[str] | None) -> Arra
     files = _annotations(data)
     if not files:
         raise InputError(f"DATA {str(data)!r} holds no annotations; expected {LAYOUTS['det']}")
-    names = {file: str(file.relative_to(data)).lower() if data.is_dir() else file.stem.lower() for file in files}
-    named = {p: f for f in files for p, words in PARTS.items() if any(word in names[f] for word in words)}
+    said = {file: str(file.relative_to(data)).lower() if data.is_dir() else file.stem.lower() for file in files}
+    named = {p: f for f in files for p, words in PARTS.items() if any(word in said[f] for word in words)}
     whole = named if {"train", "val"} <= named.keys() else {"": named.get("train", files[0])}
     if "" in whole and len(files) > 1:
         raise InputError(
