@@ -60,8 +60,9 @@ def find_compiler():
     for name in names:
         if path := shutil.which(name):
             return path
-    held = ", ".join(sorted(path.name for path in PREBUILT.glob("*")))
-    unfit = f", as this wheel's kernels are for {held} and this processor is not" if held else ""
+    held = {path.name for path in PREBUILT.glob("*")}
+    fit = not held or held.intersection(levels())
+    unfit = "" if fit else f", as this wheel's kernels are for {', '.join(sorted(held))} and this processor is not"
     raise BuildError(f"no C++ compiler found (looked for {', '.join(names)}); install g++ or set CXX{unfit}")
 
 
@@ -89,10 +90,14 @@ def _key(name, *further):
     return key.hexdigest()[:16]
 
 
+def levels():
+    """The levels that this processor runs, the best first."""
+    return LEVELS[{"AVX512": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 2) if X86 else 0 :]
+
+
 def prebuilt(name):
     """The library of operator `name` that a platform wheel holds for this processor; None where there is none."""
-    first = {"AVX512": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 2) if X86 else 0
-    paths = (prebuilt_path(name, level) for level in LEVELS[first:])
+    paths = (prebuilt_path(name, level) for level in levels())
     return next((path for path in paths if path.exists()), None)
 
 
@@ -169,8 +174,8 @@ def main(argv=None):
         if args.prebuilt is None:
             builds = {name: pool.submit(build, name) for name in sources()}
         else:
-            levels = args.prebuilt or LEVELS
-            builds = {f"{n} {level}": pool.submit(build_ahead, n, level) for n in sources() for level in levels}
+            asked = args.prebuilt or LEVELS
+            builds = {f"{n} {level}": pool.submit(build_ahead, n, level) for n in sources() for level in asked}
     for name, result in builds.items():
         try:
             print(f"{name}: {result.result()}")

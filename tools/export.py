@@ -24,7 +24,7 @@ from linzoo.backbones import kind_of
 from linzoo.ops import use_backend
 from linzoo.tools.engine.cli import command
 from linzoo.tools.engine.config import load_config, shipped_configs
-from linzoo.tools.engine.errors import InputError, did_you_mean
+from linzoo.tools.engine.errors import InputError, did_you_mean, note
 from linzoo.tools.engine.files import write_atomically
 from linzoo.tools.engine.task import TimmModel, build
 from linzoo.tools.engine.weights import create_model, load_weights
@@ -50,10 +50,13 @@ def load(name: str, weights: str | None) -> tuple[nn.Module, tuple[int, ...]]:
         base = name.partition(".")[0]
         if ":" not in name and not timm.is_model(base):
             raise InputError(f"MODEL {name!r}: no such model in timm or LinZoo{did_you_mean(base, timm.list_models())}")
-        own = ":" in name or "." in name
-        model = timm.create_model(name, pretrained=True) if own else create_model(name, pretrained=weights or False)
+        own = ":" in name or "." in name  # a run's export, or a tag of published weights
         if own and weights:
             raise InputError(f"WEIGHTS {weights!r}: MODEL {name!r} has weights of its own; expected one of the two")
+        if not own and weights is None:
+            note(f"no WEIGHTS: those of {name!r} are random")
+        made = timm.create_model if ":" in name else create_model
+        model = made(name, pretrained=True if own else weights or False)
     kind = kind_of(model.pretrained_cfg["architecture"])
     if kind in ("promptable", "occupancy", "video"):
         raise InputError(f"MODEL {name!r} is of kind {kind!r}; expected one that takes images alone")

@@ -58,7 +58,7 @@ def _size(arranged: Arranged, asked: int | None, largest: int) -> int:
     return asked or min(max(arranged.side // 32 * 32, 64), largest)
 
 
-def _loaders(batch: int, workers: int, train_set: dict, val_set: dict, **kwargs: Any) -> dict[str, Any]:
+def _loaders(batch: int, val_batch: int, workers: int, train_set: dict, val_set: dict, **kwargs: Any) -> dict[str, Any]:
     def loader(size: int, shuffle: bool, dataset: dict) -> dict:
         sampler = dict(type="DefaultSampler", shuffle=shuffle)
         return dict(
@@ -73,7 +73,7 @@ def _loaders(batch: int, workers: int, train_set: dict, val_set: dict, **kwargs:
     # A last batch of one image has no statistics for BatchNorm.
     return dict(
         train_dataloader=loader(batch, True, train_set) | dict(drop_last=True),
-        val_dataloader=loader(1 if "collate_fn" in kwargs else batch, False, val_set),
+        val_dataloader=loader(val_batch, False, val_set),
     )
 
 
@@ -160,7 +160,7 @@ def _classes(args: argparse.Namespace, arranged: Arranged, data: Path) -> dict[s
             **extra,
         ),
         data_preprocessor=dict(num_classes=count, mean=mean, std=std, to_rgb=True),
-        **_loaders(args.batch, args.workers, *sets),
+        **_loaders(args.batch, args.batch, args.workers, *sets),
         val_evaluator=dict(type="Accuracy", topk=(1,)),
         val_cfg=dict(),
         default_hooks=_hooks("cls", args.steps) | dict(export=dict(type="ExportHook")),
@@ -227,7 +227,7 @@ def _maps(args: argparse.Namespace, arranged: Arranged, data: Path) -> dict[str,
             decode_head=dict(in_channels=list(made.channels), **head),
             auxiliary_head=dict(in_channels=made.channels[2], **head),
         ),
-        **_loaders(args.batch, args.workers, *sets),
+        **_loaders(args.batch, 1, args.workers, *sets),
         val_evaluator=dict(type="IoUMetric", iou_metrics=["mIoU"]),
         default_hooks=_hooks("seg", args.steps),
         **_schedule(args, 1e-3, 0.75 if args.weights else 1.0),
@@ -264,7 +264,7 @@ def _objects(args: argparse.Namespace, arranged: Arranged, data: Path) -> dict[s
             neck=dict(in_channels=list(made.channels)),
             roi_head=heads,
         ),
-        **_loaders(args.batch, args.workers, *sets),
+        **_loaders(args.batch, args.batch, args.workers, *sets),
         val_evaluator=dict(type="CocoMetric", metric=metric, ann_file=str(data / "val.json"), classwise=True),
         default_hooks=_hooks("det", args.steps),
         **_schedule(args, 5e-4, 0.75 if args.weights else 1.0),
@@ -281,7 +281,7 @@ def _targets(args: argparse.Namespace, arranged: Arranged, data: Path) -> dict[s
     return dict(
         _base_=["restore.py"],
         model=dict(type="Restorer", loss="charbonnier", in_chans=arranged.channels, **_start(args)),
-        **_loaders(args.batch, args.workers, *sets, collate_fn=dict(type="default_collate")),
+        **_loaders(args.batch, 1, args.workers, *sets, collate_fn=dict(type="default_collate")),
         default_hooks=_hooks("restore", args.steps) | dict(export=dict(type="ExportHook")),
         **_schedule(args, 5e-4, 1.0),
     )

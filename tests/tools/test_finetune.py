@@ -276,7 +276,10 @@ def test_head_alone_learns(tmp_path):
 
 @pytest.mark.slow
 def test_segmenter(tmp_path):
-    page = run("test_convnext", write_maps(tmp_path / "data"), tmp_path / "out")
+    data = write_maps(tmp_path / "data", parts=("train", "val"))
+    for name in ("images", "masks"):  # of another size than the others
+        save(Image.open(data / "val" / name / "0.png").resize((60, 40), 0), data / "val" / name / "0.png")
+    page = run("test_convnext", data, tmp_path / "out")
     assert all(word in page for word in ("mIoU", "IoU", "Worst images"))
 
 

@@ -24,19 +24,24 @@ from .task import Job, Task, TimmModel
 from .weights import create_model
 
 
-def find_classes(root: str | Path) -> dict[str, list[Path]]:
-    """The class folders of `root`, sorted, with their images; hidden folders are none.
+def find_classes(
+    root: str | Path,
+    find: Callable[[Path], list[Path]] = find_files,
+    what: str = "image",
+    files: str = f"expected files ending in {ENDINGS}",
+) -> dict[str, list[Path]]:
+    """The class folders of `root`, sorted, with their images, or what else `find` finds; hidden folders are none.
 
-    InputError where the folder is missing or a class has no image in it.
+    InputError where the folder is missing or a class has no image in it; `what` and `files` name what was expected.
     """
-    root = existing_folder(root, "expected one folder of images per class", Path(root).parent)
+    root = existing_folder(root, f"expected one folder of {what}s per class", Path(root).parent)
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
-        raise InputError(f"data folder {str(root)!r} holds no class folder; expected one folder of images per class")
-    found = {folder.name: find_files(folder) for folder in folders}
+        raise InputError(f"data folder {str(root)!r} holds no class folder; expected one folder of {what}s per class")
+    found = {folder.name: find(folder) for folder in folders}
     for folder in folders:
         if not found[folder.name]:
-            raise InputError(f"class folder {str(folder)!r} holds no image; expected files ending in {ENDINGS}")
+            raise InputError(f"class folder {str(folder)!r} holds no {what}; {files}")
     return found
 
 

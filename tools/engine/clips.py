@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from .classifier import Classifier
-from .data import existing_folder, first_line
+from .classifier import Classifier, find_classes
+from .data import first_line
 from .errors import InputError
 from .images import find_files, is_hidden, read_rgb
 from .task import Job
@@ -35,17 +35,8 @@ def find_clips(folder: str | Path) -> list[Path]:
     return [p for p in paths if (bool(find_files(p, deep=False)) if p.is_dir() else p.name.lower().endswith(ENDINGS))]
 
 
-def find_classes(root: str | Path) -> dict[str, list[Path]]:
-    """The class folders of `root`, sorted, with their clips; InputError where there are none, or one is empty."""
-    root = existing_folder(root, "expected one folder of clips per class", Path(root).parent)
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not folders:
-        raise InputError(f"data folder {str(root)!r} holds no class folder; expected one folder of clips per class")
-    found = {folder.name: [path for path in find_clips(folder) if path != folder] for folder in folders}
-    for folder in folders:
-        if not found[folder.name]:
-            raise InputError(f"class folder {str(folder)!r} holds no clip; {EXPECTED}")
-    return found
+def _find_classes(root: str | Path) -> dict[str, list[Path]]:
+    return find_classes(root, lambda folder: [path for path in find_clips(folder) if path != folder], "clip", EXPECTED)
 
 
 def _decoder(path: Path) -> tuple[int, Callable[[list[int]], np.ndarray]]:
@@ -121,7 +112,7 @@ class ClipFolder(Dataset):
     def __init__(
         self, data_root: str, data_prefix: str, num_frames: int, size: int, test_mode: bool = False, augment: int = 5
     ):
-        found = find_classes(Path(data_root, data_prefix))
+        found = _find_classes(Path(data_root, data_prefix))
         self.samples = [(path, i) for i, paths in enumerate(found.values()) for path in paths]
         self.metainfo = {"classes": tuple(found)}
         self.num_frames, self.test_mode = num_frames, test_mode
@@ -142,7 +133,7 @@ class ClipFolder(Dataset):
     def check(settings: dict, cfg: Config) -> list[str]:
         """The names of the classes; InputError where folders are missing, or as many as the model does not have."""
         folder = Path(settings.get("data_root", ""), settings.get("data_prefix", ""))
-        found = list(find_classes(folder))
+        found = list(_find_classes(folder))
         count = cfg.model.get("num_classes", len(found))
         if count != len(found):
             raise InputError(f"config key model.num_classes={count}: {str(folder)!r} has {len(found)} class folders")
