@@ -35,6 +35,9 @@ EXCEPTIONS = {
 SIZE = (64, 96)  # a multiple of 32, and not square: height and width must not be confused anywhere
 FEW_BLOCKS = dict(depths=(1, 1, 2, 1), depth=4, modules=(1, 1, 1))
 ODD_SIZES = [(33, 47), (65, 93), (100, 37)]
+# A C++ compiler takes up to two minutes a model: these stand for all, which test_compile traces whole, and
+# ops/test_compile.py compiles every operator.
+COMPILED_TO_CODE = ["kat_tiny_patch16_224", "s4d_pixel_s", "vmamba_t", "vrwkv6_t", "vssd_m"]
 
 
 def representatives():
@@ -657,6 +660,7 @@ def test_compile(model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", COMPILED_TO_CODE, indirect=True)
 def test_compile_inductor(model):
     x = images()
     torch.compiler.reset()
