@@ -9,6 +9,7 @@ from timm.models import model_entrypoint as _model_entrypoint
 from .convs5 import ConvS5Video
 from .efficientvmamba import EfficientVMamba
 from .fs_rwkv import FSRWKV
+from .gdkvm import GDKVM
 from .groupmamba import GroupMamba
 from .hrvmamba import HRVMamba
 from .kat import KAT
@@ -21,6 +22,7 @@ from .mila import MILA
 from .occrwkv import OccRWKV
 from .plainmamba import PlainMamba
 from .restore_rwkv import RestoreRWKV
+from .rgt import RGT
 from .rwkvsam import RWKVSAM
 from .rwkvsam_backbone import RWKVSAMBackbone
 from .s4 import PixelS4D, PixelS5
@@ -42,8 +44,10 @@ from .vrwkv_adapter import VRWKVAdapter
 from .vssd import VSSD
 
 __all__ = [
+    "GDKVM",
     "KAT",
     "MILA",
+    "RGT",
     "RWKVSAM",
     "VRWKV",
     "VRWKV6",
@@ -85,7 +89,16 @@ __all__ = [
 ]
 
 Kind = Literal[
-    "backbone", "adopted", "pyramid", "segmentation", "restoration", "promptable", "occupancy", "video", "volume"
+    "backbone",
+    "adopted",
+    "pyramid",
+    "segmentation",
+    "restoration",
+    "promptable",
+    "occupancy",
+    "video",
+    "volume",
+    "tracking",
 ]
 
 _FAMILIES: dict[Kind, tuple[str, ...]] = {
@@ -113,11 +126,12 @@ _FAMILIES: dict[Kind, tuple[str, ...]] = {
     "adopted": ("efficientvim",),
     "pyramid": ("vrwkv_adapter",),
     "segmentation": ("swin_umamba", "umamba", "vm_unet"),
-    "restoration": ("fs_rwkv", "mambair", "mambair_opensr", "mambair_v2", "restore_rwkv"),
+    "restoration": ("fs_rwkv", "mambair", "mambair_opensr", "mambair_v2", "restore_rwkv", "rgt"),
     "promptable": ("rwkvsam",),
     "occupancy": ("occrwkv",),
     "video": ("convs5", "videomamba_video"),
     "volume": ("segmamba", "umamba_3d"),
+    "tracking": ("gdkvm",),
 }
 KINDS: tuple[Kind, ...] = tuple(_FAMILIES)
 
@@ -130,7 +144,8 @@ def list_models(filter: str | list[str] = "", kind: Kind | None = "backbone") ->
         kind: "backbone"; "adopted" for backbones of linear complexity that timm itself registers; "pyramid" for
             backbones that only give maps; "segmentation" for models that return mask logits; "restoration" for models
             that return the restored image; "promptable" for models that return the masks of points and boxes;
-            "occupancy" for models of voxels; "video" for models of clips; "volume" for models that segment volumes.
+            "occupancy" for models of voxels; "video" for models of clips; "volume" for models that segment volumes;
+            "tracking" for models that segment clips, frame by frame.
             None for all of them.
 
     Raises:

@@ -16,7 +16,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from .layers import SS2D
-from .mambair import FRAME_NAMES, RestorationFrame, convert, restoration_cfg
+from .layers.restoration import RestorationFrame, convert, restoration_cfg
+from .mambair import FRAME_NAMES
 
 __all__ = ["OpenSRMamba", "packaged_weights"]
 

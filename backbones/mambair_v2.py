@@ -21,7 +21,8 @@ from timm.models.swin_transformer import WindowAttention, window_partition, wind
 from torch import Tensor, nn
 
 from .layers import S6, Conv2dNHWC
-from .mambair import FRAME_NAMES, RGB_MEAN, RestorationFrame, convert, restoration_cfg
+from .layers.restoration import RGB_MEAN, ConvMlp, RestorationFrame, convert, restoration_cfg, shift_mask
+from .mambair import FRAME_NAMES
 
 __all__ = ["ASSM", "MambaIRv2"]
 
@@ -40,49 +41,14 @@ class ShiftedWindowAttention(nn.Module):
         self.window, self.shift = window, shift
         self.attn = WindowAttention(dim, heads, window_size=window, device=device, dtype=dtype)
 
-    def mask(self, H: int, W: int, like: Tensor) -> Tensor:
-        """What is added to the logits of each window ``(windows, window^2, window^2)``: 0, or -100 across a seam."""
-
-        def region(n: int) -> Tensor:
-            at = torch.arange(n, device=like.device)
-            return (at >= n - self.window).int() + (at >= n - self.shift).int()
-
-        regions = 3 * region(H)[:, None] + region(W)
-        regions = window_partition(regions[None, :, :, None], (self.window, self.window)).flatten(1)
-        apart = regions[:, :, None] != regions[:, None]
-        return torch.zeros(apart.shape, dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
-
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[1:3]
         size, mask = (self.window, self.window), None
         if self.shift:
-            mask, x = self.mask(H, W, x), x.roll((-self.shift, -self.shift), (1, 2))
+            mask, x = shift_mask((H, W), size, (self.shift, self.shift), x), x.roll((-self.shift, -self.shift), (1, 2))
         y = self.attn(window_partition(x, size).flatten(1, 2), mask)
         y = window_reverse(y.unflatten(1, size), size, H, W)
         return y.roll((self.shift, self.shift), (1, 2)) if self.shift else y
-
-
-class ConvMlp(nn.Module):
-    """MLP with a depthwise convolution 5x5 inside, of a map ``(B, H, W, C)``.
-
-    ``u = GELU(W_1 x);  W_2 (u + GELU(DWConv(u)))``, or `gated`: ``[a, b] = u;  W_2 (a * DWConv(LN(b)))``.
-    """
-
-    def __init__(self, dim: int, hidden: int, gated: bool, device=None, dtype=None):
-        dd: dict = {"device": device, "dtype": dtype}
-        super().__init__()
-        width = hidden // 2 if gated else hidden
-        self.fc1 = nn.Linear(dim, hidden, **dd)
-        self.norm = nn.LayerNorm(width, eps=1e-5, **dd) if gated else None
-        self.conv = Conv2dNHWC(width, width, 5, padding=2, groups=width, **dd)
-        self.fc2 = nn.Linear(width, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = F.gelu(self.fc1(x))
-        if self.norm is None:
-            return self.fc2(u + F.gelu(self.conv(u)))
-        a, b = u.chunk(2, dim=-1)
-        return self.fc2(a * self.conv(self.norm(b)))
 
 
 @register_notrace_module  # FX cannot follow an order that depends on the image

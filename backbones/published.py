@@ -37,6 +37,7 @@ _MAMBAVISION = "README of github.com/NVlabs/MambaVision"
 _MILA = "README of github.com/LeapLabTHU/MLLA, with MESA"
 _PLAINMAMBA = "README of github.com/ChenhongyiYang/PlainMamba; GFLOPs quoted second-hand"
 _RESTORE_RWKV = "arXiv 2407.11087, tables of v1; of the light variant, the abstract of v3"
+_RGT = "README of github.com/zhengchen1999/RGT; FLOPs of an output of 512"
 _SPATIALMAMBA = "README of github.com/EdwardChasel/Spatial-Mamba"
 _SWIN_UMAMBA = "arXiv 2402.03302, quoted second-hand and unverified"
 _VSSD = "README of github.com/YuHengsss/VSSD, without MESA"
@@ -105,6 +106,8 @@ PUBLISHED = {
     "restore_rwkv_light": Published(
         1.16, None, None, _RESTORE_RWKV, 128, "1.157 M with one kernel per token shift; here are all of its branches"
     ),
+    "rgt_x4": Published(13.37, 251.07, None, _RGT, 128),
+    "rgt_s_x4": Published(10.20, 193.08, None, _RGT, 128),
     "spatialmamba_t": Published(27, 4.5, 83.5, _SPATIALMAMBA),
     "spatialmamba_s": Published(43, 7.1, 84.6, _SPATIALMAMBA),
     "spatialmamba_b": Published(96, 15.8, 85.3, _SPATIALMAMBA),

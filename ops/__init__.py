@@ -8,6 +8,7 @@ from .causal_conv1d import causal_conv1d
 from .deform_conv import deform_conv
 from .diagonal_scan import diagonal_scan
 from .fft_conv import fft_conv
+from .gated_delta import gated_delta
 from .mlstm import mlstm
 from .rational import rational
 from .selective_scan import selective_scan, selective_states
@@ -22,6 +23,7 @@ __all__ = [
     "deform_conv",
     "diagonal_scan",
     "fft_conv",
+    "gated_delta",
     "mlstm",
     "nc_ssd",
     "rational",
@@ -36,5 +38,15 @@ __all__ = [
 ]
 
 # A function named as its package hides it: `import linzoo.ops.ssd.reference` finds the module through the function.
-for _function in (causal_conv1d, deform_conv, diagonal_scan, mlstm, rational, selective_scan, ssd, ssm_kernel):
+for _function in (
+    causal_conv1d,
+    deform_conv,
+    diagonal_scan,
+    gated_delta,
+    mlstm,
+    rational,
+    selective_scan,
+    ssd,
+    ssm_kernel,
+):
     vars(_function)["reference"] = sys.modules[f"{__name__}.{_function.__name__}.reference"]

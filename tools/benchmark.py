@@ -27,6 +27,7 @@ from linzoo.ops import (
     causal_conv1d,
     deform_conv,
     diagonal_scan,
+    gated_delta,
     mlstm,
     nc_ssd,
     rational,
@@ -227,6 +228,15 @@ def mlstm_case(device, B, L, H, P):
     return lambda: mlstm(q, k, v, i, f), [q, k, v, i, f], lambda: read @ (write.mT @ values)
 
 
+def gated_delta_case(device, B, L, H, K, P):
+    """Gated delta rule of H heads. The floor: the two matrix products that write to each head's memory and read it."""
+    q, k = (torch.nn.functional.normalize(torch.randn(B, L, H, K, device=device), dim=-1) for _ in range(2))
+    v, g, beta = (torch.randn(B, L, H, *axes, device=device) for axes in ((P,), (), ()))
+    leaves = [x.requires_grad_() for x in (q, k, v, g.sigmoid().log(), beta.sigmoid())]
+    read, write, values = (x.detach().transpose(1, 2).contiguous() for x in (q, k, v))
+    return lambda: gated_delta(*leaves)[0], leaves, lambda: read @ (write.mT @ values)
+
+
 def rational_case(device, B, L, C):
     """KAT's activation: one numerator, eight denominators. The floor: a copy of the activations."""
     x = torch.randn(B, L, C, device=device)
@@ -303,6 +313,10 @@ OPS = {
     "bi_wkv": (bi_wkv_case, [{"B": 1, "L": 4096, "C": 192}, {"B": 8, "L": 196, "C": 192}]),
     "deform_conv": (deform_conv_case, [{"B": 4, "H": 64, "W": 64, "C": 64, "G": 4}]),
     "diagonal_scan": (diagonal_scan_case, [{"B": 8, "L": 1024, "P": 64}, {"B": 8, "L": 1024, "P": 384}]),
+    "gated_delta": (
+        gated_delta_case,
+        [{"B": 1, "L": 4096, "H": 4, "K": 64, "P": 64}, {"B": 8, "L": 196, "H": 4, "K": 64, "P": 64}],
+    ),
     "mlstm": (mlstm_case, [{"B": 1, "L": 3136, "H": 4, "P": 96}, {"B": 8, "L": 196, "H": 4, "P": 96}]),
     "rational": (rational_case, [{"B": 8, "L": 197, "C": 3072}]),
     "ssm_kernel": (
@@ -359,7 +373,7 @@ CUDA_OPS = OPS | {
 RIVALS = {"causal_conv1d": causal_conv1d_rivals, "selective_scan": selective_scan_rivals}
 
 # Operators of linear cost whose first shape is also timed, on the device's backend alone, at these lengths.
-LENGTHS = dict.fromkeys(("bi_wkv", "wkv6", "wkv7"), (1024, 2048, 4096, 8192, 16384))
+LENGTHS = dict.fromkeys(("bi_wkv", "gated_delta", "wkv6", "wkv7"), (1024, 2048, 4096, 8192, 16384))
 
 
 def backward_ms(row, prefix=""):

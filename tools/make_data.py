@@ -6,8 +6,12 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def digits(out: str | os.PathLike) -> None:
@@ -95,6 +99,64 @@ def bouncing(out: str | os.PathLike) -> None:
     _write_whole(Path(out), write)
 
 
+def beating(out: str | os.PathLike) -> None:
+    """Clips of a beating shape over photographs: `out/{train,val}/{frames,masks}/<clip>/<frame>.png`, grey, 64 x 64.
+
+    240 and 40 clips of ten frames. A shape of random outline, a brighter or darker piece of the same photograph, grows
+    and shrinks around a centre that drifts; a second shape that stands still is no part of the mask. Over all lies
+    speckle. Photographs of the validation set are not in the training set. The same every time. The folder appears
+    whole or not at all; an existing one is left as it is.
+    """
+    import numpy as np
+    from PIL import Image
+
+    side, frames = 64, 10
+    y, x = np.mgrid[:side, :side] - side / 2 + 0.5
+
+    def shape(centre, radius, stretch, bumps):
+        """Whether each pixel lies in an outline around `centre`."""
+        dy, dx = y - centre[0], (x - centre[1]) * stretch
+        angle = np.arctan2(dy, dx)
+        waves = sum(a * np.cos(k * angle + p) for k, (a, p) in enumerate(bumps, 2))
+        return np.hypot(dy, dx) < radius * (1 + waves)
+
+    def draw(rng, photo):
+        """Frames and masks, uint8 (frames, side, side)."""
+        top, left = (int(rng.integers(n - side + 1)) for n in photo.shape)
+        patch = photo[top : top + side, left : left + side] / 255 * 0.5 + 0.2
+        bumps, still = ([(rng.uniform(0, 0.12), rng.uniform(0, 6.3)) for _ in range(3)] for _ in range(2))
+        centre, drift, stretch = rng.uniform(-10, 10, 2), rng.uniform(-0.6, 0.6, 2), rng.uniform(0.7, 1.4)
+        radius, swing, phase, rate = (
+            rng.uniform(11, 17),
+            rng.uniform(0.12, 0.3),
+            rng.uniform(0, 6.3),
+            rng.uniform(0.4, 0.9),
+        )
+        shade = rng.uniform(0.12, 0.25) * rng.choice([-1, 1])
+        corner = -np.sign(centre) * rng.uniform(18, 24, 2)
+        other = shape(corner, rng.uniform(5, 8), 1, still)
+        images, masks = [], []
+        for t in range(frames):
+            mask = shape(centre + t * drift, radius * (1 + swing * np.sin(phase + rate * t)), stretch, bumps)
+            image = patch + shade * (mask | other)
+            image = image * (1 + 0.08 * rng.standard_normal((side, side)))
+            images.append((image.clip(0, 1) * 255).round().astype(np.uint8))
+            masks.append(mask.astype(np.uint8) * 255)
+        return images, masks
+
+    def write(folder: Path) -> None:
+        rng = np.random.default_rng(0)
+        for part, count, photos in zip(("train", "val"), (240, 40), photographs(), strict=True):
+            grey = [np.asarray(Image.fromarray(photo).convert("L")) for photo in photos.values()]
+            for i in range(count):
+                for kind, images in zip(("frames", "masks"), draw(rng, grey[rng.integers(len(grey))]), strict=True):
+                    (folder / part / kind / f"{i:04d}").mkdir(parents=True)
+                    for t, image in enumerate(images):
+                        Image.fromarray(image).save(folder / part / kind / f"{i:04d}" / f"{t:02d}.png")
+
+    _write_whole(Path(out), write)
+
+
 def noisy(out: str | os.PathLike) -> None:
     """Grey photographs with Gaussian noise of sigma 25 (of 255), as `out/{train,val}/{input,target}/<name>.tif|png`.
 
@@ -130,6 +192,39 @@ def noisy(out: str | os.PathLike) -> None:
                 Image.fromarray((target / 255 + noise).astype(np.float32)).save(folder / part / "input" / f"{name}.tif")
 
     _write_whole(Path(out), write)
+
+
+def photos(out: str | os.PathLike) -> None:
+    """Colour photographs as `out/{train,val}/target/<name>.png`, to be shrunk for super-resolution.
+
+    What scikit-learn and scikit-image ship: four photographs to train on, and 12 crops of 128 px of two others to
+    validate on. The same every time. The folder appears whole or not at all; an existing one is left as it is.
+    """
+    from PIL import Image
+
+    def write(folder: Path) -> None:
+        train, held_out = photographs()
+        crops = {}
+        for name, photo in held_out.items():
+            for y in range(0, photo.shape[0] - 127, 160):
+                for x in range(0, photo.shape[1] - 127, 160):
+                    crops[f"{name}_{y:03d}_{x:03d}"] = photo[y : y + 128, x : x + 128]
+        for part, pictures in (("train", train), ("val", crops)):
+            (folder / part / "target").mkdir(parents=True)
+            for name, photo in pictures.items():
+                Image.fromarray(photo).save(folder / part / "target" / f"{name}.png")
+
+    _write_whole(Path(out), write)
+
+
+def photographs() -> "tuple[dict[str, np.ndarray], dict[str, np.ndarray]]":
+    """Colour photographs (H, W, 3), uint8, that scikit-learn and scikit-image ship: to train on, and held out."""
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    china, flower = load_sample_images().images
+    train = {"china": china, "flower": flower, "astronaut": data.astronaut(), "rocket": data.rocket()}
+    return train, {"coffee": data.coffee(), "chelsea": data.chelsea()}
 
 
 def lumps(out: str | os.PathLike) -> None:
@@ -278,7 +373,7 @@ def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
         temporary.rename(out)
 
 
-MAKERS = {"bouncing": bouncing, "digits": digits, "inked": inked, "lumps": lumps, "noisy": noisy, "scenes": scenes}
+MAKERS = {make.__name__: make for make in (beating, bouncing, digits, inked, lumps, noisy, photos, scenes)}
 
 
 def main(argv: list[str] | None = None) -> None:

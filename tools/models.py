@@ -51,7 +51,8 @@ def measure(name: str, size: int = 224) -> tuple[int, float | None]:
     parameters = sum(p.numel() for p in model.parameters())
     if kind == "occupancy":
         return parameters, None
-    depth = {"video": (1, model.in_chans), "volume": (model.in_chans, size)}.get(kind, (model.in_chans,))
+    one = (1, model.in_chans)
+    depth = {"video": one, "tracking": one, "volume": (model.in_chans, size)}.get(kind, (model.in_chans,))
     shape = (1, *depth, size, size)
     if hasattr(model, "num_frames"):
         shape = (1, model.in_chans, model.num_frames, size, size)

@@ -12,6 +12,7 @@ from linzoo.ops import (
     deform_conv,
     diagonal_scan,
     fft_conv,
+    gated_delta,
     mlstm,
     nc_ssd,
     rational,
@@ -94,6 +95,10 @@ CASES = {
     "mlstm": lambda: (
         lambda **x: mlstm(**x, chunk_size=2),
         heads("q", "k", "v") | dict(i=normal(2, 5, 2), f=normal(2, 5, 2)),
+    ),
+    "gated_delta": lambda: (
+        lambda **x: torch.cat([y.flatten(1) for y in gated_delta(**x, chunk_size=2)], 1),
+        heads("q", "k", "v") | dict(g=normal(2, 5, 2), beta=normal(2, 5, 2), initial=normal(2, 2, 3, 3)),
     ),
     "nc_ssd": lambda: (
         nc_ssd,

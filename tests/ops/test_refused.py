@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from linzoo.ops import causal_conv1d, fft_conv, mlstm, nc_ssd, self_check, ssd, use_backend, wkv6, wkv7
+from linzoo.ops import causal_conv1d, fft_conv, gated_delta, mlstm, nc_ssd, self_check, ssd, use_backend, wkv6, wkv7
 
 
 def normal(*shape):
@@ -25,6 +25,10 @@ CASES |= {
     "wkv6": lambda: (wkv6, wkv_inputs("r", "k", "v", "w") | dict(u=normal(2, 3))),
     "wkv7": lambda: (wkv7, wkv_inputs("r", "w", "k", "v", "a", "b")),
     "fft_conv": lambda: (fft_conv, dict(u=normal(2, 5, 3), kernels=normal(3, 4))),
+    "gated_delta": lambda: (
+        gated_delta,
+        wkv_inputs("q", "k", "v") | dict(g=normal(2, 5, 2), beta=normal(2, 5, 2), initial=normal(2, 2, 3, 3)),
+    ),
     "mlstm": lambda: (mlstm, wkv_inputs("q", "k", "v") | dict(i=normal(2, 5, 2), f=normal(2, 5, 2))),
     "ssd": lambda: (
         ssd,

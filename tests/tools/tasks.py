@@ -91,6 +91,12 @@ if importlib.util.find_spec("monai"):
         "model = dict(features=(4, 4), strides=((2, 2, 2),), patch_size=(8, 16, 16), window=(8, 16, 16))\n",
         'dict(data_root="{data}/lumps", data_prefix="{part}", make=None, crop=(8, 16, 16), length=2)',
     )
+    CONFIGS["tracking"] = (
+        '["{configs}/track/gdkvm_small_r18_beating.py"]',
+        "resnet = 'test_resnet'\n"
+        "model = dict(encoder=resnet, mask_encoder=resnet, decoder_dims=(32, 16, 16), num_points=64)\n",
+        'dict(data_root="{data}/masked", part="{part}", make=None, num_frames=2, size=32, length=None)',
+    )
 CONFIGS["clips"] = (
     '["{configs}/video/videomamba_t_k400.py"]',
     "model = dict(num_classes=3, num_frames=2, img_size=32, dim=16, depth=1, pretrained=False)\n"
@@ -157,6 +163,15 @@ def write_task(task: str, folder: Path) -> Tiny:
                 clip.mkdir(parents=True)
                 for t in range(3):
                     Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(clip / f"{t}.png")
+        elif task == "tracking":
+            for kind in ("frames", "masks"):
+                for name in "ab":
+                    clip = data / "masked" / part / kind / name
+                    clip.mkdir(parents=True)
+                    for t in range(3):
+                        grey = rng.integers(0, 255, (40, 48), dtype=np.uint8)
+                        grey = grey if kind == "frames" else (grey * 0 + np.tri(40, 48, 3 * t, np.uint8) * 255)
+                        Image.fromarray(grey).save(clip / f"{t}.png")
         elif task == "occupancy":
             write_scenes(data / "kitti", part, 2)
         elif task == "volume":
@@ -181,6 +196,7 @@ def write_task(task: str, folder: Path) -> Tiny:
         "video": data / "clips/val.npy",
         "volume": data / "lumps/val/images",
         "clips": data / "actions/val",
+        "tracking": data / "masked/val/frames",
     }
     if task in OF_IMAGES:
         inputs[task] = folder / "inputs"

@@ -100,7 +100,7 @@ def test_wkv_cases_are_complete(name):
 def test_cuda_row(name):
     """What a table of `ops --device cuda` holds, run on the CPU: every shape's keys fit its case."""
     case, shapes = benchmark.CUDA_OPS[name]
-    sizes = {"B": 1, "L": 16, "G": 2, "H": 4, "W": 4, "C": 16, "D": 16, "P": 8, "N": 8}
+    sizes = {"B": 1, "L": 16, "G": 2, "H": 4, "W": 4, "C": 16, "D": 16, "K": 8, "P": 8, "N": 8}
     shape = {k: sizes[k] if isinstance(v, int) and not isinstance(v, bool) else v for k, v in shapes[0].items()}
     rivals = benchmark.RIVALS.get(name, lambda device, **shape: {})
     row = benchmark.cuda_op_row(case, rivals, shape, "cpu", 0)

@@ -172,6 +172,21 @@ train_cfg = dict(max_epochs=1, val_interval=1)
     assert "is 20 x 17; expected 1/2 of its target" in refused(capsys, test.main, config, weights)
 
 
+def test_bicubic_on_the_fly(data):
+    """Inputs are Pillow's antialiased bicubic of the targets; the metric enlarges them."""
+    dataset = PairedImages(str(data), "train", bicubic=True, scale=3)
+    item = dataset[0]
+    assert item["inputs"].shape == (1, *(n // 3 for n in read_image(item["path"], 1).shape[1:]))
+    assert item["targets"].shape == (1, *(3 * n for n in item["inputs"].shape[1:]))
+    pixels = Image.fromarray((item["targets"][0] * 255).round().byte().numpy())
+    small = pixels.resize([n // 3 for n in pixels.size], Image.Resampling.BICUBIC)
+    assert (item["inputs"][0] * 255 - torch.from_numpy(np.asarray(small).astype(np.float32))).abs().max() <= 1.01
+    metric = RestorationMetric(against_bicubic=True)
+    metric.process({"inputs": [item["inputs"]]}, [(item["targets"], item["targets"])])
+    found = metric.compute_metrics(metric.results)
+    assert found["PSNR"] > 100 > found["bicubic_PSNR"] > 5 and found["bicubic_SSIM"] < found["SSIM"]
+
+
 def test_tiles_of_a_larger_result():
     image = torch.rand(3, 21, 30)
 

@@ -27,6 +27,7 @@ from .resume import ResumeHook  # noqa: E402
 from .runner import Runner  # noqa: E402
 from .segmenter import LoadMask, MaskedImages, MaskMetric, Segmenter  # noqa: E402
 from .task import Task, TimmModel  # noqa: E402
+from .tracking import ClipMetric, ClipSegmenter, MaskedClips  # noqa: E402
 from .volumes import VolumeMetric, Volumes, VolumeSegmenter  # noqa: E402
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "Classifier",
     "ClipClassifier",
     "ClipFolder",
+    "ClipMetric",
+    "ClipSegmenter",
     "Clips",
     "CurveHook",
     "ExportHook",
@@ -45,6 +48,7 @@ __all__ = [
     "LoadImage",
     "LoadMask",
     "MaskMetric",
+    "MaskedClips",
     "MaskedImages",
     "MesaHook",
     "NextFrame",

@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -87,6 +87,64 @@ def read_clip(path: str | Path, num_frames: int, anywhere: bool = False) -> Tens
     except Exception as e:  # a damaged file raises what its decoder likes
         raise InputError(f"cannot read clip {str(path)!r}; {EXPECTED} of one size ({first_line(e)})") from e
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+
+def stream_frames(path: str | Path) -> Iterator[np.ndarray]:
+    """The frames of a clip, one after the other, uint8 RGB (H, W, 3): memory does not grow with its length.
+
+    Args:
+        path: a video file, or a folder of frames that follow each other by their names.
+
+    Raises:
+        InputError: the clip cannot be read, ends before its last frame, has none, or frames of different sizes; the
+            frames before that were given.
+    """
+    path, size, count = Path(path), None, 0
+    for frame in _folder_frames(path) if path.is_dir() else _video_frames(path):
+        if size and frame.shape != size:
+            said = " x ".join(str(n) for n in frame.shape[1::-1])
+            raise InputError(
+                f"clip {str(path)!r}: frame {count} is {said}; expected {size[1]} x {size[0]} as the first"
+            )
+        size, count = frame.shape, count + 1
+        yield frame
+    if not count:
+        raise InputError(f"clip {str(path)!r} holds no frame; {EXPECTED}")
+
+
+def _folder_frames(path: Path) -> Iterator[np.ndarray]:
+    yield from (read_rgb(file) for file in find_files(path, deep=False))
+
+
+def _video_frames(path: Path) -> Iterator[np.ndarray]:
+    try:
+        import av
+    except ImportError as e:
+        raise InputError(f"video {str(path)!r} needs a decoder: pip install av; or give folders of frames") from e
+    count, promised = 0, 0
+    try:
+        with av.open(str(path)) as file:
+            promised = file.streams.video[0].frames  # 0 where the file does not say
+            for frame in file.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
+                count += 1
+    except (av.FFmpegError, IndexError, ValueError) as e:
+        where = f"frame {count} of video" if count else "video"
+        raise InputError(f"cannot read {where} {str(path)!r}; {EXPECTED} ({first_line(e)})") from e
+    if count < promised:
+        raise InputError(f"video {str(path)!r} ends after {count} of {promised} frames; expected a whole file")
+
+
+def find_readable(path: str | None, read: Callable[[Path], Any]) -> list[Path]:
+    """The clip at `path`, or every clip below it, each tried once by `read`; InputError where there is none."""
+    if path is None or not Path(path).exists():
+        raise InputError(f"clip {path!r}: no such file or folder; {EXPECTED}")
+    found = find_clips(path) if Path(path).is_dir() else [Path(path)]
+    if not found:
+        raise InputError(f"{path!r} holds no clip; {EXPECTED}")
+    for clip in found:
+        read(clip)
+    return found
 
 
 def test_transform(size: int) -> v2.Transform:
@@ -175,14 +233,7 @@ class ClipClassifier(Classifier):
     @classmethod
     def find(cls, path: str | None) -> list[Path]:
         """The clip at `path`, or every clip below it."""
-        if path is None or not Path(path).exists():
-            raise InputError(f"clip {path!r}: no such file or folder; {EXPECTED}")
-        found = find_clips(path) if Path(path).is_dir() else [Path(path)]
-        if not found:
-            raise InputError(f"{path!r} holds no clip; {EXPECTED}")
-        for clip in found:
-            read_clip(clip, 1)
-        return found
+        return find_readable(path, lambda clip: read_clip(clip, 1))
 
     @staticmethod
     def options(parser: argparse._ArgumentGroup) -> None:

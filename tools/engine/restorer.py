@@ -63,6 +63,8 @@ class PairedImages(Dataset):
             that is drawn anew each time, and the input folder is not read.
         jpeg: quality, 1 to 100, of JPEG compression. If given, inputs are the clean images compressed, and the input
             folder is not read.
+        bicubic: inputs are the clean images, shrunk by `scale` as the field does it: bicubic with antialiasing (a =
+            -1/2), rounded to eight bits. The input folder is not read.
         scale: how much larger targets are.
         folders: names of the two folders, as DIV2K has them `("DIV2K_train_LR_bicubic/X2", "DIV2K_train_HR")`.
         suffix: how the stems of inputs end where those of their targets do not, such as "x2".
@@ -83,6 +85,7 @@ class PairedImages(Dataset):
         crop: int | None = None,
         noise: float | None = None,
         jpeg: int | None = None,
+        bicubic: bool = False,
         scale: int = 1,
         folders: Sequence[str] = FOLDERS,
         suffix: str = "",
@@ -90,7 +93,7 @@ class PairedImages(Dataset):
         length: int | None = None,
         make: str | None = None,
     ):
-        self.made = noise is not None or jpeg is not None
+        self.made, self.bicubic = noise is not None or jpeg is not None or bicubic, bicubic
         self.pairs = find_pairs(Path(data_root, data_prefix), folders, suffix, self.made)
         self.channels, self.crop, self.noise, self.jpeg = channels, crop, noise, jpeg
         self.scale, self.rotate = scale, rotate
@@ -103,7 +106,10 @@ class PairedImages(Dataset):
     def __getitem__(self, index: int) -> dict:
         degraded, clean = self.pairs[index % len(self.pairs)]
         target = read_image(clean, self.channels)
-        inputs = target if self.made else read_image(degraded, self.channels)
+        if self.bicubic:
+            inputs = shrink(target, self.scale)
+        else:
+            inputs = target if self.made else read_image(degraded, self.channels)
         if not self.made:
             _check_sizes(degraded, clean, inputs.shape[1:], target.shape[1:], self.scale)
         height, width = inputs.shape[1:]
@@ -136,10 +142,17 @@ class PairedImages(Dataset):
     def check(settings: dict, cfg: Config) -> None:
         """InputError where files are missing or alone, or the two of a pair differ in size."""
         root = Path(settings.get("data_root", ""), settings.get("data_prefix", ""))
-        made = settings.get("noise") is not None or settings.get("jpeg") is not None
+        made = settings.get("noise") is not None or settings.get("jpeg") is not None or settings.get("bicubic", False)
         for degraded, clean in find_pairs(root, settings.get("folders", FOLDERS), settings.get("suffix", ""), made):
             if not made:
                 _check_sizes(degraded, clean, image_size(degraded), image_size(clean), settings.get("scale", 1))
+
+
+def shrink(image: Tensor, scale: int) -> Tensor:
+    """An image (C, H, W) at 1/scale of its size, rounded down: antialiased bicubic (a = -1/2) of eight bits."""
+    H, W = (n // scale for n in image.shape[1:])
+    small = F.interpolate(image[None, :, : scale * H, : scale * W], (H, W), mode="bicubic", antialias=True)[0]
+    return (small.clamp(0, 1) * 255).round() / 255
 
 
 def find_pairs(root: Path, folders: Sequence[str], suffix: str, made: bool) -> list[tuple[Path, Path]]:
@@ -256,6 +269,7 @@ class RestorationMetric(BaseMetric):
         levels: steps to which restored images are rounded, such as 255; None for none.
         luma: measure colour images by their luma Y (ITU-R BT.601), as super-resolution does.
         border: pixels that are left out at each side, in super-resolution as many as the scale.
+        against_bicubic: also measure bicubic interpolation of the inputs, as `bicubic_PSNR` and so on.
     """
 
     default_prefix = "restore"
@@ -267,14 +281,21 @@ class RestorationMetric(BaseMetric):
         levels: int | None = None,
         luma: bool = False,
         border: int = 0,
+        against_bicubic: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.peak, self.scale, self.levels, self.luma, self.border = peak, scale, levels, luma, border
+        self.against_bicubic = against_bicubic
 
     def process(self, data_batch: Any, data_samples: Sequence[Any]) -> None:
         """The metrics of each image."""
-        self.results += [self.measure(restored, target) for restored, target in data_samples]
+        measured = [self.measure(restored, target) for restored, target in data_samples]
+        if self.against_bicubic:
+            for found, image, (_, target) in zip(measured, data_batch["inputs"], data_samples, strict=True):
+                large = F.interpolate(image[None].cpu(), target.shape[1:], mode="bicubic", antialias=True)[0]
+                found.update({f"bicubic_{name}": value for name, value in self.measure(large, target).items()})
+        self.results += measured
 
     def measure(self, restored: Tensor, target: Tensor) -> dict[str, float]:
         """The metrics of an image (C, H, W)."""
