@@ -30,8 +30,10 @@ from .s4nd import S4NDConvNeXt
 from .segmamba import SegMamba
 from .spatialmamba import SpatialMamba
 from .swin_umamba import SwinUMamba, SwinUMambaD
+from .terminator import Terminator
 from .umamba import UMamba
 from .umamba_3d import umamba_bot_3d as _umamba_bot_3d  # noqa: F401  registers the 3-D ones
+from .vfimamba import VFIMamba
 from .videomamba import VideoMamba
 from .videomamba_video import VideoMambaVideo
 from .vil import ViL
@@ -75,7 +77,9 @@ __all__ = [
     "SwinUMamba",
     "SwinUMambaD",
     "SegMamba",
+    "Terminator",
     "UMamba",
+    "VFIMamba",
     "VMUNet",
     "VMamba",
     "ViL",
@@ -99,6 +103,8 @@ Kind = Literal[
     "video",
     "volume",
     "tracking",
+    "interpolation",
+    "fixed",
 ]
 
 _FAMILIES: dict[Kind, tuple[str, ...]] = {
@@ -132,6 +138,8 @@ _FAMILIES: dict[Kind, tuple[str, ...]] = {
     "video": ("convs5", "videomamba_video"),
     "volume": ("segmamba", "umamba_3d"),
     "tracking": ("gdkvm",),
+    "interpolation": ("vfimamba",),
+    "fixed": ("terminator",),
 }
 KINDS: tuple[Kind, ...] = tuple(_FAMILIES)
 
@@ -145,7 +153,9 @@ def list_models(filter: str | list[str] = "", kind: Kind | None = "backbone") ->
             backbones that only give maps; "segmentation" for models that return mask logits; "restoration" for models
             that return the restored image; "promptable" for models that return the masks of points and boxes;
             "occupancy" for models of voxels; "video" for models of clips; "volume" for models that segment volumes;
-            "tracking" for models that segment clips, frame by frame.
+            "tracking" for models that segment clips, frame by frame;
+            "interpolation" for models that put frames between two;
+            "fixed" for classifiers of square images of one size, whose outputs depend on the batch.
             None for all of them.
 
     Raises:

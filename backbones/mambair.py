@@ -10,75 +10,14 @@ Maps are channel-last (B, H, W, C) inside; images are NCHW.
 """
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .layers import SS2D, Conv2dNHWC
-from .layers.checkpoint import SS2D_NAMES
+from .layers import SS2D
 from .layers.restoration import BODY_NAMES, RGB_MEAN, RestorationFrame, convert, restoration_cfg
+from .layers.scan_block import CONV_MIXER_NAMES, SCAN_BLOCK_NAMES, ScanBlock
 
 __all__ = ["MambaIR"]
-
-
-class ChannelAttention(nn.Module):
-    """``x * sigmoid(W_2 ReLU(W_1 mean x))`` of a map ``(B, H, W, C)``, ``C // reduction`` wide inside."""
-
-    def __init__(self, dim: int, reduction: int = 30, device=None, dtype=None):
-        dd: dict = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.fc1 = nn.Linear(dim, dim // reduction, **dd)
-        self.fc2 = nn.Linear(dim // reduction, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc2(F.relu(self.fc1(x.mean((1, 2), keepdim=True)))).sigmoid()
-
-
-class ConvMixer(nn.Sequential):
-    """Channel mixer of a map ``(B, H, W, C)``: convolutions and channel attention (MambaIR, section 3.3).
-
-    Two convolutions 3x3 through ``C // 3`` channels; `light`: through ``C // 2`` channels, each 1x1 and then depthwise
-    3x3, the second one dilated.
-    """
-
-    def __init__(self, dim: int, light: bool, device=None, dtype=None):
-        dd: dict = {"device": device, "dtype": dtype}
-        if light:
-            inner = dim // 2
-            enter = [Conv2dNHWC(dim, inner, 1, **dd), Conv2dNHWC(inner, inner, 3, padding=1, groups=inner, **dd)]
-            leave = [Conv2dNHWC(inner, dim, 1, **dd),
-                     Conv2dNHWC(dim, dim, 3, padding=2, dilation=2, groups=dim, **dd)]  # fmt: skip
-        else:
-            enter = [Conv2dNHWC(dim, dim // 3, 3, padding=1, **dd)]
-            leave = [Conv2dNHWC(dim // 3, dim, 3, padding=1, **dd)]
-        super().__init__(*enter, nn.GELU(), *leave, ChannelAttention(dim, **dd))
-
-
-class Block(nn.Module):
-    """``x = s_1 x + SS2D(LN(x));  x = s_2 x + ConvMixer(LN(x))`` with learnt scales s of each channel."""
-
-    def __init__(
-        self, dim: int, ratio: float, d_state: int, light: bool, drop_path: float = 0.0, device=None, dtype=None
-    ):
-        dd: dict = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5, **dd)
-        self.mixer = SS2D(dim, ratio, d_state, gated=True, **dd)
-        self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5, **dd)
-        self.mlp = ConvMixer(dim, light, **dd)
-        self.scale1 = nn.Parameter(torch.empty(dim, **dd))
-        self.scale2 = nn.Parameter(torch.empty(dim, **dd))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.scale1)
-        nn.init.ones_(self.scale2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * self.scale1 + self.drop_path(self.mixer(self.norm1(x)))
-        return x * self.scale2 + self.mlp(self.norm2(x))
 
 
 class MambaIR(RestorationFrame):
@@ -110,8 +49,13 @@ class MambaIR(RestorationFrame):
     ):
         dd: dict = {"device": device, "dtype": dtype}
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+
+        def block(i: int, j: int) -> nn.Module:
+            mixer = SS2D(dim, ssm_ratio, d_state, gated=True, **dd)
+            return ScanBlock(dim, mixer, light, rates[sum(depths[:i]) + j], **dd)
+
         super().__init__(
-            lambda i, j: Block(dim, ssm_ratio, d_state, light, rates[sum(depths[:i]) + j], **dd),
+            block,
             in_chans,
             None,
             dim,
@@ -125,26 +69,12 @@ class MambaIR(RestorationFrame):
 
 
 # The authors' names and ours; their order counts. Both versions, and opensr-mamba, have them.
-FRAME_NAMES = [
-    *BODY_NAMES,
-    (r"\.self_attention\.", ".op."),
-    *SS2D_NAMES,
-    (r"\.ln_1\.", ".norm1."),
-    (r"\.ln_2\.", ".norm2."),
-    (r"\.skip_scale$", ".scale1"),
-    (r"\.skip_scale2$", ".scale2"),
-]
-_RENAMES = [
-    *FRAME_NAMES,
-    (r"\.conv_blk\.cab\.(\d)\.attention\.1\.", r".mlp.\1.fc1."),
-    (r"\.conv_blk\.cab\.(\d)\.attention\.3\.", r".mlp.\1.fc2."),
-    (r"\.conv_blk\.cab\.", ".mlp."),
-]
+FRAME_NAMES = [*BODY_NAMES, *SCAN_BLOCK_NAMES]
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: RestorationFrame) -> dict[str, Tensor]:
     """Converts the published state dict to ours."""
-    return convert(state_dict, model, _RENAMES)
+    return convert(state_dict, model, [*FRAME_NAMES, *CONV_MIXER_NAMES])
 
 
 _ORIGIN = dict(origin_url="https://github.com/csguoh/MambaIR", paper_ids="arXiv:2402.15648", license="apache-2.0")

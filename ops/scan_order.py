@@ -146,3 +146,27 @@ def volume(length, chunks, device=None):
     """The three walks of SegMamba (arXiv 2401.13560): forwards, backwards, through the `slices`; ``(3, length)``."""
     forth = torch.arange(length, dtype=torch.int32, device=device)
     return torch.stack([forth, reverse(forth), slices(length, chunks, device)])
+
+
+def interleaved(H, W, device=None):
+    """Two maps of one size, token by token in turns (VFIMamba, arXiv 2407.02315): ``(4, 2 * H * W)``.
+
+    Tokens are those of the first map, then those of the second. The routes over the pixels are those of `cross`; at
+    each pixel the first map's token comes first, in reversed routes the second's.
+    """
+    forth = cross(H, W, device)[:2]
+    pairs = torch.stack([forth, forth + H * W], -1).flatten(1)
+    return torch.cat([pairs, reverse(pairs)])
+
+
+def interleaved_places(H, W, device=None):
+    """Where VFIMamba's code puts what a step of `interleaved` gives: the token whose result it becomes.
+
+    Of the routes along rows it is the token that the step visits. Those along columns are put back, each half of the
+    sequence by itself, as a ``W x H`` image turned over, although a half holds both maps of half of the columns. The
+    published weights were trained so.
+    """
+    rows = interleaved(H, W, device)[0]
+    halves = torch.arange(2 * H * W, device=device).view(2, H, W).transpose(1, 2).reshape(-1)
+    both = torch.stack([rows, rows[halves]])
+    return torch.cat([both, reverse(both)])

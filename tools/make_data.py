@@ -157,6 +157,55 @@ def beating(out: str | os.PathLike) -> None:
     _write_whole(Path(out), write)
 
 
+def moving(out: str | os.PathLike) -> None:
+    """Triplets of moving crops of photographs in Vimeo90K's layout: `out/sequences/<name>/im{1,2,3}.png`, 96 x 96.
+
+    320 to train on and 40 to test on (`tri_{train,test}list.txt`). The photograph moves by up to 4 pixels a frame, by
+    fractions of a pixel, and an ellipse with another part of it moves by up to 6 on its own: exactly as far from the
+    first frame to the middle as from there to the last. Photographs of the test set are not in the training set. The
+    same every time. The folder appears whole or not at all; an existing one is left as it is.
+    """
+    import numpy as np
+    from PIL import Image
+    from scipy.ndimage import map_coordinates
+
+    side = 96
+    y, x = np.mgrid[:side, :side].astype(float)
+
+    def sample(photo, top, left):
+        """A crop at a place between pixels."""
+        row, column = int(top), int(left)
+        near = photo[row - 6 : row + side + 8, column - 6 : column + side + 8].astype(float)
+        at = [y + top - row + 6, x + left - column + 6]
+        return np.stack([map_coordinates(near[..., c], at, order=3) for c in range(3)], -1)
+
+    def triplet(rng, photo):
+        """Three frames, uint8 (side, side, 3)."""
+        room = np.array(photo.shape[:2]) - side - 30
+        behind, before = (14 + rng.uniform(size=2) * room for _ in range(2))
+        speeds = [rng.uniform(-most, most, 2) for most in (4, 6)]
+        centre, radii = rng.uniform(30, side - 30, 2), rng.uniform(12, 24, 2)
+        for t in (-1, 0, 1):
+            place = centre + t * speeds[1]
+            distance = np.hypot((y - place[0]) / radii[0], (x - place[1]) / radii[1])
+            share = np.clip((1 - distance) * radii.min() + 0.5, 0, 1)[..., None]  # a soft edge of one pixel
+            frame = sample(photo, *(behind - t * speeds[0])), sample(photo, *(before - t * speeds[1]))
+            yield (frame[0] * (1 - share) + frame[1] * share).clip(0, 255).round().astype(np.uint8)
+
+    def write(folder: Path) -> None:
+        rng = np.random.default_rng(0)
+        for part, count, photos in zip(("train", "test"), (320, 40), photographs(), strict=True):
+            names = [f"{part}/{i:04d}" for i in range(count)]
+            for name in names:
+                (folder / "sequences" / name).mkdir(parents=True)
+                photo = list(photos.values())[rng.integers(len(photos))]
+                for i, frame in enumerate(triplet(rng, photo), 1):
+                    Image.fromarray(frame).save(folder / "sequences" / name / f"im{i}.png")
+            (folder / f"tri_{part}list.txt").write_text("\n".join(names) + "\n")
+
+    _write_whole(Path(out), write)
+
+
 def noisy(out: str | os.PathLike) -> None:
     """Grey photographs with Gaussian noise of sigma 25 (of 255), as `out/{train,val}/{input,target}/<name>.tif|png`.
 
@@ -373,7 +422,7 @@ def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
         temporary.rename(out)
 
 
-MAKERS = {make.__name__: make for make in (beating, bouncing, digits, inked, lumps, noisy, photos, scenes)}
+MAKERS = {make.__name__: make for make in (beating, bouncing, digits, inked, lumps, moving, noisy, photos, scenes)}
 
 
 def main(argv: list[str] | None = None) -> None:

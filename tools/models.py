@@ -58,7 +58,7 @@ def measure(name: str, size: int = 224) -> tuple[int, float | None]:
         shape = (1, model.in_chans, model.num_frames, size, size)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(torch.empty(shape, device="meta"))
+        model(*[torch.empty(shape, device="meta")] * (2 if kind == "interpolation" else 1))
     counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
     macs = sum(count if op.startswith("linzoo") else count / 2 for op, count in counts.items())
     return parameters, macs

@@ -16,7 +16,7 @@ from test_parity import PARITY, error, synth
 
 from linzoo.backbones import list_models, mambair_opensr
 from linzoo.backbones.layers.checkpoint import rename, reshape_as
-from linzoo.backbones.mambair import ChannelAttention
+from linzoo.backbones.layers.scan_block import ChannelAttention
 from linzoo.backbones.mambair_opensr import WEIGHTS, packaged_weights
 from linzoo.backbones.mambair_v2 import _RENAMES, ASSM, ShiftedWindowAttention, mirror_pad
 from linzoo.tools import predict

@@ -103,6 +103,11 @@ CONFIGS["clips"] = (
     "val_evaluator = dict(topk=(1,))\ntest_evaluator = dict(topk=(1,))\n",
     'dict(data_root="{data}/actions", data_prefix="{part}", num_frames=2, size=32)',
 )
+CONFIGS["interpolation"] = (
+    '["{configs}/interp/vfimamba_s_moving.py"]',
+    "model = dict(dim=4, depth=1)\n",
+    'dict(data_root="{data}/triplets", part="{part}", make=None, crop=None, length=None)',
+)
 OF_IMAGES = ("classification", "mmpretrain", "segmentation", "label maps", "restoration", "promptable", "detection")
 # Options of predict.
 ASKED = {"detection": ["--threshold", "0"], "promptable": ["--point", "20", "20"], "video": ["--frames", "2"]}
@@ -163,6 +168,14 @@ def write_task(task: str, folder: Path) -> Tiny:
                 clip.mkdir(parents=True)
                 for t in range(3):
                     Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(clip / f"{t}.png")
+        elif task == "interpolation":
+            names = [f"{part}/{i}" for i in range(4)]
+            for name in names:
+                (data / "triplets/sequences" / name).mkdir(parents=True)
+                for i in (1, 2, 3):
+                    pixels = rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(data / "triplets/sequences" / name / f"im{i}.png")
+            (data / f"triplets/tri_{part}list.txt").write_text("\n".join(names))
         elif task == "tracking":
             for kind in ("frames", "masks"):
                 for name in "ab":
@@ -197,6 +210,7 @@ def write_task(task: str, folder: Path) -> Tiny:
         "volume": data / "lumps/val/images",
         "clips": data / "actions/val",
         "tracking": data / "masked/val/frames",
+        "interpolation": data / "triplets/sequences/val",
     }
     if task in OF_IMAGES:
         inputs[task] = folder / "inputs"

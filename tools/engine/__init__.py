@@ -17,9 +17,10 @@ from .dense import LabelMaps  # noqa: E402
 from .errors import InputError  # noqa: E402
 from .export import ExportHook  # noqa: E402
 from .images import LoadImage  # noqa: E402
+from .interpolation import InterpolationMetric, Interpolator, Triplets  # noqa: E402
 from .next_frame import Clips, NextFrame, NextFrameMetric  # noqa: E402
 from .occupancy import OccupancyMetric, SceneCompleter, VoxelScenes  # noqa: E402
-from .optim import AutocastOptimWrapper, LayerDecay, TimmWeightDecay  # noqa: E402
+from .optim import AutocastOptimWrapper, Kar3, LayerDecay, TimmWeightDecay  # noqa: E402
 from .progress import ProgressHook  # noqa: E402
 from .promptable import PromptedMasks, PromptMetric, PromptSegmenter  # noqa: E402
 from .restorer import PairedImages, RestorationMetric, Restorer  # noqa: E402
@@ -42,6 +43,9 @@ __all__ = [
     "ExportHook",
     "ImageFolder",
     "InputError",
+    "InterpolationMetric",
+    "Interpolator",
+    "Kar3",
     "LabelMaps",
     "LayerDecay",
     "LinZooBackbone",
@@ -68,6 +72,7 @@ __all__ = [
     "Task",
     "TimmModel",
     "TimmWeightDecay",
+    "Triplets",
     "VolumeMetric",
     "VolumeSegmenter",
     "Volumes",

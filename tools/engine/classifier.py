@@ -118,7 +118,10 @@ class Classifier(TimmModel):
         alpha: weight of the teacher's term.
         tau: temperature of "soft".
         mesa: weight of MESA's term, which `MesaHook` switches on; not with a teacher.
+        auxiliary: weights of the losses that the model's `auxiliary_losses()` gives, by name; others do not count.
     """
+
+    kinds = ("backbone", "adopted", "fixed")
 
     def __init__(
         self,
@@ -132,6 +135,7 @@ class Classifier(TimmModel):
         alpha: float = 0.5,
         tau: float = 1.0,
         mesa: float = 0.0,
+        auxiliary: dict[str, float] | None = None,
         **kwargs,
     ):
         data_preprocessor = {"type": "mmpretrain.ClsDataPreprocessor", **(data_preprocessor or {})}
@@ -139,7 +143,9 @@ class Classifier(TimmModel):
             data_preprocessor["batch_augments"] = train_cfg
         super().__init__(model_name, data_preprocessor=data_preprocessor, **kwargs)
         self.loss_module = loss if isinstance(loss, nn.Module) else MODELS.build(loss or {"type": "CrossEntropyLoss"})
-        self.mesa, self.ask_average = mesa, None
+        self.mesa, self.ask_average, self.auxiliary = mesa, None, dict(auxiliary or {})
+        if self.auxiliary and not hasattr(self.model, "auxiliary_losses"):
+            raise InputError(f"auxiliary={self.auxiliary}: model_name={model_name!r} has no such losses; expected none")
         if distillation not in ("hard", "soft", "none"):
             raise InputError(f"distillation={distillation!r}; expected 'hard', 'soft' or 'none'")
         self.distillation, self.alpha, self.tau = distillation, alpha, tau
@@ -174,6 +180,9 @@ class Classifier(TimmModel):
         if self.distillation == "none":
             logits = self.model(inputs)
             losses = {"loss": self.loss_module(logits, targets)}
+            if self.auxiliary:
+                found = self.model.auxiliary_losses()
+                losses |= {f"loss_{name}": weight * found[name] for name, weight in self.auxiliary.items()}
             if self.ask_average is not None:
                 losses["loss_mesa"] = self.mesa * F.cross_entropy(logits, self.ask_average(inputs).softmax(dim=1))
             return losses

@@ -99,24 +99,29 @@ def stream_frames(path: str | Path) -> Iterator[np.ndarray]:
         InputError: the clip cannot be read, ends before its last frame, has none, or frames of different sizes; the
             frames before that were given.
     """
+    yield from (frame for frame, _ in stream_timed(path))
+
+
+def stream_timed(path: str | Path) -> Iterator[tuple[np.ndarray, float]]:
+    """As `stream_frames`, each frame with its time in seconds: a video's own, or 25 frames a second of a folder."""
     path, size, count = Path(path), None, 0
-    for frame in _folder_frames(path) if path.is_dir() else _video_frames(path):
+    for frame, time in _folder_frames(path) if path.is_dir() else _video_frames(path):
         if size and frame.shape != size:
             said = " x ".join(str(n) for n in frame.shape[1::-1])
             raise InputError(
                 f"clip {str(path)!r}: frame {count} is {said}; expected {size[1]} x {size[0]} as the first"
             )
         size, count = frame.shape, count + 1
-        yield frame
+        yield frame, time
     if not count:
         raise InputError(f"clip {str(path)!r} holds no frame; {EXPECTED}")
 
 
-def _folder_frames(path: Path) -> Iterator[np.ndarray]:
-    yield from (read_rgb(file) for file in find_files(path, deep=False))
+def _folder_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
+    yield from ((read_rgb(file), i / 25) for i, file in enumerate(find_files(path, deep=False)))
 
 
-def _video_frames(path: Path) -> Iterator[np.ndarray]:
+def _video_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
     try:
         import av
     except ImportError as e:
@@ -126,7 +131,7 @@ def _video_frames(path: Path) -> Iterator[np.ndarray]:
         with av.open(str(path)) as file:
             promised = file.streams.video[0].frames  # 0 where the file does not say
             for frame in file.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
+                yield frame.to_ndarray(format="rgb24"), count / 25 if frame.time is None else frame.time
                 count += 1
     except (av.FFmpegError, IndexError, ValueError) as e:
         where = f"frame {count} of video" if count else "video"

@@ -1,14 +1,14 @@
 """Optimizer wrappers and parameter groups."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
-from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from mmengine.runner import Runner
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
@@ -55,6 +55,45 @@ class TimmWeightDecay(DefaultOptimWrapperConstructor):
             rest = [parameter for parameter in group["params"] if id(parameter) not in taken]
             params.extend([{**group, "params": rest}] if rest else [])
         params.extend({"params": group, **dict(settings)} for settings, group in hinted.items())
+
+
+@OPTIMIZERS.register_module()
+class Kar3(torch.optim.Optimizer):
+    """Steps by signs (HyperZ.Z.W, arXiv 2401.17948): ``p -= lr (sign g + sign m_1 + sign m_2)``, of the gradient g.
+
+    The averages ``m_i = beta_i m_i + (1 - beta_i) g``, from 0, are taken after the step.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: learning rate.
+        betas: of the two averages.
+
+    Raises:
+        InputError: a beta outside [0, 1), a negative rate.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.5, 0.95)):
+        if lr < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise InputError(f"lr={lr}, betas={betas}; expected a rate of 0 at least, betas from 0 to below 1")
+        super().__init__(params, {"lr": lr, "betas": tuple(betas)})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step; what `closure` gives, where there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state, gradient = self.state[parameter], parameter.grad
+                averages = state.setdefault("averages", [torch.zeros_like(parameter) for _ in group["betas"]])
+                parameter.sub_(group["lr"] * (gradient.sign() + sum(m.sign() for m in averages)))
+                for average, beta in zip(averages, group["betas"], strict=True):
+                    average.lerp_(gradient, 1 - beta)
+        return loss
 
 
 # Last parts of the names of state spaces' and RWKV's own parameters: states' decay rates, steps and skips.
