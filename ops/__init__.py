@@ -14,7 +14,7 @@ from .rational import rational
 from .selective_scan import selective_scan, selective_states
 from .ssd import nc_ssd, ssd
 from .ssm_kernel import ssm_kernel
-from .wkv import bi_wkv, wkv6, wkv7
+from .wkv import bi_wkv, wkv6, wkv6_state, wkv7, wkv7_state
 
 __all__ = [
     "backend_info",
@@ -34,7 +34,9 @@ __all__ = [
     "ssm_kernel",
     "use_backend",
     "wkv6",
+    "wkv6_state",
     "wkv7",
+    "wkv7_state",
 ]
 
 # A function named as its package hides it: `import linzoo.ops.ssd.reference` finds the module through the function.

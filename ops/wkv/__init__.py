@@ -9,7 +9,7 @@ from ..operator import CHUNK, Operator
 from ..tensors import check, promote, state_dtype
 from . import cuda, reference
 
-__all__ = ["bi_wkv", "wkv6", "wkv7"]
+__all__ = ["bi_wkv", "wkv6", "wkv6_state", "wkv7", "wkv7_state"]
 
 
 def bi_wkv(
@@ -133,6 +133,100 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, *, or
     check(r=(r, "BLHN"), **matrices, order=(order, "T"))
     dtype, (r, w, k, v, a, b) = _promote((r, w, k, v, a, b))
     return _wkv7(r, w, k, v, a, b, order).to(dtype)
+
+
+def wkv6_state(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`wkv6` in one direction, from a state to a state: a sequence can be cut, and each part goes on from the last.
+
+    States pass through steps that write and read them, N at either end, so that every backend and every derivative is
+    that of `wkv6`.
+
+    Args:
+        r, k, v, w, u: As in `wkv6`.
+        initial: S_0 ``(B, H, P, N)``, values before keys, or ``(H, P, N)`` for all samples alike; None for 0.
+
+    Returns:
+        y ``(B, L, H, P)``, and the state behind the last step ``(B, H, P, N)`` in float32 (float64 for float64).
+
+    Raises:
+        As `wkv6`.
+    """
+    check(r=(r, "BLHN"), k=(k, "BLHN"), v=(v, "BLHP"), w=(w, "BLHN"), u=(u, "HN"), **_named(initial))
+    dtype, (r, k, v, w, u) = _promote((r, k, v, w), (u,))
+    front, back = _writes(initial, k, v), _reads(k, v)
+    parts = [_joined(f, x, b) for f, x, b in zip(front, (r, k, v, w), back, strict=True)]
+    return _split(_wkv6(*parts, u, None, False), front[0], back[0], dtype)
+
+
+def wkv7_state(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`wkv7` from a state to a state; see `wkv6_state`.
+
+    Args:
+        r, w, k, v, a, b: As in `wkv7`.
+        initial: S_0 ``(B, H, P, N)``, or ``(H, P, N)`` for all samples alike; None for 0.
+
+    Returns:
+        y ``(B, L, H, P)``, and the state behind the last step ``(B, H, P, N)`` in float32 (float64 for float64).
+
+    Raises:
+        As `wkv7`.
+    """
+    matrices = dict(w=(w, "BLHN"), k=(k, "BLHN"), v=(v, "BLHP"), a=(a, "BLHN"), b=(b, "BLHN"))
+    check(r=(r, "BLHN"), **matrices, **_named(initial))
+    dtype, (r, w, k, v, a, b) = _promote((r, w, k, v, a, b))
+    front, back = _writes(initial, k, v), _reads(k, v)
+    parts = [_joined(f, x, b) for f, x, b in zip(front, (r, k, v, w), back, strict=True)]
+    none = [x.new_zeros(len(x), 1, *x.shape[2:]) for x in (a, b)]
+    a, b = (
+        torch.cat([zero.expand(-1, front[0].shape[1], -1, -1), x, zero.expand(-1, back[0].shape[1], -1, -1)], 1)
+        for zero, x in zip(none, (a, b), strict=True)
+    )
+    r, k, v, w = parts
+    return _split(_wkv7(r, w, k, v, a, b, None), front[0], back[0], dtype)
+
+
+STILL = -100.0  # a decay before the exponentials that is 1 in any dtype
+
+
+def _named(initial):
+    return {"initial": (initial, "HPN" if isinstance(initial, Tensor) and initial.dim() == 3 else "BHPN")}
+
+
+def _one_hot(k, steps):
+    """Step i of N at channel i ``(B, N, H, N)``; none where `steps` is 0."""
+    return torch.eye(k.shape[3], dtype=k.dtype, device=k.device)[None, :steps, None].expand(len(k), -1, k.shape[2], -1)
+
+
+def _writes(initial, k, v):
+    """Receptances, keys, values and decays of N steps that write a state, row by row; of none for 0."""
+    at = _one_hot(k, k.shape[3] if initial is not None else 0)
+    if initial is None:
+        rows = v.new_zeros(len(v), 0, *v.shape[2:])
+    else:
+        state = initial.to(v.dtype)
+        state = state.expand(len(v), *state.shape) if state.dim() == 3 else state
+        rows = state.permute(0, 3, 1, 2)  # (B, N, H, P)
+    return torch.zeros_like(at), at, rows, torch.full_like(at, STILL)
+
+
+def _reads(k, v):
+    """The same of N steps that read the state."""
+    at = _one_hot(k, k.shape[3])
+    return at, torch.zeros_like(at), v.new_zeros(len(v), at.shape[1], *v.shape[2:]), torch.full_like(at, STILL)
+
+
+def _joined(front, x, back):
+    return torch.cat([front, x, back], 1)
+
+
+def _split(y, front, back, dtype):
+    """The output of the real steps, and the state ``(B, H, P, N)`` that the last ones read."""
+    first, last = front.shape[1], y.shape[1] - back.shape[1]
+    return y[:, first:last].to(dtype), y[:, last:].permute(0, 2, 3, 1)
 
 
 def _promote(activations, parameters=()):

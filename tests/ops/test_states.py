@@ -1,0 +1,141 @@
+"""WKV from a state to a state: the authors' values, parts that join, gradients, every backend, bad input."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+from linzoo.ops import use_backend, wkv6, wkv6_state, wkv7, wkv7_state
+
+PARITY = Path(__file__).parents[1] / "parity"
+sys.path.insert(0, str(PARITY))
+import synth  # noqa: E402
+
+CASES = {path.stem: json.loads(path.read_text()) for path in sorted((PARITY / "states").glob("*.json"))}
+pytestmark = pytest.mark.filterwarnings("ignore:linzoo.ops.* runs on its slow PyTorch reference")
+
+
+def inputs7(B=2, L=11, H=2, N=4, P=4, dtype=torch.float64, shared=False):
+    x = {name: torch.randn(B, L, H, N, dtype=dtype) / 2 for name in ("r", "w", "k", "v", "a", "b")}
+    x["v"] = torch.randn(B, L, H, P, dtype=dtype)
+    x["initial"] = torch.randn(*(() if shared else (B,)), H, P, N, dtype=dtype)
+    return x
+
+
+def inputs6(**sizes):
+    x = inputs7(**sizes)
+    return {name: x[name] for name in ("r", "k", "v", "w")} | dict(
+        u=torch.randn_like(x["r"][0, 0]), initial=x["initial"]
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parity(name):
+    case = CASES[name]
+    r, w, k, v, kappa, eta, s0, gy, gs = (torch.from_numpy(synth.image(i["shape"], i["seed"])) for i in case["inputs"])
+    kappa, eta = F.normalize(kappa, dim=-1, eps=1e-12), eta.sigmoid()
+    leaves = [r, -0.5 - F.softplus(-w), k, v, -kappa, eta * kappa, 0.3 * s0]
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    y, state = wkv7_state(*leaves)
+    both = torch.autograd.grad([y, state], leaves, [gy, gs], retain_graph=True)
+    alone = torch.autograd.grad(y, leaves[-1:], gy)
+    found = dict(y=y, final_state=state, grad_s0_of_y_alone=alone[0])
+    found |= dict(zip((f"grad_{n}" for n in ("r", "w", "k", "v", "a", "b", "s0")), both, strict=True))
+    for out in case["outputs"]:
+        ours = found[out["name"]].detach()
+        assert list(ours.shape) == out["shape"], out["name"]
+        where = slice(None) if out["index"] == "all" else out["index"]
+        off = np.abs(ours.double().flatten().numpy()[where] - np.asarray(out["value"])).max()
+        assert off <= 2e-5 * out["std"], (out["name"], off / out["std"])
+
+
+@pytest.mark.parametrize("backend", (None, "reference"))
+@pytest.mark.parametrize(("op", "plain", "make"), [(wkv6_state, wkv6, inputs6), (wkv7_state, wkv7, inputs7)])
+def test_parts_join(op, plain, make, backend):
+    """No state is a state of 0; parts that hand their states on are the whole."""
+    x = make(P=3)
+    initial = x.pop("initial")
+    alike = {"u"} & x.keys()
+
+    def part(rows):
+        return {name: value if name in alike else value[:, rows] for name, value in x.items()}
+
+    with use_backend(backend):
+        y, last = op(**x)
+        torch.testing.assert_close(y, plain(**x, **({"bidirectional": False} if plain is wkv6 else {})))
+        whole, end = op(**x, initial=initial)
+        state, parts = initial, []
+        for rows in (slice(0, 1), slice(1, 7), slice(7, 11)):
+            y, state = op(**part(rows), initial=state)
+            parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    torch.testing.assert_close(state, end)
+    assert end.shape == initial.shape and not torch.allclose(end, last)
+
+
+def test_by_hand():
+    """One step: what the state held decays, is erased along `a`, and is written to; then it is read."""
+    x = inputs7(B=1, L=1, H=1, N=3, P=2)
+    S, (r, w, k, v, a, b) = x["initial"][0, 0], (x[name][0, 0, 0] for name in ("r", "w", "k", "v", "a", "b"))
+    expected = S @ (torch.diag((-w.exp()).exp()) + torch.outer(a, b)) + torch.outer(v, k)
+    y, state = wkv7_state(**x)
+    torch.testing.assert_close(state[0, 0], expected)
+    torch.testing.assert_close(y[0, 0, 0], expected @ r)
+    x = inputs6(B=1, L=1, H=1, N=3, P=2)
+    y, state = wkv6_state(**x)
+    S, (r, k, v, w) = x["initial"][0, 0], (x[name][0, 0, 0] for name in ("r", "k", "v", "w"))
+    torch.testing.assert_close(state[0, 0], S * (-w.exp()).exp() + torch.outer(v, k))
+    torch.testing.assert_close(y[0, 0, 0], S @ r + (r * x["u"][0] * k).sum() * v)
+
+
+@pytest.mark.parametrize(("op", "make"), [(wkv6_state, inputs6), (wkv7_state, inputs7)])
+def test_derivatives(op, make):
+    x = make(B=1, L=4, H=1, N=2, P=2, shared=True)
+    leaves = tuple(value.requires_grad_() for value in x.values())
+
+    def run(*values):
+        return op(**dict(zip(x, values, strict=True)))
+
+    assert gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(lambda *v: run(*v)[1], leaves, fast_mode=True, nondet_tol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_precision(dtype):
+    """States stay in float32."""
+    x = {name: value.to(dtype) for name, value in inputs7(L=100).items()}
+    x["a"] = x["a"] / 4
+    y, state = wkv7_state(**x)
+    assert y.dtype == dtype and state.dtype == torch.float32
+    exact = wkv7_state(**{name: value.double() for name, value in x.items()})
+    assert (state - exact[1]).abs().max() <= 1e-4 * exact[1].abs().max()
+
+
+def test_compile_and_export():
+    x = inputs7(dtype=torch.float32)
+    compiled = torch.compile(wkv7_state, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**x), wkv7_state(**x))
+
+    class Model(torch.nn.Module):
+        def forward(self, r, w, k, v, a, b, initial):
+            return wkv7_state(r, w, k, v, a, b, initial)
+
+    shapes = {name: {} if name == "initial" else {1: torch.export.Dim("length", min=2, max=512)} for name in x}
+    program = torch.export.export(Model(), tuple(x.values()), dynamic_shapes=shapes).module()
+    other = inputs7(L=30, dtype=torch.float32)
+    torch.testing.assert_close(program(*other.values()), wkv7_state(**other))
+
+
+def test_bad_states():
+    x = inputs7(P=3)
+    with pytest.raises(ValueError, match=r"initial: expected \(B, H, P, N\) = \(2, 2, 3, 4\), got \(2, 2, 4, 3\)"):
+        wkv7_state(**{**x, "initial": x["initial"].mT})
+    with pytest.raises(ValueError, match=r"initial: expected \(H, P, N\) = \(2, 3, 4\), got \(1, 3, 4\)"):
+        wkv7_state(**{**x, "initial": x["initial"][0, :1]})
+    with pytest.raises(TypeError, match="initial: expected float64, float32, bfloat16 or float16, got torch.int64"):
+        wkv7_state(**{**x, "initial": x["initial"].long()})
