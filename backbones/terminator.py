@@ -95,7 +95,8 @@ class HyperKernel(nn.Module):
         with torch.no_grad():
             for layer in self.filters:
                 layer.reset_parameters()
-                gamma = torch.distributions.Gamma(6 / (layers + 1), 1.0).sample(layer.weight.shape)
+                shape = torch.full(layer.weight.shape, 6 / (layers + 1), device="cpu")
+                gamma = torch.distributions.Gamma(shape, torch.ones_like(shape)).sample()
                 layer.weight.mul_(2 * math.pi * self.omega * gamma.to(layer.weight))
                 nn.init.zeros_(layer.bias)
             for layer in (*self.linears, *self.mix, *(m for m in (self.reduce, self.fc) if m is not None)):

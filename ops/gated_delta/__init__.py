@@ -19,7 +19,7 @@ def gated_delta(
     beta: Tensor,
     initial: Tensor | None = None,
     *,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """Gated delta rule (arXiv 2412.06464, section 3): a memory S in R^(K x P) for each batch item and head::
 

@@ -49,7 +49,8 @@ def chunked(q, k, v, g, beta, initial, chunk_size):
 
         u_t = beta_t (v_t - d_t0 S_0^T k_t) - beta_t sum_{s < t} d_ts (k_t . k_s) u_s
 
-    where S_0 is the state in front of the chunk, from which they depend linearly: u = U - W S_0. Decays between two
+    where S_0 is the state in front of the chunk, on which they depend linearly: u = U - W S_0. So does the state behind
+    it, and all that is left to do one chunk after the other is one product. Decays between two
     steps are a sum of their own for each pair: as differences of running sums they would lose digits.
     """
     length = q.shape[1]
@@ -75,11 +76,13 @@ def chunked(q, k, v, g, beta, initial, chunk_size):
     U, W = right.split([v.shape[4], k.shape[4]], -1)
     write, keep = (left * k).mT, total[:, :, :, -1:]
 
-    states, values = [], []
-    for u, w, write_c, keep_c in zip(*(x.unbind(2) for x in (U, W, write, keep)), strict=True):
+    eye = torch.eye(k.shape[4], dtype=k.dtype, device=k.device)
+    step, written = keep * eye - write @ W, write @ U
+    states = []
+    for a, b in zip(step.unbind(2), written.unbind(2), strict=True):
         states.append(state)
-        values.append(u - w @ state)
-        state = keep_c * state + write_c @ values[-1]
-    y = (decay * (q @ k.mT)) @ torch.stack(values, 2) + total * (q @ torch.stack(states, 2))
+        state = torch.baddbmm(b.flatten(0, 1), a.flatten(0, 1), state.flatten(0, 1)).view(state.shape)
+    before = torch.stack(states, 2)
+    y = (decay * (q @ k.mT)) @ (U - W @ before) + (total * q) @ before
     y = y.movedim(1, 3).flatten(1, 2)[:, :length]
     return torch.cat([y, state.transpose(1, 2)], 1)
