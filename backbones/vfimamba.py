@@ -353,7 +353,8 @@ class VFIMamba(nn.Module):
             return (plain + other.flip(2, 3)) / 2
         H, W = first.shape[2:]
         step = max(32, round(32 / scale))
-        down, right = (-n % step for n in (H, W))
+        fits = all(n >= step and n % (step // 2) == 0 for n in (H, W))
+        down, right = (0 if fits else -n % step for n in (H, W))
         top, left = down // 2, right // 2
         edges = (left, right - left, top, down - top)
         padded = (F.pad(x, edges, mode="replicate") if x.dim() == 4 else x for x in (first, second))

@@ -104,6 +104,8 @@ def test_any_size(model, size):
             assert model(first, second, **options).shape == first.shape
         each = torch.cat([model(first[i : i + 1], second[i : i + 1], t) for i, t in enumerate((0.25, 0.75))])
         torch.testing.assert_close(model(first, second, torch.tensor([0.25, 0.75])), each, rtol=1e-3, atol=1e-4)
+        fitting = torch.rand(2, 1, 3, 48, 80)
+        torch.testing.assert_close(model(*fitting), model.run(*fitting)["frame"])
         turned = model(first.flip(2, 3), second.flip(2, 3)).flip(2, 3)
         torch.testing.assert_close(model(first, second, flip=True), (model(first, second) + turned) / 2)
 
