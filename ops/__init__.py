@@ -12,7 +12,7 @@ from .gated_delta import gated_delta
 from .mlstm import mlstm
 from .rational import rational
 from .selective_scan import selective_scan, selective_states
-from .ssd import nc_ssd, ssd
+from .ssd import nc_ssd, ssd, ssd_state
 from .ssm_kernel import ssm_kernel
 from .wkv import bi_wkv, wkv6, wkv6_state, wkv7, wkv7_state
 
@@ -31,6 +31,7 @@ __all__ = [
     "selective_scan",
     "selective_states",
     "ssd",
+    "ssd_state",
     "ssm_kernel",
     "use_backend",
     "wkv6",

@@ -8,7 +8,7 @@ from ..backend import forced_backend
 from ..tensors import check, state_dtype
 from . import reference
 
-__all__ = ["nc_ssd", "ssd"]
+__all__ = ["nc_ssd", "ssd", "ssd_state"]
 
 
 def ssd(
@@ -38,13 +38,40 @@ def ssd(
         ValueError: a shape does not fit, `chunk_size` is not positive, or tensors lie on different devices.
         TypeError: not a tensor, or a dtype is not supported.
     """
-    sizes = check(x=(x, "BLHP"), dt=(dt, "BLH"), A=(A, "H"), B=(B, "BLGN"), C=(C, "BLGN"), D=(D, "H"))
+    return ssd_state(x, dt, A, B, C, D, chunk_size=chunk_size)[0]
+
+
+def ssd_state(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    initial: Tensor | None = None,
+    *,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """`ssd` from a state to a state: a sequence can be cut, and each part goes on from the last.
+
+    Args:
+        x, dt, A, B, C, D, chunk_size: As in `ssd`.
+        initial: S_0, values before keys ``(batch, H, P, N)``; None for 0.
+
+    Returns:
+        y ``(B, L, H, P)``, and the state behind the last step ``(batch, H, P, N)`` in float32 (float64 for float64).
+
+    Raises:
+        As `ssd`.
+    """
+    axes = dict(x=(x, "BLHP"), dt=(dt, "BLH"), A=(A, "H"), B=(B, "BLGN"), C=(C, "BLGN"), D=(D, "H"))
+    sizes = check(**axes, initial=(initial, "BHPN"))
     if sizes["H"] % sizes["G"]:
         raise ValueError(f"B: the number of heads, {sizes['H']}, must be a multiple of its groups, got {sizes['G']}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     if forced_backend() == "reference":
-        return reference.ssd(x, dt, A, B, C, D)
+        return reference.ssd_state(x, dt, A, B, C, D, initial)
 
     length, dtype = x.shape[1], state_dtype(x.dtype)
     pad = -length % chunk_size  # steps of dt 0: the state stays as it is
@@ -68,12 +95,15 @@ def ssd(
 
     final = torch.einsum("bcsgn,bcsgh,bcsghp->bcghnp", B, since[:, :, -1].exp(), u)
     state, before = torch.zeros_like(final[:, 0]), []
+    if initial is not None:
+        state = initial.to(dtype).mT.unflatten(1, group)
     for c in range(final.shape[1]):
         before.append(state)
         state = total[:, c, -1].exp()[..., None, None] * state + final[:, c]
     y = y + torch.einsum("bclgn,bclgh,bcghnp->bclghp", C, total.exp(), torch.stack(before, 1))
     y = y.flatten(3, 4).flatten(1, 2)[:, :length]
-    return (y if D is None else y + D.to(dtype)[:, None] * x.to(dtype)).to(x.dtype)
+    y = y if D is None else y + D.to(dtype)[:, None] * x.to(dtype)
+    return y.to(x.dtype), state.flatten(1, 2).mT
 
 
 def nc_ssd(x: Tensor, weight: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from linzoo.ops import use_backend, wkv6, wkv6_state, wkv7, wkv7_state
+from linzoo.ops import ssd, ssd_state, use_backend, wkv6, wkv6_state, wkv7, wkv7_state
 
 PARITY = Path(__file__).parents[1] / "parity"
 sys.path.insert(0, str(PARITY))
@@ -76,6 +76,38 @@ def test_parts_join(op, plain, make, backend):
     torch.testing.assert_close(torch.cat(parts, 1), whole)
     torch.testing.assert_close(state, end)
     assert end.shape == initial.shape and not torch.allclose(end, last)
+
+
+@pytest.mark.parametrize("backend", (None, "reference"))
+def test_parts_of_ssd_join(backend):
+    """Parts hand their states on; a state of values and keys, shared by the heads of a group as its keys are."""
+    B, L, H, P, N = 2, 13, 4, 3, 5
+    x = dict(x=torch.randn(B, L, H, P), dt=torch.rand(B, L, H), B=torch.randn(B, L, 2, N), C=torch.randn(B, L, 2, N))
+    x = {name: value.double() for name, value in x.items()}
+    A, D, initial = -torch.rand(H).double(), torch.randn(H).double(), torch.randn(B, H, P, N).double()
+    with use_backend(backend):
+        torch.testing.assert_close(ssd_state(**x, A=A, D=D)[0], ssd(**x, A=A, D=D))
+        whole, end = ssd_state(**x, A=A, D=D, initial=initial, chunk_size=4)
+        state, parts = initial, []
+        for rows in (slice(0, 1), slice(1, 9), slice(9, 13)):
+            y, state = ssd_state(**{k: v[:, rows] for k, v in x.items()}, A=A, D=D, initial=state, chunk_size=4)
+            parts.append(y)
+        torch.testing.assert_close(torch.cat(parts, 1), whole)
+        torch.testing.assert_close(state, end)
+        one, after = ssd_state(**{k: v[:, :1] for k, v in x.items()}, A=A, initial=initial)
+    decay = torch.exp(x["dt"][:, 0] * A)[..., None, None]
+    keys = x["B"][:, 0].repeat_interleave(2, 1)
+    expected = decay * initial + x["dt"][:, 0, :, None, None] * x["x"][:, 0].unsqueeze(-1) * keys.unsqueeze(-2)
+    torch.testing.assert_close(after, expected)
+    torch.testing.assert_close(one[:, 0], (expected @ x["C"][:, 0].repeat_interleave(2, 1).unsqueeze(-1)).squeeze(-1))
+    leaves = [value.requires_grad_() for value in (*x.values(), A, D, initial)]
+
+    def run(x, dt, B, C, A, D, initial):
+        return ssd_state(x, dt, A, B, C, D, initial, chunk_size=4)
+
+    assert gradcheck(run, leaves, fast_mode=True)
+    with pytest.raises(ValueError, match=r"initial: expected \(B, H, P, N\) = \(2, 4, 3, 5\), got \(2, 4, 5, 3\)"):
+        run(*leaves[:-1], initial.mT)
 
 
 def test_by_hand():
