@@ -1,6 +1,7 @@
 """Predict with a trained model: `python tools/predict.py CONFIG CHECKPOINT INPUT --out DIR`.
 
-INPUT is an image or a folder of images; for occupancy voxels (.bin), for video clips (.npy).
+INPUT is an image or a folder of images; for occupancy voxels (.bin), for next frames clips (.npy), for segmentation of
+clips and for frames between frames a video or a folder of frames.
 """
 
 import json
