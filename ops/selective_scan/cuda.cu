@@ -311,3 +311,421 @@ __global__ void __launch_bounds__(kThreads)
   dskip_[bsg * D + p.c] = dskip;
   dbias_[bsg * D + p.c] = dbias;
 }
+
+// --- one state a channel ---------------------------------------------------------------------------------------------
+//
+// A block walks the steps in spans. Of a span a thread has V channels and kOwn steps: `kLanes` threads are neighbours
+// in the channels, kSlices in the steps. Each scans its steps from zero; a thread per channel joins the slices; then
+// each adds what comes from the steps before its own, or behind them.
+
+constexpr int kOwn = 4;
+
+// What the steps of a span share between channels: kColumns low-rank step sizes, B and C, one behind the other.
+template <class T, int kLanes, int kColumns>
+struct Span {
+  static constexpr int kSlices = kThreads / kLanes, kSteps = kSlices * kOwn, kPitch = kSteps + 4;
+  alignas(16) T columns[kColumns][kPitch];
+  alignas(16) int tokens[2][kSteps];  // of this span, and of the one that comes next
+
+  // The token of step `threadIdx.x`; behind the last step the last one's, whose values count nothing.
+  static __device__ __forceinline__ int token(const Order& order, const Place& p, i64 start) {
+    const i64 t = smaller(start + threadIdx.x % kSteps, p.end - 1);
+    return static_cast<int>(order.token(p.b, p.g, larger(t, p.begin)));
+  }
+  __device__ __forceinline__ void keep(int parity, int token) {
+    if (threadIdx.x < kSteps) tokens[parity][threadIdx.x] = token;
+  }
+  template <int R, class S>
+  __device__ __forceinline__ void stage(const Tokens<const S>& dt, const Tokens<const S>& B, const Tokens<const S>& C,
+                                        int parity, int count) {
+    constexpr int kAtOnce = kThreads / 8, kRounds = kSteps / kAtOnce;  // 8 threads a step
+    const int row = threadIdx.x / 8;
+    Pack<S, 1> values[(kColumns + 7) / 8][kRounds];
+#pragma unroll
+    for (int first = 0; first < kColumns; first += 8) {
+      const int k = smaller<int>(first + threadIdx.x % 8, kColumns - 1);
+      const Tokens<const S> from = k < R ? dt : k == R ? B : C;
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        values[first / 8][i] = read<1>(from.at(tokens[parity][i * kAtOnce + row]) + (k < R ? k : 0));
+      }
+    }
+#pragma unroll
+    for (int first = 0; first < kColumns; first += 8) {
+      const int k = first + threadIdx.x % 8;
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        const int step = i * kAtOnce + row;
+        if (k < kColumns) columns[k][step] = step < count ? get<T>(values[first / 8][i].x) : T(0);
+      }
+    }
+  }
+};
+
+// What a thread of a block for one state works on.
+template <int kLanes, int V>
+struct Corner {
+  static constexpr int kWidth = kLanes * V;  // channels of a block
+  int lane = threadIdx.x % kLanes, slice = threadIdx.x / kLanes, own = slice * kOwn;
+  i64 first, c;  // the block's first channel and the thread's: threads behind the last repeat it
+  bool active;
+  __device__ __forceinline__ Corner(i64 D, i64 blocks)
+      : first(blockIdx.x % static_cast<unsigned>(blocks) * kWidth),
+        c(smaller(first + lane * V, D - V)),
+        active(c == first + lane * V) {}
+};
+
+template <int V, class T>
+__device__ __forceinline__ void load_channels(T (&out)[V], const T* values, i64 at) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) out[v] = T(0);
+  if (values) unpack(out, read<V>(values + at));
+}
+
+// The step sizes of a thread: of the low-rank rows at `low`, or of its own values before softplus, `delta`. Weights are
+// read anew for each span: they are in the cache, and too many for the registers.
+template <bool kSoftplus, int R, int kPitch, int V, class T>
+__device__ __forceinline__ void step_sizes(T (&delta)[kOwn][V], const T (*low)[kPitch], const T* weight, i64 D,
+                                           const T* bias_, i64 at) {
+  T bias[V];
+  load_channels(bias, bias_, at);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) delta[i][v] = R ? bias[v] : delta[i][v] + bias[v];
+  }
+#pragma unroll 2
+  for (int r = 0; r < R; ++r) {
+    T x[kOwn], w[V];
+    load(x, low[r]);
+    unpack(w, read<V>(weight + r * D));
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) delta[i][v] += x[i] * w[v];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) delta[i][v] = kSoftplus ? softplus(delta[i][v]) : delta[i][v];
+  }
+}
+
+// Sums of a slice's steps over the threads that share it, to `out`, a column of a span.
+template <int kLanes, class T, class At>
+__device__ __forceinline__ void span_sums(T* out, const T (&parts)[kOwn], const At& at) {
+  const T sum = warp_sums<kOwn, kLanes / 2>(parts);
+  if (at.lane % (kLanes / kOwn) == 0) out[at.own + at.lane * kOwn / kLanes] = sum;
+}
+
+// As `forward`, for N = 1. A token's rows must lie less than 2^32 bytes apart, and V channels be aligned.
+template <class S, class T, int R, int V, int kLanes, bool kSoftplus, bool kEnds>
+__global__ void __launch_bounds__(kThreads, 6)
+    forward_one(const S* __restrict__ u_, i64 u_batch, i64 u_token, i64 u_group, const S* __restrict__ dt_,
+                i64 dt_batch, i64 dt_token, i64 dt_group, const S* __restrict__ B_, i64 B_batch, i64 B_token,
+                i64 B_group, const S* __restrict__ C_, i64 C_batch, i64 C_token, i64 C_group, const T* __restrict__ A_,
+                const T* __restrict__ skip_, const T* __restrict__ weight_, const T* __restrict__ bias_,
+                const int* __restrict__ order_, i64 order_batch, i64 G, i64 D, i64 steps, i64 blocks, i64 segments,
+                i64 segment_steps, T* __restrict__ boundary, T* __restrict__ sums, T* __restrict__ states,
+                S* __restrict__ y_, i64 y_batch, i64 y_token, i64 y_group, T* __restrict__ merged) {
+  constexpr int kColumns = R + 1 + !kEnds, kWidth = kLanes * V;
+  using Rows = Span<T, kLanes, kColumns>;
+  __shared__ Rows span;
+  alignas(16) __shared__ T decays[Rows::kSlices][kWidth], ends[Rows::kSlices][kWidth];
+  const Place p(G, D, steps, blocks, segments, segment_steps);
+  if (kEnds && p.segment == segments - 1) return;  // no segment begins where it ends
+  const Order order{order_, order_batch, steps};
+  const Corner<kLanes, V> at(D, blocks);
+  const Tokens<const S> u(u_, p.b * u_batch + p.g * u_group + at.c, u_token);
+  const Tokens<const S> dt(dt_, p.b * dt_batch + p.g * dt_group + (R ? 0 : at.c), dt_token);
+  const Tokens<const S> B(B_, p.b * B_batch + p.g * B_group, B_token), C(C_, p.b * C_batch + p.g * C_group, C_token);
+  const Tokens<S> y(y_, p.b * y_batch + p.g * y_group + at.c, y_token);
+  const Tokens<T> sum(merged, p.b * y_batch + at.c, y_token);
+  T A[V], skip[V];
+  load_channels(A, A_, p.g * D + at.c);
+  load_channels(skip, skip_, p.g * D + at.c);
+  const T* weight = weight_ + p.g * R * D + at.c;
+  // The channel that a thread joins, its rate, its state before a span, and the sum of its step sizes.
+  const i64 channel = at.first + threadIdx.x;
+  const bool joins = threadIdx.x < kWidth && channel < D;
+  const T rate = joins ? A_[p.g * D + channel] : T(0);
+  T state = !kEnds && boundary && joins ? boundary[p.index * D + channel] : T(0), total = 0;
+  int parity = 0;
+  span.keep(0, span.token(order, p, p.begin));
+  __syncthreads();
+  for (i64 start = p.begin; start < p.end; start += Rows::kSteps, parity ^= 1) {
+    const int count = static_cast<int>(smaller<i64>(Rows::kSteps, p.end - start));
+    const int next = span.token(order, p, start + Rows::kSteps);
+    // Later: what a step puts out but for the state before the slice, and the weight of that state in it.
+    T x[kOwn][V], delta[kOwn][V];
+    Pack<S, V> us[kOwn], dts[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      us[i] = read<V>(u.at(span.tokens[parity][at.own + i]));
+      if (!R) dts[i] = read<V>(dt.at(span.tokens[parity][at.own + i]));
+    }
+    span.template stage<R>(dt, B, C, parity, count);
+    __syncthreads();
+    span.keep(parity ^ 1, next);
+#pragma unroll
+    for (int i = 0; i < kOwn && !R; ++i) unpack(delta[i], dts[i]);
+    const auto low = reinterpret_cast<const T(*)[Rows::kPitch]>(&span.columns[0][at.own]);
+    step_sizes<kSoftplus, R>(delta, low, weight, D, bias_, p.g * D + at.c);
+    T inputs[kOwn], outputs[kOwn], decay[V], h[V] = {};
+    load(inputs, low[R]);
+    load(outputs, low[kColumns - 1]);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) unpack(x[i], us[i]);
+#pragma unroll
+    for (int v = 0; v < V; ++v) decay[v] = kEnds ? T(0) : T(1);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const T a = exp2_(delta[i][v] * A[v]);
+        h[v] = a * h[v] + delta[i][v] * x[i][v] * inputs[i];
+        decay[v] = kEnds ? decay[v] + delta[i][v] : decay[v] * a;
+        x[i][v] = skip[v] * x[i][v] + outputs[i] * h[v];
+        delta[i][v] = outputs[i] * decay[v];
+      }
+    }
+    store(&decays[at.slice][at.lane * V], decay);
+    store(&ends[at.slice][at.lane * V], h);
+    __syncthreads();
+    if (joins) {
+      const i64 index = (p.b * G + p.g) * ((steps + Rows::kSteps - 1) / Rows::kSteps) + start / Rows::kSteps;
+      if (!kEnds && states) states[index * D + channel] = state;
+#pragma unroll
+      for (int i = 0; i < Rows::kSlices; ++i) {
+        const T end = ends[i][threadIdx.x], gain = decays[i][threadIdx.x];
+        if (kEnds) total += gain;
+        ends[i][threadIdx.x] = state;
+        state = (kEnds ? exp2_(gain * rate) : gain) * state + end;
+      }
+    }
+    if (kEnds) continue;
+    __syncthreads();
+    T before[V];
+    load(before, &ends[at.slice][at.lane * V]);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (!at.active || at.own + i >= count) continue;
+      const int token = span.tokens[parity][at.own + i];
+#pragma unroll
+      for (int v = 0; v < V; ++v) x[i][v] += delta[i][v] * before[v];
+      if (merged) {
+        add(sum.at(token), x[i]);
+      } else {
+        write(y.at(token), x[i]);
+      }
+    }
+  }
+  if (!kEnds || !joins) return;
+  boundary[p.index * D + channel] = state;
+  sums[p.index * D + channel] = total;
+}
+
+// As `backward` (kEnds: as `adjoint_ends`), for N = 1.
+template <class S, class T, int R, int V, int kLanes, bool kSoftplus, bool kEnds>
+__global__ void __launch_bounds__(kThreads, 4)
+    backward_one(const S* __restrict__ dy_, i64 dy_batch, i64 dy_token, i64 dy_group, const S* __restrict__ u_,
+                 i64 u_batch, i64 u_token, i64 u_group, const S* __restrict__ dt_, i64 dt_batch, i64 dt_token,
+                 i64 dt_group, const S* __restrict__ B_, i64 B_batch, i64 B_token, i64 B_group,
+                 const S* __restrict__ C_, i64 C_batch, i64 C_token, i64 C_group, const T* __restrict__ A_,
+                 const T* __restrict__ skip_, const T* __restrict__ weight_, const T* __restrict__ bias_,
+                 const int* __restrict__ order_, i64 order_batch, i64 batch, i64 L, i64 G, i64 D, i64 steps, i64 blocks,
+                 i64 segments, i64 segment_steps, T* __restrict__ boundary, T* __restrict__ sums,
+                 const T* __restrict__ states, S* __restrict__ du_, S* __restrict__ ddt_, T* __restrict__ dA_,
+                 T* __restrict__ dB_, T* __restrict__ dC_, T* __restrict__ dskip_, T* __restrict__ dlow_,
+                 T* __restrict__ dweight_, T* __restrict__ dbias_) {
+  constexpr int kColumns = R + 2, kWidth = kLanes * V;
+  using Rows = Span<T, kLanes, kColumns>;
+  __shared__ Rows span;
+  alignas(16) __shared__ T decays[Rows::kSlices][kWidth], ends[Rows::kSlices][kWidth], begins[Rows::kSlices][kWidth];
+  // Sums over channels of each step, as the columns lie; ddelta of a span; sums over steps.
+  alignas(16) __shared__ T found[kEnds ? 1 : kColumns][Rows::kPitch], ddeltas[kEnds ? 1 : Rows::kSteps][kWidth];
+  alignas(16) __shared__ T dweight[kEnds ? 1 : R + 1][kWidth];
+  const Place p(G, D, steps, blocks, segments, segment_steps);
+  if (kEnds && p.segment == 0) return;  // no segment ends where it begins
+  const Order order{order_, order_batch, steps};
+  const Corner<kLanes, V> at(D, blocks);
+  const Tokens<const S> dy(dy_, p.b * dy_batch + p.g * dy_group + at.c, dy_token);
+  const Tokens<const S> u(u_, p.b * u_batch + p.g * u_group + at.c, u_token);
+  const Tokens<const S> dt(dt_, p.b * dt_batch + p.g * dt_group + (R ? 0 : at.c), dt_token);
+  const Tokens<const S> B(B_, p.b * B_batch + p.g * B_group, B_token), C(C_, p.b * C_batch + p.g * C_group, C_token);
+  const Tokens<S> du(du_, (p.b * L * G + p.g) * D + at.c, G * D), ddt(ddt_, (p.b * L * G + p.g) * D + at.c, G * D);
+  T dA[V] = {}, dskip[V] = {};
+  const T* weight = weight_ + p.g * R * D + at.c;
+  for (int i = threadIdx.x; i < (R + 1) * kWidth && !kEnds; i += kThreads) dweight[i / kWidth][i % kWidth] = 0;
+  // The channel that a thread joins; its adjoint state behind a span, and the sum of its step sizes.
+  const i64 channel = at.first + threadIdx.x;
+  const bool joins = threadIdx.x < kWidth && channel < D;
+  const T rate = joins ? A_[p.g * D + channel] : T(0);
+  T adjoint = !kEnds && boundary && joins ? boundary[p.index * D + channel] : T(0), total = 0;
+  int parity = 0;
+  const i64 last = p.begin + (p.end - p.begin - 1) / Rows::kSteps * Rows::kSteps;
+  span.keep(0, span.token(order, p, last));
+  __syncthreads();
+  for (i64 start = last; start >= p.begin; start -= Rows::kSteps, parity ^= 1) {
+    const int count = static_cast<int>(smaller<i64>(Rows::kSteps, p.end - start));
+    const int next = span.token(order, p, start - Rows::kSteps);
+    T x[kOwn][V], dys[kOwn][V], delta[kOwn][V];
+    Pack<S, V> us[kOwn], dts[kOwn], dy_own[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int token = span.tokens[parity][at.own + i];
+      dy_own[i] = read<V>(dy.at(token));
+      if (!kEnds) us[i] = read<V>(u.at(token));
+      if (!R) dts[i] = read<V>(dt.at(token));
+    }
+    span.template stage<R>(dt, B, C, parity, count);
+    const i64 index = (p.b * G + p.g) * ((steps + Rows::kSteps - 1) / Rows::kSteps) + start / Rows::kSteps;
+    T state = !kEnds && joins ? states[index * D + channel] : T(0);
+    __syncthreads();
+    span.keep(parity ^ 1, next);
+#pragma unroll
+    for (int i = 0; i < kOwn && !R; ++i) unpack(delta[i], dts[i]);
+    const auto low = reinterpret_cast<const T(*)[Rows::kPitch]>(&span.columns[0][at.own]);
+    step_sizes<kSoftplus, R>(delta, low, weight, D, bias_, p.g * D + at.c);
+    T inputs[kOwn], outputs[kOwn], decay[V], h[V] = {}, carried[V] = {}, A[V];
+    load_channels(A, A_, p.g * D + at.c);
+    load(inputs, low[R]);
+    load(outputs, low[R + 1]);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      unpack(dys[i], dy_own[i]);
+      if (!kEnds) unpack(x[i], us[i]);
+#pragma unroll
+      for (int v = 0; v < V; ++v) dys[i][v] = at.active && at.own + i < count ? dys[i][v] : T(0);
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      T a[kOwn];
+      decay[v] = kEnds ? T(0) : T(1);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        a[i] = exp2_(delta[i][v] * A[v]);
+        if (!kEnds) h[v] = a[i] * h[v] + delta[i][v] * x[i][v] * inputs[i];
+        decay[v] = kEnds ? decay[v] + delta[i][v] : decay[v] * a[i];
+      }
+#pragma unroll
+      for (int i = kOwn - 1; i >= 0; --i) carried[v] = a[i] * (carried[v] + outputs[i] * dys[i][v]);
+    }
+    store(&decays[at.slice][at.lane * V], decay);
+    store(&begins[at.slice][at.lane * V], carried);
+    if (!kEnds) store(&ends[at.slice][at.lane * V], h);
+    __syncthreads();
+    if (joins) {
+#pragma unroll
+      for (int i = 0; i < Rows::kSlices; ++i) {
+        const int j = Rows::kSlices - 1 - i;
+        const T begin = begins[j][threadIdx.x], behind = decays[j][threadIdx.x];
+        if (kEnds) total += behind;
+        begins[j][threadIdx.x] = adjoint;
+        adjoint = (kEnds ? exp2_(behind * rate) : behind) * adjoint + begin;
+        if (kEnds) continue;
+        const T end = ends[i][threadIdx.x], gain = decays[i][threadIdx.x];
+        ends[i][threadIdx.x] = state;
+        state = gain * state + end;
+      }
+    }
+    if (kEnds) continue;
+    __syncthreads();
+    T skip[V];
+    load_channels(skip, skip_, p.g * D + at.c);
+    load_channels(A, A_, p.g * D + at.c);  // anew, like the decays below: registers are dearer
+    load(carried, &begins[at.slice][at.lane * V]);
+    load(h, &ends[at.slice][at.lane * V]);
+    load(inputs, low[R]);
+    load(outputs, low[R + 1]);
+    T dBs[kOwn] = {}, dCs[kOwn] = {};
+#pragma unroll
+    for (int v = 0; v < V; ++v) {  // a channel after the other, for want of registers
+      T kept[kOwn];                // what a step keeps of the state before
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        kept[i] = exp2_(delta[i][v] * A[v]) * h[v];
+        h[v] = kept[i] + delta[i][v] * x[i][v] * inputs[i];
+        dCs[i] += dys[i][v] * h[v];
+      }
+#pragma unroll
+      for (int i = kOwn - 1; i >= 0; --i) {
+        const T own = delta[i][v], value = x[i][v], g = carried[v] + outputs[i] * dys[i][v];
+        const T dinput = g * inputs[i], through_decay = g * kept[i];
+        carried[v] = g * exp2_(own * A[v]);
+        dBs[i] += g * (own * value);
+        dA[v] += through_decay * own;
+        dskip[v] += dys[i][v] * value;
+        x[i][v] = dinput * own + skip[v] * dys[i][v];
+        // A counts in units of log2(e); d softplus(x) / dx = 1 - exp(-softplus(x))
+        const T slope = kSoftplus ? one_less_exp(own) : T(1);
+        delta[i][v] = (through_decay * A[v] * T(0.6931471805599453) + dinput * value) * slope;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      store(&ddeltas[at.own + i][at.lane * V], delta[i]);
+      if (!at.active || at.own + i >= count) continue;
+      const int token = span.tokens[parity][at.own + i];
+      write(du.at(token), x[i]);
+      if (!R) write(ddt.at(token), delta[i]);
+    }
+    span_sums<kLanes>(found[R], dBs, at);
+    span_sums<kLanes>(found[R + 1], dCs, at);
+#pragma unroll 1
+    for (int r = 0; r < R; ++r) {
+      T parts[kOwn] = {}, w[V];
+      unpack(w, read<V>(weight + r * D));
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) parts[i] += delta[i][v] * w[v];
+      }
+      span_sums<kLanes>(found[r], parts, at);
+    }
+    __syncthreads();
+    for (int r = at.slice; r <= R; r += Rows::kSlices) {  // the bias has rank R, so to say
+      T parts[V];
+      load(parts, &dweight[r][at.lane * V]);
+#pragma unroll 4
+      for (int i = 0; i < Rows::kSteps; ++i) {
+        T values[V];
+        load(values, &ddeltas[i][at.lane * V]);
+#pragma unroll
+        for (int v = 0; v < V; ++v) parts[v] += r < R ? values[v] * span.columns[r][i] : values[v];
+      }
+      store(&dweight[r][at.lane * V], parts);
+    }
+    const i64 tokens = (blockIdx.x % static_cast<unsigned>(blocks) * batch + p.b) * L;
+    for (int i = threadIdx.x; i < count * 8; i += kThreads) {
+      const i64 row = (tokens + span.tokens[parity][i / 8]) * G + p.g;
+#pragma unroll
+      for (int k = i % 8; k < kColumns; k += 8) {
+        T* to = k < R ? dlow_ + row * R + k : k == R ? dB_ + row : dC_ + row;
+        *to = found[k][i / 8];
+      }
+    }
+    __syncthreads();
+  }
+  if (kEnds && joins) {
+    boundary[p.index * D + channel] = adjoint;
+    sums[p.index * D + channel] = total;
+  }
+  if (kEnds) return;
+  // The sums over steps of the slices.
+  store(&decays[at.slice][at.lane * V], dA);
+  store(&ends[at.slice][at.lane * V], dskip);
+  __syncthreads();
+  if (!joins) return;
+  const i64 bsg = (p.b * segments + p.segment) * G + p.g;
+  T all[2] = {};
+  for (int i = 0; i < Rows::kSlices; ++i) {
+    all[0] += decays[i][threadIdx.x];
+    all[1] += ends[i][threadIdx.x];
+  }
+  dA_[bsg * D + channel] = all[0];
+  dskip_[bsg * D + channel] = all[1];
+  dbias_[bsg * D + channel] = dweight[R][threadIdx.x];
+  for (int r = 0; r < R; ++r) dweight_[(bsg * R + r) * D + channel] = dweight[r][threadIdx.x];
+}

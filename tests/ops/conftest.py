@@ -34,7 +34,8 @@ def emulated_kernel(op, name):
         command = [compile_cpu.find_compiler(), "-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{compile_cpu.OPS}"]
         command += [f"-D{name}={value}" for name, value in compile_cuda.MACROS.items()]
         command += ["-x", "c++", "-", "-o", str(partial)]
-        subprocess.run(command, input=source, text=True, check=True, capture_output=True)
+        done = subprocess.run(command, input=source, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr[:4000]
         partial.rename(library)
     run = ctypes.CDLL(str(library)).run
     run.argtypes = (ctypes.c_longlong, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))

@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -125,6 +126,26 @@ T atomicAdd(T* p, T x) {
 }
 
 #include "device.cuh"
+
+template <int V, class S>
+Pack<S, V> read(const S* p) {
+  if (reinterpret_cast<std::uintptr_t>(p) % alignof(Pack<S, V>)) std::fprintf(stderr, "misaligned\n"), std::abort();
+  return *reinterpret_cast<const Pack<S, V>*>(p);
+}
+template <class S, class T, int V>
+void write(S* p, const T (&x)[V]) {
+  if (reinterpret_cast<std::uintptr_t>(p) % alignof(Pack<S, V>)) std::fprintf(stderr, "misaligned\n"), std::abort();
+  *reinterpret_cast<Pack<S, V>*>(p) = packed<S>(x);
+}
+template <class T, int V>
+void add(T* p, const T (&x)[V]) {
+  for (int v = 0; v < V; ++v) atomicAdd(p + v, x[v]);
+}
+template <class S>
+S* advance(S* p, int row, unsigned bytes) {
+  const auto offset = static_cast<unsigned long long>(static_cast<unsigned>(row)) * bytes;
+  return reinterpret_cast<S*>(reinterpret_cast<std::uintptr_t>(p) + offset);
+}
 
 inline float widen(bfloat16 x) {
   const unsigned bits = static_cast<unsigned>(x.bits) << 16;
