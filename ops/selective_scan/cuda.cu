@@ -335,19 +335,26 @@ struct Span {
   __device__ __forceinline__ void keep(int parity, int token) {
     if (threadIdx.x < kSteps) tokens[parity][threadIdx.x] = token;
   }
+  // Column k: rank k of `low`, then B, then C.
   template <int R, class S>
-  __device__ __forceinline__ void stage(const Tokens<const S>& dt, const Tokens<const S>& B, const Tokens<const S>& C,
+  static __device__ __forceinline__ Tokens<S> column(const Tokens<S>& low, const Tokens<S>& B, const Tokens<S>& C,
+                                                     int k) {
+    Tokens<S> out = k < R ? low : k == R ? B : C;
+    out.data += k < R ? k : 0;
+    return out;
+  }
+  static constexpr int kAtOnce = kThreads / 8, kRounds = kSteps / kAtOnce;  // 8 threads a step
+  template <int R, class S>
+  __device__ __forceinline__ void stage(const Tokens<const S>& low, const Tokens<const S>& B, const Tokens<const S>& C,
                                         int parity, int count) {
-    constexpr int kAtOnce = kThreads / 8, kRounds = kSteps / kAtOnce;  // 8 threads a step
     const int row = threadIdx.x / 8;
     Pack<S, 1> values[(kColumns + 7) / 8][kRounds];
 #pragma unroll
     for (int first = 0; first < kColumns; first += 8) {
-      const int k = smaller<int>(first + threadIdx.x % 8, kColumns - 1);
-      const Tokens<const S> from = k < R ? dt : k == R ? B : C;
+      const auto from = column<R>(low, B, C, smaller<int>(first + threadIdx.x % 8, kColumns - 1));
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
-        values[first / 8][i] = read<1>(from.at(tokens[parity][i * kAtOnce + row]) + (k < R ? k : 0));
+        values[first / 8][i] = read<1>(from.at(tokens[parity][i * kAtOnce + row]));
       }
     }
 #pragma unroll
@@ -357,6 +364,20 @@ struct Span {
       for (int i = 0; i < kRounds; ++i) {
         const int step = i * kAtOnce + row;
         if (k < kColumns) columns[k][step] = step < count ? get<T>(values[first / 8][i].x) : T(0);
+      }
+    }
+  }
+  template <int R>
+  __device__ __forceinline__ void put_back(const T (*found)[kPitch], const Tokens<T>& low, const Tokens<T>& B,
+                                           const Tokens<T>& C, int parity, int count) const {
+#pragma unroll
+    for (int first = 0; first < kColumns; first += 8) {
+      const int k = first + threadIdx.x % 8;
+      const auto to = column<R>(low, B, C, k);
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        const int step = i * kAtOnce + threadIdx.x / 8;
+        if (k < kColumns && step < count) *to.at(tokens[parity][step]) = found[k][step];
       }
     }
   }
@@ -382,10 +403,30 @@ __device__ __forceinline__ void load_channels(T (&out)[V], const T* values, i64 
   if (values) unpack(out, read<V>(values + at));
 }
 
-// The step sizes of a thread: of the low-rank rows at `low`, or of its own values before softplus, `delta`. Weights are
-// read anew for each span: they are in the cache, and too many for the registers.
-template <bool kSoftplus, int R, int kPitch, int V, class T>
-__device__ __forceinline__ void step_sizes(T (&delta)[kOwn][V], const T (*low)[kPitch], const T* weight, i64 D,
+// Weights of low-rank step sizes, for a block: in shared memory where they fit beside the rest, else read where they
+// lie.
+template <class T, int R, int V, int kLanes, bool kShared>
+struct Weights {
+  static constexpr int kWidth = kLanes * V;
+  alignas(16) T rows[kShared && R ? R : 1][kWidth];
+  __device__ __forceinline__ void stage(const T* weight, const Corner<kLanes, V>& at, i64 D) {
+    for (int i = threadIdx.x; kShared && i < R * kWidth; i += kThreads) {
+      rows[i / kWidth][i % kWidth] = weight[i / kWidth * D + smaller(at.first + i % kWidth, D - 1)];
+    }
+  }
+  __device__ __forceinline__ void row(T (&out)[V], int r, const T* weight, const Corner<kLanes, V>& at, i64 D) const {
+    if (kShared) {
+      load(out, &rows[r][at.lane * V]);
+    } else {
+      unpack(out, read<V>(weight + r * D + at.c));
+    }
+  }
+};
+
+// The step sizes of a thread: of the low-rank rows at `low` with `weights(w, r)`, or of its own values before softplus,
+// `delta`.
+template <bool kSoftplus, int R, int kUnroll, int kPitch, int V, class T, class W>
+__device__ __forceinline__ void step_sizes(T (&delta)[kOwn][V], const T (*low)[kPitch], const W& weights,
                                            const T* bias_, i64 at) {
   T bias[V];
   load_channels(bias, bias_, at);
@@ -394,11 +435,11 @@ __device__ __forceinline__ void step_sizes(T (&delta)[kOwn][V], const T (*low)[k
 #pragma unroll
     for (int v = 0; v < V; ++v) delta[i][v] = R ? bias[v] : delta[i][v] + bias[v];
   }
-#pragma unroll 2
+#pragma unroll kUnroll
   for (int r = 0; r < R; ++r) {
     T x[kOwn], w[V];
     load(x, low[r]);
-    unpack(w, read<V>(weight + r * D));
+    weights(w, r);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
 #pragma unroll
@@ -432,6 +473,7 @@ __global__ void __launch_bounds__(kThreads, 6)
   constexpr int kColumns = R + 1 + !kEnds, kWidth = kLanes * V;
   using Rows = Span<T, kLanes, kColumns>;
   __shared__ Rows span;
+  __shared__ Weights<T, R, V, kLanes, true> weights;
   alignas(16) __shared__ T decays[Rows::kSlices][kWidth], ends[Rows::kSlices][kWidth];
   const Place p(G, D, steps, blocks, segments, segment_steps);
   if (kEnds && p.segment == segments - 1) return;  // no segment begins where it ends
@@ -445,7 +487,9 @@ __global__ void __launch_bounds__(kThreads, 6)
   T A[V], skip[V];
   load_channels(A, A_, p.g * D + at.c);
   load_channels(skip, skip_, p.g * D + at.c);
-  const T* weight = weight_ + p.g * R * D + at.c;
+  const T* weight = weight_ + p.g * R * D;
+  weights.stage(weight, at, D);
+  const auto weight_row = [&](T(&out)[V], int r) { weights.row(out, r, weight, at, D); };
   // The channel that a thread joins, its rate, its state before a span, and the sum of its step sizes.
   const i64 channel = at.first + threadIdx.x;
   const bool joins = threadIdx.x < kWidth && channel < D;
@@ -471,7 +515,7 @@ __global__ void __launch_bounds__(kThreads, 6)
 #pragma unroll
     for (int i = 0; i < kOwn && !R; ++i) unpack(delta[i], dts[i]);
     const auto low = reinterpret_cast<const T(*)[Rows::kPitch]>(&span.columns[0][at.own]);
-    step_sizes<kSoftplus, R>(delta, low, weight, D, bias_, p.g * D + at.c);
+    step_sizes<kSoftplus, R, R ? R : 1>(delta, low, weight_row, bias_, p.g * D + at.c);
     T inputs[kOwn], outputs[kOwn], decay[V], h[V] = {};
     load(inputs, low[R]);
     load(outputs, low[kColumns - 1]);
@@ -540,8 +584,10 @@ __global__ void __launch_bounds__(kThreads, 4)
                  T* __restrict__ dB_, T* __restrict__ dC_, T* __restrict__ dskip_, T* __restrict__ dlow_,
                  T* __restrict__ dweight_, T* __restrict__ dbias_) {
   constexpr int kColumns = R + 2, kWidth = kLanes * V;
+  constexpr bool kShared = R <= 24;
   using Rows = Span<T, kLanes, kColumns>;
   __shared__ Rows span;
+  __shared__ Weights<T, R, V, kLanes, kShared> weights;
   alignas(16) __shared__ T decays[Rows::kSlices][kWidth], ends[Rows::kSlices][kWidth], begins[Rows::kSlices][kWidth];
   // Sums over channels of each step, as the columns lie; ddelta of a span; sums over steps.
   alignas(16) __shared__ T found[kEnds ? 1 : kColumns][Rows::kPitch], ddeltas[kEnds ? 1 : Rows::kSteps][kWidth];
@@ -555,8 +601,12 @@ __global__ void __launch_bounds__(kThreads, 4)
   const Tokens<const S> dt(dt_, p.b * dt_batch + p.g * dt_group + (R ? 0 : at.c), dt_token);
   const Tokens<const S> B(B_, p.b * B_batch + p.g * B_group, B_token), C(C_, p.b * C_batch + p.g * C_group, C_token);
   const Tokens<S> du(du_, (p.b * L * G + p.g) * D + at.c, G * D), ddt(ddt_, (p.b * L * G + p.g) * D + at.c, G * D);
+  const i64 row = (blockIdx.x % static_cast<unsigned>(blocks) * batch + p.b) * L * G + p.g;
+  const Tokens<T> dlow(dlow_, row * R, G * R), dB(dB_, row, G), dC(dC_, row, G);
   T dA[V] = {}, dskip[V] = {};
-  const T* weight = weight_ + p.g * R * D + at.c;
+  const T* weight = weight_ + p.g * R * D;
+  weights.stage(weight, at, D);
+  const auto weight_row = [&](T(&out)[V], int r) { weights.row(out, r, weight, at, D); };
   for (int i = threadIdx.x; i < (R + 1) * kWidth && !kEnds; i += kThreads) dweight[i / kWidth][i % kWidth] = 0;
   // The channel that a thread joins; its adjoint state behind a span, and the sum of its step sizes.
   const i64 channel = at.first + threadIdx.x;
@@ -587,7 +637,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
     for (int i = 0; i < kOwn && !R; ++i) unpack(delta[i], dts[i]);
     const auto low = reinterpret_cast<const T(*)[Rows::kPitch]>(&span.columns[0][at.own]);
-    step_sizes<kSoftplus, R>(delta, low, weight, D, bias_, p.g * D + at.c);
+    step_sizes<kSoftplus, R, R && kShared ? R : 2>(delta, low, weight_row, bias_, p.g * D + at.c);
     T inputs[kOwn], outputs[kOwn], decay[V], h[V] = {}, carried[V] = {}, A[V];
     load_channels(A, A_, p.g * D + at.c);
     load(inputs, low[R]);
@@ -676,7 +726,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll 1
     for (int r = 0; r < R; ++r) {
       T parts[kOwn] = {}, w[V];
-      unpack(w, read<V>(weight + r * D));
+      weight_row(w, r);
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
 #pragma unroll
@@ -692,20 +742,13 @@ __global__ void __launch_bounds__(kThreads, 4)
       for (int i = 0; i < Rows::kSteps; ++i) {
         T values[V];
         load(values, &ddeltas[i][at.lane * V]);
+        const T low = r < R ? span.columns[r][i] : T(1);
 #pragma unroll
-        for (int v = 0; v < V; ++v) parts[v] += r < R ? values[v] * span.columns[r][i] : values[v];
+        for (int v = 0; v < V; ++v) parts[v] += values[v] * low;
       }
       store(&dweight[r][at.lane * V], parts);
     }
-    const i64 tokens = (blockIdx.x % static_cast<unsigned>(blocks) * batch + p.b) * L;
-    for (int i = threadIdx.x; i < count * 8; i += kThreads) {
-      const i64 row = (tokens + span.tokens[parity][i / 8]) * G + p.g;
-#pragma unroll
-      for (int k = i % 8; k < kColumns; k += 8) {
-        T* to = k < R ? dlow_ + row * R + k : k == R ? dB_ + row : dC_ + row;
-        *to = found[k][i / 8];
-      }
-    }
+    span.template put_back<R>(found, dlow, dB, dC, parity, count);
     __syncthreads();
   }
   if (kEnds && joins) {
