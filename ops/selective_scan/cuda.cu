@@ -16,14 +16,25 @@
 
 constexpr int kChunk = LINZOO_CHUNK;
 
-// Rows of K values of the steps [start, start + count), as T, into shared memory; by the whole block.
-template <int K, class T, class S>
-__device__ __forceinline__ void stage(T (*out)[K], const Rows<S>& rows, const Order& order, const Place& p, i64 start,
-                                      int count) {
-  for (int i = threadIdx.x; i < count * K; i += blockDim.x) {
-    out[i / K][i % K] = get<T>(rows.at(p.b, order.token(p.b, p.g, start + i / K), p.g) + i % K);
+// The tokens of a chunk's steps, and rows of them in shared memory. Behind the last step the tokens are the last one's,
+// the rows 0: such steps add nothing to what is summed, and what they put out is not written.
+struct Chunk {
+  int tokens[2][kChunk];  // of this chunk, and of the one that comes next
+  static __device__ __forceinline__ int token(const Order& order, const Place& p, i64 start) {
+    const i64 t = smaller(start + threadIdx.x % kChunk, p.end - 1);
+    return static_cast<int>(order.token(p.b, p.g, larger(t, p.begin)));
   }
-}
+  __device__ __forceinline__ void keep(int parity, int token) {
+    if (threadIdx.x < kChunk) tokens[parity][threadIdx.x] = token;
+  }
+  template <int K, class T, class S>
+  __device__ __forceinline__ void stage(T (*out)[K], const Tokens<const S>& rows, int parity, int count) const {
+    for (int i = threadIdx.x; i < kChunk * K; i += blockDim.x) {
+      const T x = get<T>(read<1>(rows.at(tokens[parity][i / K]) + i % K).x);
+      out[i / K][i % K] = i / K < count ? x : T(0);
+    }
+  }
+};
 
 // The step size of a channel: of the low-rank row `low`, or of its own value before softplus.
 template <bool kSoftplus, int R, class T>
@@ -50,12 +61,17 @@ __global__ void __launch_bounds__(kThreads)
             i64 D, i64 steps, i64 blocks, i64 segments, i64 segment_steps, T* boundary, T* sums, T* states, S* y_,
             i64 y_batch, i64 y_token, i64 y_group, T* merged) {
   constexpr int kLow = R ? R : 1;
-  __shared__ T Bs[kChunk][N], Cs[kChunk][N], lows[kChunk][kLow];
+  alignas(16) __shared__ T Bs[kChunk][N], Cs[kChunk][N], lows[kChunk][kLow];
+  __shared__ Chunk chunk;
   const Place p(G, D, steps, blocks, segments, segment_steps);
+  if (kEnds && p.segment == segments - 1) return;  // no segment begins where it ends
   const Order order{order_, order_batch, steps};
-  const Rows<const S> u{u_, u_batch, u_token, u_group}, dt{dt_, dt_batch, dt_token, dt_group};
-  const Rows<const S> B{B_, B_batch, B_token, B_group}, C{C_, C_batch, C_token, C_group};
-  const Rows<S> y{y_, y_batch, y_token, y_group};
+  const i64 c = p.active ? p.c : 0;
+  const Tokens<const S> u(u_, p.b * u_batch + p.g * u_group + c, u_token);
+  const Tokens<const S> dt(dt_, p.b * dt_batch + p.g * dt_group + (R ? 0 : c), dt_token);
+  const Tokens<const S> B(B_, p.b * B_batch + p.g * B_group, B_token), C(C_, p.b * C_batch + p.g * C_group, C_token);
+  const Tokens<S> y(y_, p.b * y_batch + p.g * y_group + c, y_token);
+  const Tokens<T> total(merged, p.b * y_batch + c, y_token);
   const i64 chunks = (steps + kChunk - 1) / kChunk;
 
   T A[N], h[N], weight[kLow], skip[1], bias[1], sum = 0;
@@ -66,47 +82,47 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int n = 0; n < N; ++n) h[n] = !kEnds && boundary && p.active ? boundary[(p.index * N + n) * D + p.c] : T(0);
 
-  for (i64 start = p.begin; start < p.end; start += kChunk) {
-    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start));
+  int parity = 0;
+  chunk.keep(0, chunk.token(order, p, p.begin));
+  __syncthreads();
+  for (i64 start = p.begin; start < p.end; start += kChunk, parity ^= 1) {
+    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start)),
+              next = chunk.token(order, p, start + kChunk);
+    Pack<S, 1> us[kChunk], own[kChunk];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      us[i] = read<1>(u.at(chunk.tokens[parity][i]));
+      if (!R) own[i] = read<1>(dt.at(chunk.tokens[parity][i]));
+    }
+    chunk.stage<N>(Bs, B, parity, count);
+    if (!kEnds) chunk.stage<N>(Cs, C, parity, count);
+    if (R) chunk.stage<kLow>(lows, dt, parity, count);
     __syncthreads();
-    stage<N>(Bs, B, order, p, start, count);
-    if (!kEnds) stage<N>(Cs, C, order, p, start, count);
-    if (R) stage<kLow>(lows, dt, order, p, start, count);
-    __syncthreads();
-    if (!p.active) continue;
-    if (!kEnds && states) {
+    chunk.keep(parity ^ 1, next);
+    if (!kEnds && states && p.active) {
 #pragma unroll
       for (int n = 0; n < N; ++n) states[(((p.b * G + p.g) * chunks + start / kChunk) * N + n) * D + p.c] = h[n];
     }
-    T us[kChunk], own[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      if (i >= count) continue;
-      const i64 l = order.token(p.b, p.g, start + i);
-      us[i] = get<T>(u.at(p.b, l, p.g) + p.c);
-      own[i] = R ? T(0) : get<T>(dt.at(p.b, l, p.g) + p.c);
-    }
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if (i >= count) continue;
-      const T delta = step_size<kSoftplus, R>(lows[i], weight, own[i], bias[0]), input = delta * us[i];
-      T out = skip[0] * us[i];
+      const T x = get<T>(us[i].x);
+      const T delta = step_size<kSoftplus, R>(lows[i], weight, R ? T(0) : get<T>(own[i].x), bias[0]), input = delta * x;
+      T out = skip[0] * x;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         h[n] = exp2_(delta * A[n]) * h[n] + input * Bs[i][n];
         if (!kEnds) out += h[n] * Cs[i][n];
       }
-      if (kEnds) {
-        sum += delta;
-        continue;
-      }
-      const i64 l = order.token(p.b, p.g, start + i);
+      sum += delta;
+      if (kEnds || !p.active || i >= count) continue;
+      const int token = chunk.tokens[parity][i];
       if (merged) {
-        atomicAdd(merged + p.b * y_batch + l * y_token + p.c, out);
+        atomicAdd(total.at(token), out);
       } else {
-        put(y.at(p.b, l, p.g) + p.c, out);
+        put(y.at(token), out);
       }
     }
+    __syncthreads();
   }
   if (kEnds && p.active) {
 #pragma unroll
@@ -124,39 +140,44 @@ __global__ void __launch_bounds__(kThreads)
                  const T* bias_, const int* order_, i64 order_batch, i64 G, i64 D, i64 steps, i64 blocks, i64 segments,
                  i64 segment_steps, T* boundary, T* sums) {
   constexpr int kLow = R ? R : 1;
-  __shared__ T Cs[kChunk][N], lows[kChunk][kLow];
+  alignas(16) __shared__ T Cs[kChunk][N], lows[kChunk][kLow];
+  __shared__ Chunk chunk;
   const Place p(G, D, steps, blocks, segments, segment_steps);
+  if (p.segment == 0) return;  // no segment ends where it begins
   const Order order{order_, order_batch, steps};
-  const Rows<const S> dy{dy_, dy_batch, dy_token, dy_group}, dt{dt_, dt_batch, dt_token, dt_group};
-  const Rows<const S> C{C_, C_batch, C_token, C_group};
+  const i64 c = p.active ? p.c : 0, last = p.begin + (p.end - p.begin - 1) / kChunk * kChunk;
+  const Tokens<const S> dy(dy_, p.b * dy_batch + p.g * dy_group + c, dy_token);
+  const Tokens<const S> dt(dt_, p.b * dt_batch + p.g * dt_group + (R ? 0 : c), dt_token);
+  const Tokens<const S> C(C_, p.b * C_batch + p.g * C_group, C_token);
 
   T A[N], carry[N] = {}, weight[kLow], bias[1], sum = 0;
   load_column(A, A_, p, D, N);
   load_column(weight, weight_, p, D, R);
   load_column(bias, bias_, p, D, 1);
-  for (i64 start = p.begin + (p.end - p.begin - 1) / kChunk * kChunk; start >= p.begin; start -= kChunk) {
-    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start));
-    __syncthreads();
-    stage<N>(Cs, C, order, p, start, count);
-    if (R) stage<kLow>(lows, dt, order, p, start, count);
-    __syncthreads();
-    if (!p.active) continue;
-    T dys[kChunk], own[kChunk];
+  int parity = 0;
+  chunk.keep(0, chunk.token(order, p, last));
+  __syncthreads();
+  for (i64 start = last; start >= p.begin; start -= kChunk, parity ^= 1) {
+    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start)),
+              next = chunk.token(order, p, start - kChunk);
+    Pack<S, 1> dys[kChunk], own[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      if (i >= count) continue;
-      const i64 l = order.token(p.b, p.g, start + i);
-      dys[i] = get<T>(dy.at(p.b, l, p.g) + p.c);
-      own[i] = R ? T(0) : get<T>(dt.at(p.b, l, p.g) + p.c);
+      dys[i] = read<1>(dy.at(chunk.tokens[parity][i]));
+      if (!R) own[i] = read<1>(dt.at(chunk.tokens[parity][i]));
     }
+    chunk.stage<N>(Cs, C, parity, count);
+    if (R) chunk.stage<kLow>(lows, dt, parity, count);
+    __syncthreads();
+    chunk.keep(parity ^ 1, next);
 #pragma unroll
     for (int i = kChunk - 1; i >= 0; --i) {
-      if (i >= count) continue;
-      const T delta = step_size<kSoftplus, R>(lows[i], weight, own[i], bias[0]);
+      const T delta = step_size<kSoftplus, R>(lows[i], weight, R ? T(0) : get<T>(own[i].x), bias[0]);
       sum += delta;
 #pragma unroll
-      for (int n = 0; n < N; ++n) carry[n] = exp2_(delta * A[n]) * (carry[n] + dys[i] * Cs[i][n]);
+      for (int n = 0; n < N; ++n) carry[n] = exp2_(delta * A[n]) * (carry[n] + get<T>(dys[i].x) * Cs[i][n]);
     }
+    __syncthreads();
   }
   if (!p.active) return;
 #pragma unroll
@@ -197,71 +218,87 @@ __global__ void __launch_bounds__(kThreads)
              const S* dt_, i64 dt_batch, i64 dt_token, i64 dt_group, const S* B_, i64 B_batch, i64 B_token, i64 B_group,
              const S* C_, i64 C_batch, i64 C_token, i64 C_group, const T* A_, const T* skip_, const T* weight_,
              const T* bias_, const int* order_, i64 order_batch, i64 batch, i64 L, i64 G, i64 D, i64 steps, i64 blocks,
-             i64 segments, i64 segment_steps, const T* boundary, const T* states, S* du, S* ddt, T* dA_, T* dB, T* dC,
+             i64 segments, i64 segment_steps, T* boundary, const T* states, S* du, S* ddt, T* dA_, T* dB, T* dC,
              T* dskip_, T* dlow, T* dweight_, T* dbias_) {
   constexpr int kLow = R ? R : 1, kRows = N + (R + 1) / 2;
   __shared__ T Bs[kChunk][N], Cs[kChunk][N], lows[kChunk][kLow], parts[kThreads / 32][kRows][32];
+  __shared__ Chunk chunk;
   const Place p(G, D, steps, blocks, segments, segment_steps);
   const Order order{order_, order_batch, steps};
-  const Rows<const S> dy{dy_, dy_batch, dy_token, dy_group}, u{u_, u_batch, u_token, u_group};
-  const Rows<const S> dt{dt_, dt_batch, dt_token, dt_group};
-  const Rows<const S> B{B_, B_batch, B_token, B_group}, C{C_, C_batch, C_token, C_group};
+  const i64 c = p.active ? p.c : 0, last = p.begin + (p.end - p.begin - 1) / kChunk * kChunk;
+  const Tokens<const S> dy(dy_, p.b * dy_batch + p.g * dy_group + c, dy_token);
+  const Tokens<const S> u(u_, p.b * u_batch + p.g * u_group + c, u_token);
+  const Tokens<const S> dt(dt_, p.b * dt_batch + p.g * dt_group + (R ? 0 : c), dt_token);
+  const Tokens<const S> B(B_, p.b * B_batch + p.g * B_group, B_token), C(C_, p.b * C_batch + p.g * C_group, C_token);
   const i64 chunks = (steps + kChunk - 1) / kChunk, block = blockIdx.x % blocks;
 
-  T A[N], dA[N] = {}, carried[N], weight[kLow], dweight[kLow] = {}, skip[1], bias[1], dskip = 0, dbias = 0;
-  load_column(A, A_, p, D, N);
+  // A state's rate, gradient and adjoint are kept in global memory, in the cache: the loop over states is no code per
+  // state.
+  const i64 bsg = (p.b * segments + p.segment) * G + p.g;
+  T weight[kLow], dweight[kLow] = {}, skip[1], bias[1], dskip = 0, dbias = 0;
   load_column(weight, weight_, p, D, R);
   load_column(skip, skip_, p, D, 1);
   load_column(bias, bias_, p, D, 1);
+  for (int n = 0; n < N && p.active; ++n) dA_[(bsg * N + n) * D + c] = 0;
+  int parity = 0;
+  chunk.keep(0, chunk.token(order, p, last));
+  __syncthreads();
+  for (i64 start = last; start >= p.begin; start -= kChunk, parity ^= 1) {
+    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start)),
+              next = chunk.token(order, p, start - kChunk);
+    Pack<S, 1> us_[kChunk], dys_[kChunk], own[kChunk];
 #pragma unroll
-  for (int n = 0; n < N; ++n) carried[n] = boundary && p.active ? boundary[(p.index * N + n) * D + p.c] : T(0);
-
-  for (i64 start = p.begin + (p.end - p.begin - 1) / kChunk * kChunk; start >= p.begin; start -= kChunk) {
-    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start));
+    for (int i = 0; i < kChunk; ++i) {
+      us_[i] = read<1>(u.at(chunk.tokens[parity][i]));
+      dys_[i] = read<1>(dy.at(chunk.tokens[parity][i]));
+      if (!R) own[i] = read<1>(dt.at(chunk.tokens[parity][i]));
+    }
+    chunk.stage<N>(Bs, B, parity, count);
+    chunk.stage<N>(Cs, C, parity, count);
+    if (R) chunk.stage<kLow>(lows, dt, parity, count);
     __syncthreads();
-    stage<N>(Bs, B, order, p, start, count);
-    stage<N>(Cs, C, order, p, start, count);
-    if (R) stage<kLow>(lows, dt, order, p, start, count);
-    __syncthreads();
+    chunk.keep(parity ^ 1, next);
     // Steps behind the last, and channels that are none, have dy = u = delta = 0: they change nothing.
     T us[kChunk], dys[kChunk], delta[kChunk], dinput[kChunk] = {}, ddelta[kChunk] = {};
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      us[i] = dys[i] = delta[i] = 0;
-      if (!p.active || i >= count) continue;
-      const i64 l = order.token(p.b, p.g, start + i);
-      us[i] = get<T>(u.at(p.b, l, p.g) + p.c);
-      dys[i] = get<T>(dy.at(p.b, l, p.g) + p.c);
-      const T own = R ? T(0) : get<T>(dt.at(p.b, l, p.g) + p.c);
-      delta[i] = step_size<kSoftplus, R>(lows[i], weight, own, bias[0]);
+      const bool counts = p.active && i < count;
+      us[i] = counts ? get<T>(us_[i].x) : T(0);
+      dys[i] = counts ? get<T>(dys_[i].x) : T(0);
+      delta[i] = step_size<kSoftplus, R>(lows[i], weight, R ? T(0) : get<T>(own[i].x), bias[0]);
+      if (!counts) delta[i] = 0;
     }
-#pragma unroll
+#pragma unroll 1
     for (int n = 0; n < N; ++n) {
+      const i64 state = n * D + c;
+      T* adjoint = boundary + p.index * N * D + state;
+      const T rate = A_[p.g * N * D + state];
+      T carried = p.active ? *adjoint : T(0), dA = 0;
       T h[kChunk + 1], sums[32];  // sums: dB of each step, then dC
       h[0] = p.active ? states[(((p.b * G + p.g) * chunks + start / kChunk) * N + n) * D + p.c] : T(0);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        h[i + 1] = exp2_(delta[i] * A[n]) * h[i] + (i < count ? delta[i] * us[i] * Bs[i][n] : T(0));
+        h[i + 1] = exp2_(delta[i] * rate) * h[i] + delta[i] * us[i] * Bs[i][n];
       }
 #pragma unroll
       for (int i = kChunk - 1; i >= 0; --i) {
-        const T B_i = i < count ? Bs[i][n] : T(0), C_i = i < count ? Cs[i][n] : T(0);
         sums[kChunk + i] = dys[i] * h[i + 1];
-        carried[n] += dys[i] * C_i;
-        sums[i] = carried[n] * delta[i] * us[i];
-        dinput[i] += carried[n] * B_i;
-        carried[n] *= exp2_(delta[i] * A[n]);
-        const T through_decay = carried[n] * h[i];
-        ddelta[i] += through_decay * A[n];
-        dA[n] += through_decay * delta[i];
+        carried += dys[i] * Cs[i][n];
+        sums[i] = carried * delta[i] * us[i];
+        dinput[i] += carried * Bs[i][n];
+        carried *= exp2_(delta[i] * rate);
+        const T through_decay = carried * h[i];
+        ddelta[i] += through_decay * rate;
+        dA += through_decay * delta[i];
       }
+      if (p.active) *adjoint = carried, dA_[(bsg * N) * D + state] += dA;
       const T sum = warp_sums(sums);
       parts[threadIdx.x / 32][n][threadIdx.x % 32] = sum;
     }
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       // A counts in units of log2(e); d softplus(x) / dx = 1 - exp(-softplus(x))
-      const T slope = kSoftplus ? -expm1_(-delta[i]) : T(1);
+      const T slope = kSoftplus ? one_less_exp(delta[i]) : T(1);
       ddelta[i] = (ddelta[i] * T(0.6931471805599453) + dinput[i] * us[i]) * slope;
       if (!p.active || i >= count) {
         ddelta[i] = 0;
@@ -269,7 +306,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       dskip += dys[i] * us[i];
       dbias += ddelta[i];
-      const i64 at = ((p.b * L + order.token(p.b, p.g, start + i)) * G + p.g) * D + p.c;
+      const i64 at = ((p.b * L + chunk.tokens[parity][i]) * G + p.g) * D + p.c;
       put(du + at, dinput[i] * delta[i] + skip[0] * dys[i]);
       if (!R) put(ddt + at, ddelta[i]);
     }
@@ -280,7 +317,6 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kChunk; ++i) {
         sums[i] = ddelta[i] * weight[r];
         sums[kChunk + i] = r + 1 < R ? ddelta[i] * weight[r + 1 < R ? r + 1 : r] : T(0);
-        if (i >= count) continue;
         dweight[r] += ddelta[i] * lows[i][r];
         if (r + 1 < R) dweight[r + 1 < R ? r + 1 : r] += ddelta[i] * lows[i][r + 1 < R ? r + 1 : r];
       }
@@ -291,7 +327,7 @@ __global__ void __launch_bounds__(kThreads)
     const i64 tokens = (block * batch + p.b) * L;
     for (int i = threadIdx.x; i < count * (2 * N + R); i += blockDim.x) {
       const int step = i / (2 * N + R), k = i % (2 * N + R);
-      const i64 row = (tokens + order.token(p.b, p.g, start + step)) * G + p.g;
+      const i64 row = (tokens + chunk.tokens[parity][step]) * G + p.g;
       if (k < N) {
         dB[row * N + k] = over_warps(parts, k, step);
       } else if (k < 2 * N) {
@@ -301,11 +337,9 @@ __global__ void __launch_bounds__(kThreads)
         dlow[row * R + r] = over_warps(parts, N + r / 2, r % 2 * kChunk + step);
       }
     }
+    __syncthreads();
   }
   if (!p.active) return;
-  const i64 bsg = (p.b * segments + p.segment) * G + p.g;
-#pragma unroll
-  for (int n = 0; n < N; ++n) dA_[(bsg * N + n) * D + p.c] = dA[n];
 #pragma unroll
   for (int r = 0; r < R; ++r) dweight_[(bsg * R + r) * D + p.c] = dweight[r];
   dskip_[bsg * D + p.c] = dskip;

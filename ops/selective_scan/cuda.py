@@ -154,7 +154,7 @@ def backward(
     full, low = (ddt, None) if dt_weight is None else (None, ddt)
     more = dict(u=u, B=B, skip=D, batch=u.shape[0], L=u.shape[1], states=states)
     grads = dict(du=du, ddt=full, dA=dA, dB=dB, dC=dC, dskip=dD, dlow=low, dweight=ddt_weight, dbias=ddt_bias)
-    boundary = None
+    boundary = None if one else A.new_zeros(u.shape[0], *A.shape[:1], 1, *A.shape[1:])  # the kernel's adjoint states
     if p.segments > 1:
         boundary, sums = _ends(u, A, p.segments)
         name, unused = p.template("adjoint_ends", u, A, dt_weight, softplus), more | dict.fromkeys(grads) if one else {}
