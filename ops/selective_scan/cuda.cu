@@ -213,7 +213,7 @@ __device__ __forceinline__ T over_warps(const T (*parts)[kRows][32], int row, in
 
 // Sums over channels go to (block of channels, B, L, G, -), sums over steps to (B, segments, G, -, D).
 template <class S, class T, int N, int R, bool kSoftplus>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     backward(const S* dy_, i64 dy_batch, i64 dy_token, i64 dy_group, const S* u_, i64 u_batch, i64 u_token, i64 u_group,
              const S* dt_, i64 dt_batch, i64 dt_token, i64 dt_group, const S* B_, i64 B_batch, i64 B_token, i64 B_group,
              const S* C_, i64 C_batch, i64 C_token, i64 C_group, const T* A_, const T* skip_, const T* weight_,
