@@ -1,10 +1,12 @@
 #!/usr/bin/env python
 """Reads the machine code of the CUDA kernels, without a GPU: what NVRTC made of them, and what a step costs.
 
-Each line is a template instance. The columns count the instructions of its hot loop, the largest loop that stores: each
-once, whichever branch it stands on. `instr`, `mufu` (special functions), `lds` (shared memory) and `shfl` are per element:
-a step of a channel. `load` and `store` are the narrowest and widest global accesses of the loop in bytes; `warps` are those that fit a
-multiprocessor of an H100.
+A line is a template instance. `instr` (instructions), `mufu` (special functions), `lds` (shared memory), `shfl` are
+those of the hot loop, the largest one that writes, per element: a step of a channel. Every branch counts, so they are
+upper bounds; loops inside count as often as they run. `load` and `store` are the narrowest and widest accesses of
+global memory in it, in bytes; `warps` are those that fit a multiprocessor of an H100.
+
+With --model, what the figures predict for an H100, by bound: nothing that was measured.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from rich.table import Table
 
 from linzoo.ops import compile_cuda
 from linzoo.ops.compile_cuda import template
+from linzoo.ops.selective_scan import cuda
 
 REMEDY = "install the CUDA toolkit, `pip install nvidia-cuda-nvdisasm`, or PyTorch's triton, which has it, too"
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);")
@@ -53,15 +56,42 @@ class Sass(NamedTuple):
     spills: int
     shared: int
 
+    def loops(self) -> list[list[Instruction]]:
+        """The bodies of all loops, by where they begin: the code between a jump back and its target."""
+        last = {}
+        for jump in self.code:
+            if jump.target is not None and jump.target <= jump.address:
+                last[jump.target] = jump.address
+        return [[i for i in self.code if first <= i.address <= last[first]] for first in sorted(last)]
+
     def loop(self) -> list[Instruction]:
-        """The largest loop that writes to global memory, or all of the code if there is none."""
-        bodies = [
-            [i for i in self.code if j.target <= i.address <= j.address]
-            for j in self.code
-            if j.target is not None and j.target < j.address
-        ]
+        """The largest loop that writes to global memory, or the largest, or all of the code if there is none."""
+        bodies = self.loops()
         bodies = [b for b in bodies if any(_is(i, *STORES) for i in b)] or bodies or [self.code]
         return max(bodies, key=len)
+
+    def executed(self, trips: tuple[float, ...] = ()) -> list[tuple[Instruction, float]]:
+        """The hot loop, each instruction with how often an iteration runs it.
+
+        Args:
+            trips: How often each loop inside runs, by where they begin; once if there are none.
+
+        Raises:
+            ValueError: there are more or fewer loops inside.
+        """
+        loop = self.loop()
+        inside = [b for b in self.loops() if loop[0].address <= b[0].address and b[-1].address <= loop[-1].address]
+        inside = [b for b in inside if len(b) < len(loop)]
+        if trips and len(trips) != len(inside):
+            sizes = ", ".join(str(len(b)) for b in inside)
+            raise ValueError(
+                f"trips: expected one for each of {len(inside)} loops (of {sizes} instructions), got {trips}"
+            )
+        times = dict.fromkeys((i.address for i in loop), 1.0)
+        for body, n in zip(inside, trips, strict=False):
+            for i in body:
+                times[i.address] *= n
+        return [(i, times[i.address]) for i in loop]
 
 
 STORES = ("STG", "RED", "ATOMG", "ATOM")
@@ -99,10 +129,13 @@ def disassembler() -> str:
 
 def resources(report: str) -> dict[str, int]:
     """Registers, spills and shared memory of the compiler's report."""
-    spills = sum(int(re.search(rf"(\d+) bytes spill {kind}", report)[1]) for kind in ("stores", "loads"))
-    shared = re.search(r"(\d+) bytes smem", report)
-    registers = int(re.search(r"Used (\d+) registers", report)[1])
-    return dict(registers=registers, spills=spills, shared=int(shared[1]) if shared else 0)
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, report)
+        return int(found[1]) if found else 0
+
+    spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    return dict(registers=number(r"Used (\d+) registers"), spills=spills, shared=number(r"(\d+) bytes smem"))
 
 
 def read(op: str, name: str, arch: str = "sm_90") -> Sass:
@@ -142,47 +175,182 @@ def resident_warps(registers: int, shared: int, threads: int) -> int:
 
 
 F, H = torch.float32, torch.bfloat16
-KERNELS = (  # operator, template instance, elements that a thread computes in an iteration of the hot loop, threads
-    *(("selective_scan", template("forward", S, F, N, R, True, False), 16, 128)
-      for S, N, R in ((F, 1, 6), (H, 1, 6), (H, 1, 24), (F, 16, 12))),
-    ("selective_scan", template("forward", F, F, 1, 6, True, True), 16, 128),
-    *(("selective_scan", template("backward", S, F, N, R, True), 16, 128)
-      for S, N, R in ((F, 1, 6), (H, 1, 6), (H, 1, 24), (F, 16, 12))),
-    ("wkv", template("bi_sweep", F, False), 16, 128),
-    ("wkv", template("bi_sweep", F, True), 16, 128),
-    ("wkv", template("forward", F, 64, False), 1, 64),
-    ("wkv", template("forward", F, 64, True), 1, 64),
-    ("wkv", template("backward", F, 64, False), 1, 64),
-    ("wkv", template("backward", F, 64, True), 1, 64),
-    ("rational", template("forward", F, F), 4, 128),
-    ("rational", template("forward", H, F), 4, 128),
-    ("rational", template("backward", F, F), 2, 128),
-    ("causal_conv1d", template("forward", F, F, 4, True), 8, 128),
-    ("causal_conv1d", template("backward", F, F, 4, True), 1, 128),
-    ("diagonal_scan", template("scan", F, F, F, True, False), 8, 128),
-    ("deform_conv", template("forward", F, F), 1, 128),
-    ("deform_conv", template("backward", F, F), 1, 128),
+
+
+class Kernel(NamedTuple):
+    """A template instance to report on."""
+
+    op: str
+    name: str
+    elements: int  # steps of a channel that a thread computes in an iteration of the hot loop
+    threads: int = 128  # of a block
+    trips: tuple[float, ...] = ()  # of the loops inside the hot loop
+
+
+def one_state(kernel: str, dtype: torch.dtype, rank: int, lanes: int, ends: bool = False) -> Kernel:
+    """A kernel of the selective scan for one state."""
+    slices = compile_cuda.MAX_THREADS // lanes
+    rows = (rank + 1) / slices  # of the gradient of the weights, for each slice
+    trips = ()
+    if kernel == "backward" and not ends:
+        trips = (rank, rows, slices) if rank >= slices else (rank, rows * slices)
+        trips = (rank / 2, *trips) if rank > 24 else trips  # weights that shared memory does not hold
+    name = template(f"{kernel}_one", dtype, F, rank, 4, lanes, True, ends)
+    return Kernel("selective_scan", name, 16, trips=trips)
+
+
+KERNELS = (
+    *(one_state(k, dtype, rank, lanes) for k in ("forward", "backward") for dtype, rank, lanes in
+      ((F, 6, 8), (H, 6, 8), (H, 12, 16), (H, 24, 32), (H, 48, 32))),
+    *(one_state(k, F, 6, 8, True) for k in ("forward", "backward")),
+    # twice: for merged outputs, and for others
+    Kernel("selective_scan", template("forward", F, F, 16, 12, True, False), 32),
+    Kernel("selective_scan", template("forward", F, F, 16, 12, True, True), 16),
+    Kernel("selective_scan", template("backward", F, F, 16, 12, True), 16, trips=(2, 2, 1.5, 16, 1, 5.5, *[1] * 6)),
+    Kernel("selective_scan", template("adjoint_ends", F, F, 16, 12, True), 16),
+    Kernel("wkv", template("bi_sweep", F, False), 16),
+    Kernel("wkv", template("bi_sweep", F, True), 16),
+    Kernel("wkv", template("forward", F, 64, False), 1, 64),
+    Kernel("wkv", template("forward", F, 64, True), 1, 64),
+    Kernel("wkv", template("backward", F, 64, False), 1, 64),
+    Kernel("wkv", template("backward", F, 64, True), 1, 64),
+    Kernel("rational", template("forward", F, F), 4),
+    Kernel("rational", template("forward", H, F), 4),
+    Kernel("rational", template("backward", F, F), 2),
+    Kernel("causal_conv1d", template("forward", F, F, 4, True), 8),
+    Kernel("causal_conv1d", template("backward", F, F, 4, True), 1),
+    Kernel("diagonal_scan", template("scan", F, F, F, True, False), 8),
+    Kernel("deform_conv", template("forward", F, F), 1),
+    Kernel("deform_conv", template("backward", F, F), 1),
 )  # fmt: skip
 COLUMNS = ("kernel", "instr", "mufu", "lds", "shfl", "load", "store", "regs", "spills", "shared", "warps")
 
 
-def row(op: str, name: str, elements: int, threads: int, arch: str) -> dict:
+def row(kernel: Kernel, arch: str = "sm_90") -> dict:
     """The columns of a kernel."""
-    sass = read(op, name, arch)
-    loop = sass.loop()
+    sass = read(kernel.op, kernel.name, arch)
+    executed = sass.executed(kernel.trips)
 
     def each(*names):
-        return round(count(loop, *names) / elements, 2)
+        return round(sum(n for i, n in executed if not names or _is(i, *names)) / kernel.elements, 1)
 
     def width(*names):
-        all_of = widths(loop, *names)
+        all_of = widths([i for i, _ in executed], *names)
         return f"{min(all_of)}-{max(all_of)}" if len(set(all_of)) > 1 else str(all_of[0]) if all_of else "-"
 
-    figures = dict(instr=each(), mufu=each("MUFU"), lds=each("LDS"), shfl=each("SHFL"))
-    figures |= dict(load=width("LDG"), store=width(*STORES), regs=sass.registers, spills=sass.spills)
-    return dict(kernel=f"{op} {name}") | figures | dict(
-        shared=sass.shared, warps=resident_warps(sass.registers, sass.shared, threads)
-    )  # fmt: skip
+    out = dict(kernel=f"{kernel.op} {kernel.name}", instr=each(), mufu=each("MUFU"), lds=each("LDS"), shfl=each("SHFL"))
+    out |= dict(load=width("LDG"), store=width(*STORES), regs=sass.registers, spills=sass.spills, shared=sass.shared)
+    return out | dict(warps=resident_warps(sass.registers, sass.shared, kernel.threads))
+
+
+# An H100: multiprocessors, clock, bytes a second that a copy reaches, bytes of its L2 cache that a kernel may count on.
+# Each of four schedulers starts an instruction a cycle, a special function in 8; an access of 16 bytes of shared memory
+# takes 2 cycles of the multiprocessor.
+SMS, CLOCK, BANDWIDTH, CACHE = 132, 1.7e9, 2.95e12, 40e6
+ROUND_TRIP, BARRIER = 700, 40  # cycles that a warp waits for global memory (twice an iteration), and at a barrier
+BOUNDS = ("issue", "mufu", "shared", "latency")
+
+
+class Scan(NamedTuple):
+    """A shape of the selective scan: groups share u, and their outputs are merged."""
+
+    batch: int
+    steps: int
+    groups: int
+    channels: int
+    states: int
+    rank: int
+    dtype: torch.dtype
+
+
+SHAPES = (
+    Scan(64, 3136, 4, 96, 1, 6, F),
+    *(Scan(128, steps, 4, channels, 1, rank, H)
+      for steps, channels, rank in ((3136, 96, 6), (784, 192, 12), (196, 384, 24), (49, 768, 48))),
+    Scan(8, 3136, 4, 192, 16, 12, F),
+)  # fmt: skip
+
+
+def predict(x: Scan, kernel: str) -> dict:
+    """Milliseconds of "forward" or "backward" on an H100, by bound; `low` and `high` are the prediction.
+
+    The largest bound, at 80 % of what each promises: once as if the cache kept what groups share, once as if each group
+    had to fetch and merge for itself.
+    """
+    one = x.states == 1
+    width = 4 * cuda.lanes(x.channels)
+    per_item, threads = (-(-x.channels // width), 128) if one else compile_cuda.channel_blocks(x.channels)
+    blocks = x.batch * x.groups * per_item
+    chunk = cuda.chunk(x.channels, x.states)
+    segments, _ = compile_cuda.segments(x.steps, 4 * blocks * threads, torch.device("cpu"), 256, chunk)
+    if one:
+        passes = [one_state(kernel, x.dtype, x.rank, width // 4, ends) for ends in (False, True)]
+    else:
+        ends = "forward" if kernel == "forward" else "adjoint_ends"
+        found = [k for k in KERNELS if k.op == "selective_scan" and k.name.startswith((f"{kernel}<", f"{ends}<"))]
+        passes = [k._replace(threads=threads) for k in found]
+    ms = dict.fromkeys(BOUNDS, 0.0)
+    for k in passes[: 1 + (segments > 1)]:
+        ms = {name: ms[name] + n for name, n in _pass(k, x, blocks * segments).items()}
+    size, tokens = x.dtype.itemsize, x.batch * x.steps
+    u, merged = tokens * x.channels * size, tokens * x.channels * 4
+    rows = tokens * x.groups * (x.rank + 2 * x.states)
+    if kernel == "forward":
+        once, each = u + merged + rows * size, x.groups * (u + 2 * merged) + rows * size
+    else:  # du of every group is written, and the gradients of rows by every block of channels
+        du = x.groups * u + rows * 4 * per_item
+        once, each = 2 * u + du + rows * size, 2 * x.groups * u + du + rows * size
+    ms |= dict(hbm=1e3 * once / BANDWIDTH, hbm_each=1e3 * (once if u + merged < CACHE else each) / BANDWIDTH)
+    inner = max(ms[name] for name in BOUNDS)
+    return ms | dict(low=max(inner, ms["hbm"]) / 0.8, high=max(inner, ms["hbm_each"]) / 0.8)
+
+
+def _pass(kernel: Kernel, x: Scan, blocks: int) -> dict:
+    sass = read(kernel.op, kernel.name)
+    executed = sass.executed(kernel.trips)
+    iterations = x.batch * x.steps * x.groups * x.channels / (kernel.elements * 32)  # of all warps
+    warps = resident_warps(sass.registers, sass.shared, kernel.threads)
+    slots = SMS * warps // (kernel.threads // 32)
+    tail = -(-blocks // slots) * slots / blocks if blocks > slots else 1
+    schedulers = 4 * min(SMS, blocks)
+
+    def cycles(cost):
+        return sum(n * cost(i) for i, n in executed)
+
+    waits = 2 * ROUND_TRIP + BARRIER * cycles(lambda i: _is(i, "BAR")) + 2 * cycles(lambda i: 1)
+    out = dict(
+        issue=cycles(lambda i: 1) / schedulers,
+        mufu=cycles(lambda i: 8 * _is(i, "MUFU")) / schedulers,
+        shared=cycles(lambda i: 4 * max(i.bytes // 8, 1) * _is(i, "LDS", "STS")) / schedulers,
+        latency=waits / min(SMS * warps, blocks * kernel.threads // 32),
+    )
+    return {name: 1e3 * n * iterations * tail / CLOCK for name, n in out.items()}
+
+
+MODEL = """# What the selective scan should take on an H100
+
+Predicted by `python tools/sass.py --model` from the machine code that NVRTC makes for sm_90. **Nothing here is
+measured**: the kernels have not run on a GPU yet, and their first run tests this table. Milliseconds, by bound:
+instructions issued, special functions, shared memory, latency of what a warp waits for, and HBM: `hbm` if the cache
+keeps what the four groups share, `hbm each` if every group fetches and merges for itself. `low` and `high` are the
+largest bound in either case at 80 % of what the hardware promises. The forward pass merges the groups, the backward pass
+writes du for each.
+
+| pass | B | L | G | D | N | R | dtype | issue | mufu | shared | latency | hbm | hbm each | low | high |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def model() -> str:
+    """The performance model's table, as Markdown."""
+    lines = []
+    for x in SHAPES:
+        for kernel in ("forward", "backward"):
+            cells = [kernel, *x[:-1], str(x.dtype).removeprefix("torch.")]
+            lines.append(
+                "| " + " | ".join([*map(str, cells), *(f"{n:.3f}" for n in predict(x, kernel).values())]) + " |"
+            )
+    return MODEL + "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -191,6 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", default="sm_90", help="architecture to compile for (%(default)s)")
     parser.add_argument("--op", help="of this operator alone")
     parser.add_argument("--dump", metavar="NAME", help="print the hot loop of this template instance of --op")
+    parser.add_argument("--model", action="store_true", help="print the performance model as Markdown")
     args = parser.parse_args(argv)
     if args.dump and not args.op:
         parser.error("--dump needs --op")
@@ -203,10 +372,13 @@ def main(argv: list[str] | None = None) -> int:
         for i in read(args.op, args.dump, args.arch).loop():
             print(f"{i.address:5x}  {i.name} {i.operands}")
         return 0
+    if args.model:
+        print(model(), end="")
+        return 0
     table = Table(*COLUMNS, box=None)
     for kernel in KERNELS:
-        if args.op in (None, kernel[0]):
-            table.add_row(*(str(x) for x in row(*kernel, args.arch).values()))
+        if args.op in (None, kernel.op):
+            table.add_row(*(str(x) for x in row(kernel, args.arch).values()))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0
 
