@@ -270,6 +270,16 @@ def template(kernel, *parameters):
     return f"{kernel}<{', '.join(text(p) for p in parameters)}>"
 
 
+def vector(most, *tensors):
+    """Values along the last axis that one access can take of every tensor: `most`, or 1 where rows are not aligned."""
+    for x in tensors:
+        strides = [s for n, s in zip(x.shape[:-1], x.stride(), strict=False) if n > 1]
+        misaligned = x.shape[-1] % most or any(s % most for s in strides)
+        if x.dtype == torch.float64 or misaligned or x.data_ptr() % (most * x.element_size()):
+            return 1
+    return most
+
+
 def channel_blocks(channels):
     """Blocks that share `channels` channels, and the threads of each: a multiple of 32, at most `MAX_THREADS`."""
     blocks = -(-channels // MAX_THREADS)
@@ -333,7 +343,7 @@ def usual_instances(dtypes=(torch.float32, torch.bfloat16)):
         types = dtype, torch.float32
         out += scan_instances(dtype)
         for kernel in ("forward", "backward"):
-            out += [(op, template(kernel, *types)) for op in ("rational", "deform_conv")]
+            out += [("rational", template(kernel, *types, 4)), ("deform_conv", template(kernel, *types))]
             out.append(("causal_conv1d", template(kernel, *types, 4, True)))
     for flag in (False, True):
         out.append(("selective_scan", template("carry", torch.float32, flag)))

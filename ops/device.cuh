@@ -46,9 +46,17 @@ __device__ __forceinline__ float exp2_(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// The hardware's estimate and a step of Newton's: as exact as a division, for x of normal size.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y * (2 - x * y);
+}
 #else
 __device__ __forceinline__ float exp2_(float x) { return exp2f(x); }
+__device__ __forceinline__ float reciprocal(float x) { return 1 / x; }
 #endif
+__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
 __device__ __forceinline__ double exp2_(double x) { return exp2(x); }
 __device__ __forceinline__ float exp_(float x) { return expf(x); }
 __device__ __forceinline__ double exp_(double x) { return exp(x); }
@@ -81,6 +89,11 @@ __device__ __forceinline__ double one_less_exp(double x) { return -expm1_(-x); }
 __device__ __forceinline__ float one_less_exp(float x) {
   const float series = x * (1 - x * (1 / 2.f - x * (1 / 6.f - x * (1 / 24.f - x * (1 / 120.f - x * (1 / 720.f))))));
   return x < 0.25f ? series : 1 - exp2_(-1.4426950408889634f * x);
+}
+
+template <class T>
+__device__ __forceinline__ T sigmoid(T x) {  // of less than -80: of -80, 2e-35
+  return reciprocal(T(1) + exp2_(T(-1.4426950408889634) * (x < T(-80) ? T(-80) : x)));
 }
 
 template <class T>
@@ -160,6 +173,10 @@ __device__ __forceinline__ void write(S* p, const T (&x)[V]) {
                  : "memory");
   } else if constexpr (sizeof(pack) == 8) {
     asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(p), "r"(w[0]), "r"(w[1]) : "memory");
+  } else if constexpr (sizeof(pack) == 4) {
+    asm volatile("st.global.u32 [%0], %1;" : : "l"(p), "r"(w[0]) : "memory");
+  } else if constexpr (sizeof(pack) == 2) {
+    asm volatile("st.global.u16 [%0], %1;" : : "l"(p), "h"(reinterpret_cast<const unsigned short&>(pack)) : "memory");
   } else {
     *reinterpret_cast<Pack<S, V>*>(p) = pack;
   }
@@ -176,7 +193,13 @@ __device__ __forceinline__ void add(T* p, const T (&x)[V]) {
   }
 #endif
 #pragma unroll
-  for (int v = 0; v < V; ++v) atomicAdd(p + v, x[v]);
+  for (int v = 0; v < V; ++v) {
+    if constexpr (sizeof(T) == 4) {
+      asm volatile("red.global.add.f32 [%0], %1;" : : "l"(p + v), "f"(x[v]) : "memory");
+    } else {
+      atomicAdd(p + v, x[v]);
+    }
+  }
 }
 // p + row * bytes, in one instruction.
 template <class S>
@@ -195,6 +218,17 @@ void add(T* p, const T (&x)[V]);
 template <class S>
 S* advance(S* p, int row, unsigned bytes);
 #endif
+
+template <class S, class T>
+__device__ __forceinline__ void write_one(S* p, T x) {
+  const T one[1] = {x};
+  write(p, one);
+}
+template <class T>
+__device__ __forceinline__ void add_one(T* p, T x) {
+  const T one[1] = {x};
+  add(p, one);
+}
 
 // The rows of a group of a batch item, by token; they lie less than 2^32 bytes apart.
 template <class S>

@@ -214,9 +214,10 @@ KERNELS = (
     Kernel("wkv", template("forward", F, 64, True), 1, 64),
     Kernel("wkv", template("backward", F, 64, False), 1, 64),
     Kernel("wkv", template("backward", F, 64, True), 1, 64),
-    Kernel("rational", template("forward", F, F), 4),
-    Kernel("rational", template("forward", H, F), 4),
-    Kernel("rational", template("backward", F, F), 2),
+    Kernel("rational", template("forward", F, F, 4), 16),
+    Kernel("rational", template("forward", H, F, 4), 16),
+    Kernel("rational", template("backward", F, F, 4), 16),
+    Kernel("rational", template("backward", H, F, 4), 16),
     Kernel("causal_conv1d", template("forward", F, F, 4, True), 8),
     Kernel("causal_conv1d", template("backward", F, F, 4, True), 1),
     Kernel("diagonal_scan", template("scan", F, F, F, True, False), 8),
@@ -333,8 +334,8 @@ Predicted by `python tools/sass.py --model` from the machine code that NVRTC mak
 measured**: the kernels have not run on a GPU yet, and their first run tests this table. Milliseconds, by bound:
 instructions issued, special functions, shared memory, latency of what a warp waits for, and HBM: `hbm` if the cache
 keeps what the four groups share, `hbm each` if every group fetches and merges for itself. `low` and `high` are the
-largest bound in either case at 80 % of what the hardware promises. The forward pass merges the groups, the backward pass
-writes du for each.
+largest bound in either case at 80 % of what the hardware promises. The forward pass merges the groups, the backward
+pass writes du for each.
 
 | pass | B | L | G | D | N | R | dtype | issue | mufu | shared | latency | hbm | hbm each | low | high |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |

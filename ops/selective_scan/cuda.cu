@@ -117,9 +117,9 @@ __global__ void __launch_bounds__(kThreads)
       if (kEnds || !p.active || i >= count) continue;
       const int token = chunk.tokens[parity][i];
       if (merged) {
-        atomicAdd(total.at(token), out);
+        add_one(total.at(token), out);
       } else {
-        put(y.at(token), out);
+        write_one(y.at(token), out);
       }
     }
     __syncthreads();
@@ -411,7 +411,7 @@ struct Span {
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
         const int step = i * kAtOnce + threadIdx.x / 8;
-        if (k < kColumns && step < count) *to.at(tokens[parity][step]) = found[k][step];
+        if (k < kColumns && step < count) write_one(to.at(tokens[parity][step]), found[k][step]);
       }
     }
   }

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 
 from .. import compile_cuda as cuda
-from ..tensors import state_dtype
 
 NAME = "selective_scan"
 OWN = 4  # steps, and channels where they are aligned, that a thread of a kernel for one state takes at once
@@ -20,15 +19,6 @@ def lanes(channels):
 def chunk(channels, states):
     """Steps between two saved states: the span that a block for one state walks at once."""
     return cuda.MAX_THREADS // lanes(channels) * OWN if states == 1 else cuda.CHUNK
-
-
-def _vector(channels, *tensors):
-    """Channels that one access can take of every tensor: 4, or 1 where rows are not aligned."""
-    for x in tensors:
-        strides = [s for n, s in zip(x.shape[:-1], x.stride(), strict=False) if n > 1]
-        if x.dtype == torch.float64 or x.data_ptr() % (OWN * x.element_size()) or any(s % OWN for s in strides):
-            return 1
-    return 1 if channels % OWN else OWN
 
 
 class Plan(NamedTuple):
@@ -66,7 +56,7 @@ def plan(u, dt, A, order, dt_weight, D=None, dt_bias=None, *others):
         far = max(abs(x.stride(1)) * x.element_size() for x in (*activations, dt))
         if far >= 2**32:
             raise ValueError(f"{NAME}: expected tokens less than 2^32 bytes apart, got {far}")
-        vector = _vector(channels, *activations, *(x for x in (D, dt_weight, dt_bias) if x is not None))
+        vector = cuda.vector(OWN, *activations, *(x for x in (D, dt_weight, dt_bias) if x is not None))
         blocks, threads = -(-channels // (lanes(channels) * vector)), cuda.MAX_THREADS
     parallel = 4 * batch * G * threads * blocks
     return Plan(blocks, threads, *cuda.segments(steps, parallel, u.device, 256, chunk(channels, A.shape[1])), vector)

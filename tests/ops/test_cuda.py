@@ -47,7 +47,7 @@ def instances():
         one_state = ((6, 1, 8),) if few else ((0, 4, 8), (6, 4, 8), (6, 1, 32), (24, 4, 32), (48, 4, 32))
         out += compile_cuda.scan_instances(types[0], one_state, ((2, 6),) if few else ((16, 12),))
         for kernel in ("forward", "backward"):
-            out += [(op, template(kernel, *types)) for op in ("rational", "deform_conv")]
+            out += [("rational", template(kernel, *types, 1 if few else 4)), ("deform_conv", template(kernel, *types))]
             out += [("causal_conv1d", template(kernel, *types, 4, silu)) for silu in (False, True)]
         for constant in (False, True):
             for written, ends in ((types[0], False), (types[1], False), (types[0], True)):
@@ -127,7 +127,7 @@ def test_nvrtc_error_names_the_kernel():
 
 
 def test_kernel_arguments_are_named():
-    name, x, table = template("forward", torch.float32, torch.float32), torch.zeros(3, 4), torch.zeros(10, 4)
+    name, x, table = template("forward", torch.float32, torch.float32, 4), torch.zeros(3, 4), torch.zeros(10, 4)
     named = dict(x=x, table=table, rows=3, C=4, split_rows=16, y=x)
     values = compile_cuda.arguments("rational", name, **named)
     assert values == [x.data_ptr(), table.data_ptr(), 3, 4, 16, x.data_ptr()]
@@ -148,7 +148,7 @@ def test_kernel_arguments_are_named():
     ),
 )
 def test_kernel_arguments_must_fit(change, message):
-    name = template("forward", torch.float32, torch.float32)
+    name = template("forward", torch.float32, torch.float32, 4)
     named = (
         dict(x=torch.zeros(3, 4), table=torch.zeros(10, 4), rows=3, C=4, split_rows=16, y=torch.zeros(3, 4)) | change
     )
@@ -164,7 +164,7 @@ def test_kernel_arguments_must_fit(change, message):
 def test_cuda_compile_is_kept_on_disk(monkeypatch, tmp_path):
     """The second process reads the cubin; another architecture is another file."""
     monkeypatch.setattr(kernel_cache, "cache_dir", lambda: tmp_path)
-    name = template("forward", torch.float32, torch.float32)
+    name = template("forward", torch.float32, torch.float32, 4)
     compiled = compile_cuda.cubin("rational", name, "sm_90")
     file = compile_cuda.cubin_name("rational", name, "sm_90")
     assert (tmp_path / file).exists() and file != compile_cuda.cubin_name("rational", name, "sm_80")
