@@ -343,7 +343,8 @@ def usual_instances(dtypes=(torch.float32, torch.bfloat16)):
         types = dtype, torch.float32
         out += scan_instances(dtype)
         for kernel in ("forward", "backward"):
-            out += [("rational", template(kernel, *types, 4)), ("deform_conv", template(kernel, *types))]
+            lanes = (4,) if kernel == "backward" else ()
+            out += [("rational", template(kernel, *types, 4)), ("deform_conv", template(kernel, *types, 3, 4, *lanes))]
             out.append(("causal_conv1d", template(kernel, *types, 4, True)))
     for flag in (False, True):
         out.append(("selective_scan", template("carry", torch.float32, flag)))

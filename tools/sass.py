@@ -29,7 +29,7 @@ from linzoo.ops.selective_scan import cuda
 
 REMEDY = "install the CUDA toolkit, `pip install nvidia-cuda-nvdisasm`, or PyTorch's triton, which has it, too"
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);")
-_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "F32x4": 16}
 
 
 class Instruction(NamedTuple):
@@ -44,8 +44,7 @@ class Instruction(NamedTuple):
     def bytes(self) -> int:
         """Bytes that a thread reads or writes, if it is a memory access."""
         parts = self.name.split(".")
-        vector = {"v2": 8, "v4": 16}
-        return next((n for key, n in (_BYTES | vector).items() if key in parts), 4)
+        return next((n for key, n in _BYTES.items() if key in parts), 4)
 
 
 class Sass(NamedTuple):
@@ -60,7 +59,7 @@ class Sass(NamedTuple):
         """The bodies of all loops, by where they begin: the code between a jump back and its target."""
         last = {}
         for jump in self.code:
-            if jump.target is not None and jump.target <= jump.address:
+            if jump.target is not None and jump.target < jump.address:  # behind the end there is one to itself
                 last[jump.target] = jump.address
         return [[i for i in self.code if first <= i.address <= last[first]] for first in sorted(last)]
 
@@ -203,8 +202,7 @@ KERNELS = (
     *(one_state(k, dtype, rank, lanes) for k in ("forward", "backward") for dtype, rank, lanes in
       ((F, 6, 8), (H, 6, 8), (H, 12, 16), (H, 24, 32), (H, 48, 32))),
     *(one_state(k, F, 6, 8, True) for k in ("forward", "backward")),
-    # twice: for merged outputs, and for others
-    Kernel("selective_scan", template("forward", F, F, 16, 12, True, False), 32),
+    Kernel("selective_scan", template("forward", F, F, 16, 12, True, False), 16),
     Kernel("selective_scan", template("forward", F, F, 16, 12, True, True), 16),
     Kernel("selective_scan", template("backward", F, F, 16, 12, True), 16, trips=(2, 2, 1.5, 16, 1, 5.5, *[1] * 6)),
     Kernel("selective_scan", template("adjoint_ends", F, F, 16, 12, True), 16),
@@ -219,10 +217,10 @@ KERNELS = (
     Kernel("rational", template("backward", F, F, 4), 16),
     Kernel("rational", template("backward", H, F, 4), 16),
     Kernel("causal_conv1d", template("forward", F, F, 4, True), 8),
-    Kernel("causal_conv1d", template("backward", F, F, 4, True), 1),
+    Kernel("causal_conv1d", template("backward", F, F, 4, True), 8),
     Kernel("diagonal_scan", template("scan", F, F, F, True, False), 8),
-    Kernel("deform_conv", template("forward", F, F), 1),
-    Kernel("deform_conv", template("backward", F, F), 1),
+    Kernel("deform_conv", template("forward", F, F, 3, 4), 36),  # taps of channels: all nine, without a loop
+    Kernel("deform_conv", template("backward", F, F, 3, 4, 4), 4),
 )  # fmt: skip
 COLUMNS = ("kernel", "instr", "mufu", "lds", "shfl", "load", "store", "regs", "spills", "shared", "warps")
 

@@ -44,28 +44,34 @@ __global__ void __launch_bounds__(kThreads)
   Complex<T> h{0, 0}, product{1, 0}, gain{0, 0};
   if (!kEnds && segments > 1) h = Complex<T>::load(boundary, i);
   if (!kEnds && segments == 1 && initial) h = Complex<T>::load(initial, batch * M + m);
+  const i64 row = batch * L * 2 * M + 2 * m;
+  const Tokens<const S> inputs(b, row, 2 * M);
+  const Tokens<const T> own_gains(gains, kConstant ? 0 : row, 2 * M);
+  const Tokens<O> outputs(h_, row, 2 * M);
   if (kConstant) gain = Complex<T>::load(gains, m);
   if (kConstant && conjugate) gain.im = -gain.im;
   for (i64 start = first; start < end; start += kAtOnce) {
-    Pack<S, 2> inputs[kAtOnce];
+    Pack<S, 2> steps[kAtOnce];
     Pack<T, 2> own[kAtOnce] = {};
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      const i64 step = smaller(start + k, end - 1), t = reverse ? L - 1 - step : step, at = t + shift;
-      inputs[k] = read<2>(b + 2 * ((batch * L + t) * M + m));
-      if (!kConstant && at >= 0 && at < L) own[k] = read<2>(gains + 2 * ((batch * L + at) * M + m));
+      const int step = static_cast<int>(smaller(start + k, end - 1)),
+                t = reverse ? static_cast<int>(L) - 1 - step : step;
+      const i64 at = t + shift;
+      steps[k] = read<2>(inputs.at(t));
+      if (!kConstant && at >= 0 && at < L) own[k] = read<2>(own_gains.at(static_cast<int>(at)));
     }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       if (start + k >= end) break;
-      const i64 t = reverse ? L - 1 - (start + k) : start + k;
+      const int step = static_cast<int>(start + k), t = reverse ? static_cast<int>(L) - 1 - step : step;
       if (!kConstant) gain = Complex<T>::of(own[k]);
       if (!kConstant && conjugate) gain.im = -gain.im;
-      h = gain * h + Complex<T>::of(inputs[k]);
+      h = gain * h + Complex<T>::of(steps[k]);
       if (kEnds) {
         product = product * gain;
       } else {
-        h.store(h_, (batch * L + t) * M + m);
+        h.store(outputs.at(t), 0);
       }
     }
   }

@@ -47,7 +47,9 @@ def instances():
         one_state = ((6, 1, 8),) if few else ((0, 4, 8), (6, 4, 8), (6, 1, 32), (24, 4, 32), (48, 4, 32))
         out += compile_cuda.scan_instances(types[0], one_state, ((2, 6),) if few else ((16, 12),))
         for kernel in ("forward", "backward"):
-            out += [("rational", template(kernel, *types, 1 if few else 4)), ("deform_conv", template(kernel, *types))]
+            vector, lanes = 1 if few else 4, (4,) if kernel == "backward" else ()
+            out.append(("rational", template(kernel, *types, vector)))
+            out.append(("deform_conv", template(kernel, *types, 3, vector, *lanes)))
             out += [("causal_conv1d", template(kernel, *types, 4, silu)) for silu in (False, True)]
         for constant in (False, True):
             for written, ends in ((types[0], False), (types[1], False), (types[0], True)):
@@ -280,6 +282,7 @@ CASES = {
     "deform_conv": [
         lambda: deform_case(2, 7, 5, 2, 9),
         lambda: deform_case(1, 9, 8, 1, 40, stride=2, dilation=2, padding=2, offset_scale=0.7),
+        lambda: deform_case(1, 5, 6, 3, 16, K=1),
     ],
     "diagonal_scan": [
         lambda: diagonal_case((2, 70, 3, 19), (19,), reverse=True),
