@@ -326,13 +326,13 @@ ONE_STATE = ((6, 4, 8), (12, 4, 16), (24, 4, 32), (48, 4, 32), (1, 4, 4), (2, 4,
 SCANS = ((16, 12), (16, 24))
 
 
-def scan_instances(dtype, one_state=ONE_STATE, scans=SCANS):
-    """Instances of the selective scan; those that join segments run for small batches alone."""
+def scan_instances(dtype, one_state=ONE_STATE, scans=SCANS, ends=(False, True)):
+    """Instances of the selective scan; those that join segments (`ends`) run for small batches alone."""
     types = dtype, torch.float64 if dtype == torch.float64 else torch.float32
     out = [template(f"{k}_one", *types, *shape, True, e)
-           for shape in one_state for k in ("forward", "backward") for e in (False, True)]  # fmt: skip
-    kernels = (("forward", False), ("forward", True), ("adjoint_ends",), ("backward",))
-    out += [template(kernel, *types, *shape, True, *ends) for shape in scans for kernel, *ends in kernels]
+           for shape in one_state for k in ("forward", "backward") for e in ends]  # fmt: skip
+    kernels = (("forward", False), ("backward",), *((("forward", True), ("adjoint_ends",)) if True in ends else ()))
+    out += [template(kernel, *types, *shape, True, *flags) for shape in scans for kernel, *flags in kernels]
     return [("selective_scan", name) for name in out]
 
 

@@ -21,6 +21,7 @@ from linzoo.ops import (
     rational,
     scan_order,
     selective_scan,
+    ssm_kernel,
     use_backend,
     wkv6,
     wkv7,
@@ -44,8 +45,10 @@ def instances():
     out = []
     for types in TYPES:
         few = types[0] == torch.float64
-        one_state = ((6, 1, 8),) if few else ((0, 4, 8), (6, 4, 8), (6, 1, 32), (24, 4, 32), (48, 4, 32))
-        out += compile_cuda.scan_instances(types[0], one_state, ((2, 6),) if few else ((16, 12),))
+        out += compile_cuda.scan_instances(types[0], ((6, 1 if few else 4, 8),), ((2, 6),) if few else ((16, 12),))
+        if types[0] in (torch.float32, torch.bfloat16):
+            shapes = ((0, 4, 8), (6, 1, 32), (12, 4, 16), (24, 4, 32), (48, 4, 32))
+            out += compile_cuda.scan_instances(types[0], shapes, (), ends=(False,))
         for kernel in ("forward", "backward"):
             vector, lanes = 1 if few else 4, (4,) if kernel == "backward" else ()
             out.append(("rational", template(kernel, *types, vector)))
@@ -55,6 +58,8 @@ def instances():
             for written, ends in ((types[0], False), (types[1], False), (types[0], True)):
                 out.append(("diagonal_scan", template("scan", types[0], written, types[1], constant, ends)))
     for dtype in (torch.float32, torch.float64):
+        out += [("ssm_kernel", template(k, dtype)) for k in ("vandermonde", "vandermonde_backward")]
+        out += [("ssm_kernel", template(k, dtype)) for k in ("cauchy", "cauchy_backward")]
         out += [("selective_scan", template("carry", dtype, reverse)) for reverse in (False, True)]
         out.append(("diagonal_scan", template("carry", dtype)))
         channels = 64 if dtype == torch.float32 else 32
@@ -252,6 +257,13 @@ def diagonal_case(shape, inner, initial=True, **options):
     return diagonal_scan, x | (dict(initial=normal(B, *shape[2:], 2)) if initial else {}), options
 
 
+def kernel_case(H, N, L, channels=None, rank=None, **options):
+    x = dict(A=normal(H, N, 2), B=normal(H, N, 2), C=normal(*(channels or ()), H, N, 2), dt=normal(H).abs() / 10 + 0.01)
+    x["A"][..., 0] = -x["A"][..., 0].abs() - 0.1
+    x |= dict(P=normal(rank, H, N, 2) / 3) if rank else {}
+    return ssm_kernel, x, dict(length=L, **options)
+
+
 def rational_case(rows, C, numerators, denominators):
     return rational, dict(x=normal(rows, C), numerator=normal(numerators, 6), denominator=normal(denominators, 4)), {}
 
@@ -277,6 +289,12 @@ CASES = {
         lambda: wkv_case(wkv6, 1, 20, 1, 40, 33, bidirectional=False),
         lambda: wkv_case(wkv7, 2, 37, 2, 19, 19, steps=30),
         lambda: wkv_case(wkv7, 1, 17, 1, 33, 40),
+    ],
+    "ssm_kernel": [
+        lambda: kernel_case(3, 5, 75),
+        lambda: kernel_case(2, 33, 600, channels=(2,), discretization="bilinear"),
+        lambda: kernel_case(2, 4, 50, rank=1, discretization="bilinear"),
+        lambda: kernel_case(1, 9, 31, channels=(2,), rank=2, discretization="bilinear"),
     ],
     "rational": [lambda: rational_case(130, 87, 1, 3), lambda: rational_case(5, 48, 8, 8)],
     "deform_conv": [
@@ -325,12 +343,16 @@ def assert_case(case, dtype, compute, device="cpu"):
         assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
 
 
+def serves(op, dtype):  # ssm_kernel computes in float32 at least
+    return op != "ssm_kernel" or dtype in (torch.float32, torch.float64)
+
+
 def every_case(*dtypes):
-    return [(op, case, dtype) for op, case in IDS for dtype in dtypes]
+    return [(op, case, dtype) for op, case in IDS for dtype in dtypes if serves(op, dtype)]
 
 
 def first_cases(*dtypes):
-    return [(op, 0, dtype) for op in CASES for dtype in dtypes]
+    return [(op, 0, dtype) for op in CASES for dtype in dtypes if serves(op, dtype)]
 
 
 @pytest.mark.parametrize(
@@ -466,7 +488,7 @@ def opcheck(op, case, device):
     torch.library.opcheck(operator, (*x.values(), *tail))
 
 
-OPCHECKS = [("wkv", 3), ("wkv", 5), *((op, 0) for op in CASES)]
+OPCHECKS = [("wkv", 3), ("wkv", 5), *((op, 0) for op in CASES if op != "ssm_kernel")]  # that one is two operators
 
 
 @pytest.mark.parametrize(("op", "case"), OPCHECKS)
