@@ -3,8 +3,8 @@
 
 A line is a template instance. `instr` (instructions), `mufu` (special functions), `lds` (shared memory), `shfl` are
 those of the hot loop, the largest one that writes, per element: a step of a channel. Every branch counts, so they are
-upper bounds; loops inside count as often as they run. `load` and `store` are the narrowest and widest accesses of
-global memory in it, in bytes; `warps` are those that fit a multiprocessor of an H100.
+upper bounds; loops inside count as often as KERNELS below says, else once. `load` and `store` are the narrowest and
+widest accesses of global memory in it, in bytes; `warps` are those that fit a multiprocessor of an H100.
 
 With --model, what the figures predict for an H100, by bound: nothing that was measured.
 """

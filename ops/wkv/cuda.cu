@@ -259,6 +259,17 @@ struct Tile {
       }
     }
   }
+  // Of `history`, whose rows and columns are all there: four columns in one access.
+  template <class T>
+  __device__ __forceinline__ void remember(const T (&S)[kRows][kQuad], T* history) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) ::write(history + row(i) * blockDim.x + column, S[i]);
+  }
+  template <class T>
+  __device__ __forceinline__ void recall(T (&S)[kRows][kQuad], const T* history) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) unpack(S[i], read<kQuad>(history + row(i) * blockDim.x + column));
+  }
   // `out` = sum over rows of vector times state, for every column, to all of the four threads.
   template <class T>
   __device__ __forceinline__ void columns(T (&out)[kQuad], const T (&vector)[kRows], const T (&S)[kRows][kQuad]) const {
@@ -398,8 +409,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Gradients are (directions, B, L, H, -), du (directions, B, H, N). `history` holds the states of a chunk for each
-// block, (blocks, kChunk, N, P); a block takes one head after the other.
+// Gradients are (directions, B, L, H, -), du (directions, B, H, N). `history` holds, for each block, the state before
+// every kSub-th step of a chunk, (blocks, kChunk / kSub, rows, threads); those between are computed anew. A block takes
+// one head after the other.
 template <class T, int N, bool kSeven>
 __global__ void __launch_bounds__(kThreads)
     backward(const T* dy_, i64 dy_batch, i64 dy_token, i64 dy_head, const T* r_, i64 r_batch, i64 r_token, i64 r_head,
@@ -410,8 +422,10 @@ __global__ void __launch_bounds__(kThreads)
              T* da, T* db, T* du) {
   constexpr int kPadded = Tile<N>::kPadded, kRows = Tile<N>::kRows, kWarps = kThreads / 32, kGrads = kSeven ? 5 : 3;
   constexpr int kR = 0, kK = 1, kD = 2, kA = kSeven ? 3 : 0, kB = kSeven ? 4 : 0;
-  alignas(16) __shared__ T r[kPadded], w[kPadded], d[kPadded], k[kPadded], a[kPadded], b[kPadded], us[kPadded];
-  alignas(16) __shared__ T v[kThreads], g[kThreads], parts[kGrads][kWarps][kPadded], products[2][kWarps];
+  constexpr int kSub = sizeof(T) * N > 512 ? 2 : 4, kSevenSub = kSeven ? kSub : 1;
+  alignas(16) __shared__ T r[kSub][kPadded], w[kSub][kPadded], d[kSub][kPadded], k[kSub][kPadded];
+  alignas(16) __shared__ T a[kSevenSub][kPadded], b[kSevenSub][kPadded], us[kPadded];
+  alignas(16) __shared__ T v[kSub][kThreads], g[kSub][kThreads], parts[kGrads][kWarps][kPadded], products[2][kWarps];
   const Rows<const T> dys{dy_, dy_batch, dy_token, dy_head}, rs{r_, r_batch, r_token, r_head};
   const Rows<const T> ws{w_, w_batch, w_token, w_head}, ks{k_, k_batch, k_token, k_head};
   const Rows<const T> vs{v_, v_batch, v_token, v_head}, as{a_, a_batch, a_token, a_head},
@@ -419,56 +433,66 @@ __global__ void __launch_bounds__(kThreads)
   const Tile<N> tile;
   const i64 p = threadIdx.x, chunks = (steps + kChunk - 1) / kChunk;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  T* past = history + static_cast<i64>(blockIdx.x) * kChunk * N * P;
+  const i64 state_size = static_cast<i64>(kPadded) * blockDim.x;
+  T* past = history + blockIdx.x * (kChunk / kSub) * state_size;
 
   for (i64 task = blockIdx.x; task < tasks; task += gridDim.x) {
     const Head head(task, B, H, Order{order_, order_batch, steps});
     const bool bonused = !kSeven && !head.direction;
-    const auto vectors = [&](i64 l) {  // a step's, into shared memory
-      for (int n = threadIdx.x; n < kPadded; n += blockDim.x) {
-        const bool inside = n < N;
-        r[n] = inside ? *(rs.at(head.b, l, head.h) + n) : T(0);
-        w[n] = inside ? *(ws.at(head.b, l, head.h) + n) : T(0);
-        d[n] = decay_of(w[n]);
-        k[n] = inside ? *(ks.at(head.b, l, head.h) + n) : T(0);
-        if (kSeven) a[n] = inside ? *(as.at(head.b, l, head.h) + n) : T(0);
-        if (kSeven) b[n] = inside ? *(bs.at(head.b, l, head.h) + n) : T(0);
+    const auto vectors = [&](i64 first, int count) {  // of `count` steps, into shared memory
+      __syncthreads();
+      stage(r, rs, head, first, count, N);
+      stage(w, ws, head, first, count, N);
+      stage(k, ks, head, first, count, N);
+      if (kSeven) stage(a, as, head, first, count, N);
+      if (kSeven) stage(b, bs, head, first, count, N);
+      stage(v, vs, head, first, count, P);
+      stage(g, dys, head, first, count, P);
+      for (int i = threadIdx.x; i < count * kPadded; i += blockDim.x) {  // what this thread has staged
+        d[i / kPadded][i % kPadded] = decay_of(w[i / kPadded][i % kPadded]);
       }
-      v[p] = p < P ? *(vs.at(head.b, l, head.h) + p) : T(0);
-      g[p] = p < P ? *(dys.at(head.b, l, head.h) + p) : T(0);
+      __syncthreads();
+    };
+    const auto advance_state = [&](T(&S)[kRows][kQuad], int i) {  // by step i of those in shared memory
+      T decay[kRows], key[kRows], erase[kRows], write[kRows], value[kQuad], erased[kQuad];
+      tile.rows(decay, d[i]);
+      tile.rows(key, k[i]);
+      load(value, &v[i][tile.column]);
+      if (kSeven)
+        tile.rows(erase, a[kSeven ? i : 0]), tile.rows(write, b[kSeven ? i : 0]), tile.columns(erased, erase, S);
+      step<kSeven>(S, decay, key, kSeven ? write : key, value, kSeven ? erased : value);
     };
     for (int n = threadIdx.x; n < kPadded; n += blockDim.x) us[n] = bonused && n < N ? u[head.h * N + n] : T(0);
     T adjoint[kRows][kQuad] = {}, bonus[(kPadded + 31) / 32] = {};
     for (i64 chunk = chunks - 1; chunk >= 0; --chunk) {
       const i64 start = chunk * kChunk;
       const int count = static_cast<int>(smaller<i64>(kChunk, steps - start));
-      {  // the states before each step of the chunk
+      {
         T S[kRows][kQuad];
         tile.load_state(S, states + (head.index * chunks + chunk) * N * P, P);
+        for (int first = 0; first < count; first += kSub) {
+          const int here = smaller(count - first, kSub);
+          tile.remember(S, past + first / kSub * state_size);
+          if (first + kSub >= count) break;
+          vectors(start + first, here);
 #pragma unroll 1
-        for (int i = 0; i < count; ++i) {
-          __syncthreads();
-          vectors(head.token(start + i));
-          __syncthreads();
-          tile.store_state(S, past + static_cast<i64>(i) * N * P, P);
-          T decay[kRows], key[kRows], erase[kRows], write[kRows], value[kQuad], erased[kQuad];
-          tile.rows(decay, d);
-          tile.rows(key, k);
-          load(value, &v[tile.column]);
-          if (kSeven) tile.rows(erase, a), tile.rows(write, b), tile.columns(erased, erase, S);
-          step<kSeven>(S, decay, key, kSeven ? write : key, value, kSeven ? erased : value);
+          for (int i = 0; i < here; ++i) advance_state(S, i);
         }
       }
 #pragma unroll 1
-      for (int i = count - 1; i >= 0; --i) {
-        const i64 l = head.token(start + i), row = ((head.direction * B + head.b) * L + l) * H + head.h;
-        __syncthreads();
-        vectors(l);
-        __syncthreads();
+      for (int step = count - 1, first = -1; step >= 0; --step) {
+        const int i = step % kSub;
+        const i64 l = head.token(start + step), row = ((head.direction * B + head.b) * L + l) * H + head.h;
+        if (first != step - i) {
+          first = step - i;
+          vectors(start + first, i + 1);
+        }
         T S[kRows][kQuad], x[kRows], value[kQuad], gradient[kQuad], erased[kQuad] = {}, to_erased[kQuad] = {};
-        tile.load_state(S, past + static_cast<i64>(i) * N * P, P);
-        load(value, &v[tile.column]);
-        load(gradient, &g[tile.column]);
+        tile.recall(S, past + first / kSub * state_size);
+#pragma unroll 1
+        for (int j = 0; j < i; ++j) advance_state(S, j);
+        load(value, &v[i][tile.column]);
+        load(gradient, &g[i][tile.column]);
         const auto outer = [&](const T(&left)[kRows], const T(&right)[kQuad]) {  // to the adjoint
 #pragma unroll
           for (int j = 0; j < kRows; ++j) {
@@ -487,19 +511,19 @@ __global__ void __launch_bounds__(kThreads)
         };
         T own = 0, to_value[kQuad] = {};
         if (kSeven) {
-          tile.rows(x, r);
+          tile.rows(x, r[i]);
           outer(x, gradient);  // of the state that the step leaves
-          tile.rows(x, a);
+          tile.rows(x, a[kSeven ? i : 0]);
           tile.columns(erased, x, S);
-          tile.rows(x, b);
+          tile.rows(x, b[kSeven ? i : 0]);
           tile.columns(to_erased, x, adjoint);
         }
         T key[kRows];
-        tile.rows(key, k);
+        tile.rows(key, k[i]);
         if (bonused) {
           T weight[kRows];
           tile.rows(weight, us);
-          tile.rows(x, r);
+          tile.rows(x, r[i]);
 #pragma unroll
           for (int j = 0; j < kRows; ++j) own += x[j] * weight[j] * key[j];
         }
@@ -532,13 +556,13 @@ __global__ void __launch_bounds__(kThreads)
         const T vg = warp_sums(with_value), eg = warp_sums(with_erased);
         if (lane == 0) products[0][warp] = vg, products[1][warp] = eg;
         T decay[kRows];
-        tile.rows(decay, d);
+        tile.rows(decay, d[i]);
 #pragma unroll
         for (int j = 0; j < kRows; ++j) {
 #pragma unroll
           for (int q = 0; q < kQuad; ++q) adjoint[j][q] *= decay[j];
         }
-        tile.rows(x, kSeven ? a : r);
+        tile.rows(x, kSeven ? a[kSeven ? i : 0] : r[i]);
         outer(x, kSeven ? to_erased : gradient);
         __syncthreads();
         T together[2] = {};
@@ -550,14 +574,15 @@ __global__ void __launch_bounds__(kThreads)
             for (int j = 0; j < warps; ++j) total[grad] += parts[grad][j][n];
           }
           const T un = us[n];
-          if (kSeven) total[kR] = d[n] * total[kR] + b[n] * together[1] + k[n] * together[0];
-          dr[row * N + n] = total[kR] + un * k[n] * together[0];
-          dk[row * N + n] = total[kK] + un * r[n] * together[0];
-          dw[row * N + n] = -exp_(smaller(w[n], T(32))) * d[n] * total[kD];
+          if (kSeven) total[kR] = d[i][n] * total[kR] + b[kSeven ? i : 0][n] * together[1] + k[i][n] * together[0];
+          dr[row * N + n] = total[kR] + un * k[i][n] * together[0];
+          dk[row * N + n] = total[kK] + un * r[i][n] * together[0];
+          dw[row * N + n] = -exp_(smaller(w[i][n], T(32))) * d[i][n] * total[kD];
           if (kSeven) da[row * N + n] = total[kA];
           if (kSeven) db[row * N + n] = total[kB];
-          if (bonused) bonus[m] += r[n] * k[n] * together[0];
+          if (bonused) bonus[m] += r[i][n] * k[i][n] * together[0];
         }
+        __syncthreads();
       }
     }
     for (int n = threadIdx.x, m = 0; n < N && !kSeven; n += blockDim.x, ++m) du[head.index * N + n] = bonus[m];
