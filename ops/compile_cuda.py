@@ -115,12 +115,30 @@ def cubin(op, name, arch):
     return Cubin(code, *json.loads(head))
 
 
-@functools.cache
 def _kernel(op, name, arch):
     from cuda.core import ObjectCode
 
     compiled = cubin(op, name, arch)
     return ObjectCode.from_cubin(compiled.code, symbol_mapping={name: compiled.symbol.encode()}).get_kernel(name)
+
+
+_loaded = {}
+
+
+def loaded(op, name, arch):
+    """The kernel, compiled and loaded at its first use.
+
+    Raises:
+        BuildError: it does not compile.
+        RuntimeError: its first use is in the capture of a CUDA graph.
+    """
+    if (op, name, arch) not in _loaded:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{op} {name}: the kernel is not loaded yet; run once before the capture of a CUDA graph"
+            )
+        _loaded[op, name, arch] = _kernel(op, name, arch)
+    return _loaded[op, name, arch]
 
 
 @functools.cache
@@ -235,6 +253,7 @@ def launch(op, name, grid, block, **named):
 
     Raises:
         BuildError: the kernel does not compile.
+        RuntimeError: its first use is in the capture of a CUDA graph.
         TypeError: arguments do not fit the kernel.
         ValueError: more blocks than CUDA allows.
     """
@@ -249,7 +268,7 @@ def launch(op, name, grid, block, **named):
     device = next(a.device for a in named.values() if isinstance(a, torch.Tensor))
     with torch.cuda.device(device):
         Device(device.index).set_current()
-        kernel = _kernel(op, name, _arch(device.index))
+        kernel = loaded(op, name, _arch(device.index))
         handle = torch.cuda.current_stream(device).cuda_stream or 1  # 0 and 1 both mean the default stream
         launch_kernel(_stream(handle), LaunchConfig(grid=grid, block=block), kernel, *values)
 

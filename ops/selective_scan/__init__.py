@@ -231,4 +231,5 @@ _operator = Operator(
     backward=_backward,
     fake=_empty,
     flops=_flops,
+    limit=lambda backend, *x: cuda.limit(x[0], x[2], x[6]) if backend == "cuda" else None,
 )

@@ -507,7 +507,7 @@ __global__ void __launch_bounds__(kThreads, 6)
   constexpr int kColumns = R + 1 + !kEnds, kWidth = kLanes * V;
   using Rows = Span<T, kLanes, kColumns>;
   __shared__ Rows span;
-  __shared__ Weights<T, R, V, kLanes, true> weights;
+  __shared__ Weights<T, R, V, kLanes, R <= 64> weights;
   alignas(16) __shared__ T decays[Rows::kSlices][kWidth], ends[Rows::kSlices][kWidth];
   const Place p(G, D, steps, blocks, segments, segment_steps);
   if (kEnds && p.segment == segments - 1) return;  // no segment begins where it ends
@@ -549,7 +549,7 @@ __global__ void __launch_bounds__(kThreads, 6)
 #pragma unroll
     for (int i = 0; i < kOwn && !R; ++i) unpack(delta[i], dts[i]);
     const auto low = reinterpret_cast<const T(*)[Rows::kPitch]>(&span.columns[0][at.own]);
-    step_sizes<kSoftplus, R, R ? R : 1>(delta, low, weight_row, bias_, p.g * D + at.c);
+    step_sizes<kSoftplus, R, R && R <= 64 ? R : 2>(delta, low, weight_row, bias_, p.g * D + at.c);
     T inputs[kOwn], outputs[kOwn], decay[V], h[V] = {};
     load(inputs, low[R]);
     load(outputs, low[kColumns - 1]);
@@ -618,14 +618,14 @@ __global__ void __launch_bounds__(kThreads, 4)
                  T* __restrict__ dB_, T* __restrict__ dC_, T* __restrict__ dskip_, T* __restrict__ dlow_,
                  T* __restrict__ dweight_, T* __restrict__ dbias_) {
   constexpr int kColumns = R + 2, kWidth = kLanes * V;
-  constexpr bool kShared = R <= 24;
+  constexpr bool kShared = R <= 24, kKept = R <= 48;  // what shared memory holds of weights and their gradients
   using Rows = Span<T, kLanes, kColumns>;
   __shared__ Rows span;
   __shared__ Weights<T, R, V, kLanes, kShared> weights;
   alignas(16) __shared__ T decays[Rows::kSlices][kWidth], ends[Rows::kSlices][kWidth], begins[Rows::kSlices][kWidth];
   // Sums over channels of each step, as the columns lie; ddelta of a span; sums over steps.
   alignas(16) __shared__ T found[kEnds ? 1 : kColumns][Rows::kPitch], ddeltas[kEnds ? 1 : Rows::kSteps][kWidth];
-  alignas(16) __shared__ T dweight[kEnds ? 1 : R + 1][kWidth];
+  alignas(16) __shared__ T dweight[kEnds || !kKept ? 1 : R + 1][kWidth];
   const Place p(G, D, steps, blocks, segments, segment_steps);
   if (kEnds && p.segment == 0) return;  // no segment ends where it begins
   const Order order{order_, order_batch, steps};
@@ -641,7 +641,16 @@ __global__ void __launch_bounds__(kThreads, 4)
   const T* weight = weight_ + p.g * R * D;
   weights.stage(weight, at, D);
   const auto weight_row = [&](T(&out)[V], int r) { weights.row(out, r, weight, at, D); };
-  for (int i = threadIdx.x; i < (R + 1) * kWidth && !kEnds; i += kThreads) dweight[i / kWidth][i % kWidth] = 0;
+  // A thread's sums over steps of rank r of the weights' gradient; the bias has rank R, so to say.
+  const i64 bsg = (p.b * segments + p.segment) * G + p.g;
+  const auto weight_sums = [&](int r) {
+    return kKept ? &dweight[r][at.lane * V] : (r < R ? dweight_ + (bsg * R + r) * D : dbias_ + bsg * D) + at.c;
+  };
+  const bool sums_up = !kEnds && (kKept || at.active);
+  for (int r = at.slice; r <= R && sums_up; r += Rows::kSlices) {
+    const T zeros[V] = {};
+    store(weight_sums(r), zeros);
+  }
   // The channel that a thread joins; its adjoint state behind a span, and the sum of its step sizes.
   const i64 channel = at.first + threadIdx.x;
   const bool joins = threadIdx.x < kWidth && channel < D;
@@ -769,9 +778,9 @@ __global__ void __launch_bounds__(kThreads, 4)
       span_sums<kLanes>(found[r], parts, at);
     }
     __syncthreads();
-    for (int r = at.slice; r <= R; r += Rows::kSlices) {  // the bias has rank R, so to say
+    for (int r = at.slice; r <= R && sums_up; r += Rows::kSlices) {
       T parts[V];
-      load(parts, &dweight[r][at.lane * V]);
+      load(parts, weight_sums(r));
 #pragma unroll 4
       for (int i = 0; i < Rows::kSteps; ++i) {
         T values[V];
@@ -780,7 +789,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
         for (int v = 0; v < V; ++v) parts[v] += values[v] * low;
       }
-      store(&dweight[r][at.lane * V], parts);
+      store(weight_sums(r), parts);
     }
     span.template put_back<R>(found, dlow, dB, dC, parity, count);
     __syncthreads();
@@ -795,7 +804,6 @@ __global__ void __launch_bounds__(kThreads, 4)
   store(&ends[at.slice][at.lane * V], dskip);
   __syncthreads();
   if (!joins) return;
-  const i64 bsg = (p.b * segments + p.segment) * G + p.g;
   T all[2] = {};
   for (int i = 0; i < Rows::kSlices; ++i) {
     all[0] += decays[i][threadIdx.x];
@@ -803,6 +811,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   dA_[bsg * D + channel] = all[0];
   dskip_[bsg * D + channel] = all[1];
+  if (!kKept) return;
   dbias_[bsg * D + channel] = dweight[R][threadIdx.x];
   for (int r = 0; r < R; ++r) dweight_[(bsg * R + r) * D + channel] = dweight[r][threadIdx.x];
 }

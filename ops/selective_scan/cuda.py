@@ -13,12 +13,34 @@ OWN = 4  # steps, and channels where they are aligned, that a thread of a kernel
 def lanes(channels):
     """Threads of a block for one state that are neighbours in the channels: few idle ones, and many."""
     units = channels if channels % OWN else channels // OWN
-    return min((32, 16, 8, 4), key=lambda n: -(-units // n) * (n + 1))
+    return min((32, 16, 8, 4), key=lambda n: -(-units // n) * (n + 3))  # 3: for what each block stages
 
 
 def chunk(channels, states):
     """Steps between two saved states: the span that a block for one state walks at once."""
     return cuda.MAX_THREADS // lanes(channels) * OWN if states == 1 else cuda.CHUNK
+
+
+def shared_memory(channels, states, rank, element, vector):
+    """Bytes of shared memory of the backward kernel, which wants the most; sums have `element` bytes."""
+    if states > 1:
+        rows = cuda.CHUNK * (2 * states + max(rank, 1)) + cuda.MAX_THREADS * (states + (rank + 1) // 2)
+        return element * rows + 8 * cuda.CHUNK
+    n, span = lanes(channels), chunk(channels, 1)
+    width = n * vector
+    rows = 2 * (rank + 2) * (span + 4) + (rank if rank and rank <= 24 else 1) * width
+    return element * (rows + (3 * span // OWN + span + (rank + 1 if rank <= 48 else 1)) * width) + 8 * span
+
+
+def limit(u, A, dt_weight):
+    """Why the kernels cannot take a scan of these ranks and states, or None; a block has 48 KiB."""
+    rank = 0 if dt_weight is None else dt_weight.shape[-1]
+    element = 8 if u.dtype == torch.float64 else 4
+    vector = 1 if u.shape[3] % OWN or element == 8 else OWN
+    bytes_ = shared_memory(u.shape[3], A.shape[-1], rank, element, vector)
+    if bytes_ <= 48 * 1024:
+        return None
+    return f"{A.shape[-1]} states of rank {rank} want {bytes_} bytes of a block's 49152 of shared memory on CUDA"
 
 
 class Plan(NamedTuple):

@@ -133,6 +133,14 @@ def test_nvrtc_error_names_the_kernel():
         compile_cuda.compile_kernel("rational", "forward<nothing>", "sm_90")
 
 
+def test_a_cold_kernel_is_refused_in_a_graph(monkeypatch):
+    """Loading a module may be forbidden while a graph is captured: said before anything is compiled."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(compile_cuda, "_kernel", None)
+    with pytest.raises(RuntimeError, match="rational forward<nothing>: .* run once before the capture"):
+        compile_cuda.loaded("rational", "forward<nothing>", "sm_90")
+
+
 def test_kernel_arguments_are_named():
     name, x, table = template("forward", torch.float32, torch.float32, 4), torch.zeros(3, 4), torch.zeros(10, 4)
     named = dict(x=x, table=table, rows=3, C=4, split_rows=16, y=x)
@@ -280,6 +288,7 @@ CASES = {
         lambda: scan_case(1, 40, 2, 64, 1, 2, steps=37, batched=True, merge=True),
         lambda: bare_scan(1, 600, 2, 32, 1),
         lambda: scan_case(1, 300, 1, 34, 2, 3),
+        lambda: scan_case(1, 40, 1, 128, 1, 50, merge=True),
     ],
     "wkv": [
         lambda: bi_case(2, 150, 37, steps=141),
@@ -426,6 +435,13 @@ def test_deform_conv_says_that_it_is_not_deterministic(emulated_cuda):
         pytest.raises(RuntimeError, match="deform_conv has no deterministic backward pass on CUDA"),
     ):
         results(run, x, options)
+
+
+def test_scans_that_shared_memory_does_not_hold_fall_back_aloud(emulated_cuda):
+    emulated_cuda("selective_scan")
+    run, x, options = scan_case(1, 2, 1, 4, 100, 3)
+    with pytest.warns(RuntimeWarning, match="reference: 100 states of rank 3 want .* of a block's 49152 of shared"):
+        run(**x, **options)
 
 
 def test_wide_heads_fall_back_aloud(emulated_cuda):
