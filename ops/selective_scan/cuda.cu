@@ -194,12 +194,22 @@ __global__ void __launch_bounds__(kThreads)
   const i64 d = i % D, n = i / D % N, bg = i / (D * N);
   const T rate = A[(bg % G * N + n) * D + d];
   T h = 0;
-  for (i64 k = 0; k < segments; ++k) {
-    const i64 segment = bg * segments + (kReverse ? segments - 1 - k : k);
-    T* at = boundary + (segment * N + n) * D + d;
-    const T end = *at;
-    *at = h;
-    h = exp2_(rate * sums[segment * D + d]) * h + end;
+  constexpr int kAtOnce = 8;  // segments
+  for (i64 first = 0; first < segments; first += kAtOnce) {
+    T end[kAtOnce], sum[kAtOnce];
+    const auto segment = [&](i64 k) { return bg * segments + (kReverse ? segments - 1 - k : k); };
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const i64 k = segment(smaller(first + i, segments - 1));
+      end[i] = boundary[(k * N + n) * D + d];
+      sum[i] = sums[k * D + d];
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i >= segments) break;
+      boundary[(segment(first + i) * N + n) * D + d] = h;
+      h = exp2_(rate * sum[i]) * h + end[i];
+    }
   }
 }
 

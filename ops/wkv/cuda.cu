@@ -11,6 +11,7 @@
 #include "device.cuh"
 
 constexpr int kChunk = LINZOO_CHUNK;
+constexpr int kCarried = 4;           // segments whose ends a thread that joins them reads at once
 constexpr int kMarks = LINZOO_MARKS;  // chunks of a segment of bi_wkv, at most
 constexpr double kLog2e = 1.4426950408889634;
 
@@ -113,15 +114,19 @@ __global__ void __launch_bounds__(kThreads)
   const bool backwards = sb >= B;
   const T decay = w[c];
   Sums<T, kBackward> sums;
-#pragma unroll 4
-  for (i64 k = 0; k < segments; ++k) {
-    const i64 segment = backwards ? segments - 1 - k : k;
-    T* at = ends + (sb * segments + segment) * Sums<T, kBackward>::kFields * C + c;
-    Sums<T, kBackward> own;
-    own.load(at, C);
-    sums.store(at, C);
-    sums.move(T(smaller(segment_steps, steps - segment * segment_steps)));
-    sums.join(own, decay);
+  for (i64 first = 0; first < segments; first += kCarried) {
+    Sums<T, kBackward> own[kCarried];
+    const auto segment = [&](i64 k) { return backwards ? segments - 1 - k : k; };
+    const auto at = [&](i64 k) { return ends + (sb * segments + segment(k)) * Sums<T, kBackward>::kFields * C + c; };
+#pragma unroll
+    for (int i = 0; i < kCarried; ++i) own[i].load(at(smaller(first + i, segments - 1)), C);
+#pragma unroll
+    for (int i = 0; i < kCarried; ++i) {
+      if (first + i >= segments) break;
+      sums.store(at(first + i), C);
+      sums.move(T(smaller(segment_steps, steps - segment(first + i) * segment_steps)));
+      sums.join(own[i], decay);
+    }
   }
 }
 

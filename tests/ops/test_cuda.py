@@ -286,7 +286,7 @@ CASES = {
         lambda: scan_case(1, 530, 2, 96, 1, 6, steps=520),
         lambda: scan_case(2, 70, 1, 128, 1, 5, merge=True),
         lambda: scan_case(1, 40, 2, 64, 1, 2, steps=37, batched=True, merge=True),
-        lambda: bare_scan(1, 600, 2, 32, 1),
+        lambda: bare_scan(1, 2400, 1, 8, 1),  # ten segments
         lambda: scan_case(1, 300, 1, 34, 2, 3),
         lambda: scan_case(1, 40, 1, 128, 1, 50, merge=True),
     ],
