@@ -192,7 +192,7 @@ def one_state(kernel: str, dtype: torch.dtype, rank: int, lanes: int, ends: bool
     rows = (rank + 1) / slices  # of the gradient of the weights, for each slice
     trips = ()
     if kernel == "backward" and not ends:
-        trips = (rank, rows, slices) if rank >= slices else (rank, rows * slices)
+        trips = (lanes / 2, rows, slices) if rank >= slices else (lanes / 2, rows * slices)
         trips = (rank / 2, *trips) if rank > 24 else trips  # weights that shared memory does not hold
     name = template(f"{kernel}_one", dtype, F, rank, 4, lanes, True, ends)
     return Kernel("selective_scan", name, 16, trips=trips)
@@ -204,7 +204,7 @@ KERNELS = (
     *(one_state(k, F, 6, 8, True) for k in ("forward", "backward")),
     Kernel("selective_scan", template("forward", F, F, 16, 12, True, False), 16),
     Kernel("selective_scan", template("forward", F, F, 16, 12, True, True), 16),
-    Kernel("selective_scan", template("backward", F, F, 16, 12, True), 16, trips=(2, 2, 1.5, 16, 1, 5.5, *[1] * 6)),
+    Kernel("selective_scan", template("backward", F, F, 16, 12, True), 16, trips=(2, 2, 1.5, 16, 5.5)),
     Kernel("selective_scan", template("adjoint_ends", F, F, 16, 12, True), 16),
     Kernel("wkv", template("bi_sweep", F, False), 16),
     Kernel("wkv", template("bi_sweep", F, True), 16),
@@ -307,7 +307,9 @@ def predict(x: Scan, kernel: str) -> dict:
 def _pass(kernel: Kernel, x: Scan, blocks: int) -> dict:
     sass = read(kernel.op, kernel.name)
     executed = sass.executed(kernel.trips)
-    iterations = x.batch * x.steps * x.groups * x.channels / (kernel.elements * 32)  # of all warps
+    chunk = cuda.chunk(x.channels, x.states)
+    steps = -(-x.steps // chunk) * chunk  # those behind the last are computed, too
+    iterations = x.batch * steps * x.groups * x.channels / (kernel.elements * 32)  # of all warps
     warps = resident_warps(sass.registers, sass.shared, kernel.threads)
     slots = SMS * warps // (kernel.threads // 32)
     tail = -(-blocks // slots) * slots / blocks if blocks > slots else 1

@@ -215,9 +215,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // The sum over a block's channels of what its warps have each summed.
 template <int kRows, class T>
-__device__ __forceinline__ T over_warps(const T (*parts)[kRows][32], int row, int lane) {
+__device__ __forceinline__ T over_warps(const T (*parts)[kRows][33], int row, int lane) {
   T sum = 0;
-  for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) sum += parts[warp][row][lane];
+#pragma unroll
+  for (int warp = 0; warp < kThreads / 32; ++warp) {
+    if (warp < static_cast<int>(blockDim.x) / 32) sum += parts[warp][row][lane];
+  }
   return sum;
 }
 
@@ -231,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 3)
              i64 segments, i64 segment_steps, T* boundary, const T* states, S* du, S* ddt, T* dA_, T* dB, T* dC,
              T* dskip_, T* dlow, T* dweight_, T* dbias_) {
   constexpr int kLow = R ? R : 1, kRows = N + (R + 1) / 2;
-  __shared__ T Bs[kChunk][N], Cs[kChunk][N], lows[kChunk][kLow], parts[kThreads / 32][kRows][32];
+  __shared__ T Bs[kChunk][N], Cs[kChunk][N], lows[kChunk][kLow], parts[kThreads / 32][kRows][33];
   __shared__ Chunk chunk;
   const Place p(G, D, steps, blocks, segments, segment_steps);
   const Order order{order_, order_batch, steps};
@@ -336,16 +339,12 @@ __global__ void __launch_bounds__(kThreads, 3)
     __syncthreads();
     const i64 tokens = (block * batch + p.b) * L;
     for (int i = threadIdx.x; i < count * (2 * N + R); i += blockDim.x) {
-      const int step = i / (2 * N + R), k = i % (2 * N + R);
+      const int step = i / (2 * N + R), k = i % (2 * N + R), r = k - 2 * N;
       const i64 row = (tokens + chunk.tokens[parity][step]) * G + p.g;
-      if (k < N) {
-        dB[row * N + k] = over_warps(parts, k, step);
-      } else if (k < 2 * N) {
-        dC[row * N + k - N] = over_warps(parts, k - N, kChunk + step);
-      } else {
-        const int r = k - 2 * N;
-        dlow[row * R + r] = over_warps(parts, N + r / 2, r % 2 * kChunk + step);
-      }
+      const bool of_C = k >= N && r < 0;
+      const int part = r < 0 ? k - of_C * N : N + r / 2, side = r < 0 ? of_C : r % 2;
+      T* to = r < 0 ? (of_C ? dC : dB) + row * N + part : dlow + row * R + r;
+      write_one(to, over_warps(parts, part, side * kChunk + step));
     }
     __syncthreads();
   }
@@ -458,11 +457,12 @@ struct Weights {
       rows[i / kWidth][i % kWidth] = weight[i / kWidth * D + smaller(at.first + i % kWidth, D - 1)];
     }
   }
-  __device__ __forceinline__ void row(T (&out)[V], int r, const T* weight, const Corner<kLanes, V>& at, i64 D) const {
+  // Rank r of V channels from the c-th of the block's on, whose first is `first`.
+  __device__ __forceinline__ void row(T (&out)[V], int r, const T* weight, int c, i64 first, i64 D) const {
     if (kShared) {
-      load(out, &rows[r][at.lane * V]);
+      load(out, &rows[r][c]);
     } else {
-      unpack(out, read<V>(weight + r * D + at.c));
+      unpack(out, read<V>(weight + r * D + smaller(first + c, D - V)));
     }
   }
 };
@@ -533,7 +533,7 @@ __global__ void __launch_bounds__(kThreads, 6)
   load_channels(skip, skip_, p.g * D + at.c);
   const T* weight = weight_ + p.g * R * D;
   weights.stage(weight, at, D);
-  const auto weight_row = [&](T(&out)[V], int r) { weights.row(out, r, weight, at, D); };
+  const auto weight_row = [&](T(&out)[V], int r) { weights.row(out, r, weight, at.lane * V, at.first, D); };
   // The channel that a thread joins, its rate, its state before a span, and the sum of its step sizes.
   const i64 channel = at.first + threadIdx.x;
   const bool joins = threadIdx.x < kWidth && channel < D;
@@ -634,7 +634,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   __shared__ Weights<T, R, V, kLanes, kShared> weights;
   alignas(16) __shared__ T decays[Rows::kSlices][kWidth], ends[Rows::kSlices][kWidth], begins[Rows::kSlices][kWidth];
   // Sums over channels of each step, as the columns lie; ddelta of a span; sums over steps.
-  alignas(16) __shared__ T found[kEnds ? 1 : kColumns][Rows::kPitch], ddeltas[kEnds ? 1 : Rows::kSteps][kWidth];
+  alignas(16) __shared__ T found[kEnds ? 1 : kColumns][Rows::kPitch], ddeltas[kEnds ? 1 : Rows::kSteps][kWidth + V];
   alignas(16) __shared__ T dweight[kEnds || !kKept ? 1 : R + 1][kWidth];
   const Place p(G, D, steps, blocks, segments, segment_steps);
   if (kEnds && p.segment == 0) return;  // no segment ends where it begins
@@ -650,7 +650,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   T dA[V] = {}, dskip[V] = {};
   const T* weight = weight_ + p.g * R * D;
   weights.stage(weight, at, D);
-  const auto weight_row = [&](T(&out)[V], int r) { weights.row(out, r, weight, at, D); };
+  const auto weight_row = [&](T(&out)[V], int r) { weights.row(out, r, weight, at.lane * V, at.first, D); };
   // A thread's sums over steps of rank r of the weights' gradient; the bias has rank R, so to say.
   const i64 bsg = (p.b * segments + p.segment) * G + p.g;
   const auto weight_sums = [&](int r) {
@@ -776,18 +776,27 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
     span_sums<kLanes>(found[R], dBs, at);
     span_sums<kLanes>(found[R + 1], dCs, at);
-#pragma unroll 1
-    for (int r = 0; r < R; ++r) {
-      T parts[kOwn] = {}, w[V];
-      weight_row(w, r);
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) parts[i] += delta[i][v] * w[v];
-      }
-      span_sums<kLanes>(found[r], parts, at);
-    }
     __syncthreads();
+    if constexpr (R > 0) {  // a thread has a step, and every kGroups-th rank of its low-rank row
+      constexpr int kGroups = kThreads / Rows::kSteps, kEach = (R + kGroups - 1) / kGroups;
+      const int step = threadIdx.x % Rows::kSteps, group = threadIdx.x / Rows::kSteps;
+      T sums[kEach] = {};
+#pragma unroll 2
+      for (int c = 0; c < kWidth; c += V) {
+        T values[V], w[V];
+        load(values, &ddeltas[step][c]);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          weights.row(w, smaller(group + i * kGroups, R - 1), weight, c, at.first, D);
+#pragma unroll
+          for (int v = 0; v < V; ++v) sums[i] += values[v] * w[v];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        if (group + i * kGroups < R) found[group + i * kGroups][step] = sums[i];
+      }
+    }
     for (int r = at.slice; r <= R && sums_up; r += Rows::kSlices) {
       T parts[V];
       load(parts, weight_sums(r));
@@ -801,8 +810,8 @@ __global__ void __launch_bounds__(kThreads, 4)
       }
       store(weight_sums(r), parts);
     }
-    span.template put_back<R>(found, dlow, dB, dC, parity, count);
     __syncthreads();
+    span.template put_back<R>(found, dlow, dB, dC, parity, count);
   }
   if (kEnds && joins) {
     boundary[p.index * D + channel] = adjoint;

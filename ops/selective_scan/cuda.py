@@ -24,12 +24,13 @@ def chunk(channels, states):
 def shared_memory(channels, states, rank, element, vector):
     """Bytes of shared memory of the backward kernel, which wants the most; sums have `element` bytes."""
     if states > 1:
-        rows = cuda.CHUNK * (2 * states + max(rank, 1)) + cuda.MAX_THREADS * (states + (rank + 1) // 2)
+        rows = cuda.CHUNK * (2 * states + max(rank, 1)) + cuda.MAX_THREADS // 32 * 33 * (states + (rank + 1) // 2)
         return element * rows + 8 * cuda.CHUNK
     n, span = lanes(channels), chunk(channels, 1)
     width = n * vector
     rows = 2 * (rank + 2) * (span + 4) + (rank if rank and rank <= 24 else 1) * width
-    return element * (rows + (3 * span // OWN + span + (rank + 1 if rank <= 48 else 1)) * width) + 8 * span
+    rows += span * vector + (3 * span // OWN + span + (rank + 1 if rank <= 48 else 1)) * width
+    return element * rows + 8 * span
 
 
 def limit(u, A, dt_weight):
