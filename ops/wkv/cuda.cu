@@ -63,18 +63,28 @@ struct Sums {
   }
 };
 
-// What a step adds: forward (its key, v, 1), backward (-peak, dy / den, dy y / den).
+// What a step adds: forward (its key, v, 1), backward (-peak, dy / den, dy y / den); of a batch item's channel.
 template <class T, bool kBackward>
 struct Terms {
-  Rows<const T> first, second;  // k, v or scale, dy
-  const T* y;                   // (B, L, C)
-  i64 L, C;
-  __device__ __forceinline__ void read(i64 b, i64 l, i64 c, T& key, T& x, T& other) const {
-    const T* at = first.at(b, l, 0) + c;
-    key = kBackward ? -at[0] : at[0];
-    x = *(second.at(b, l, 0) + c);
-    if (kBackward) x /= at[C];
-    other = kBackward ? x * y[(b * L + l) * C + c] : T(1);
+  Tokens<const T> first, second, y;  // k, v or scale (peak, and den C behind it), dy, y
+  i64 C;
+  // Of `count` steps from `start` on, all of them read before the first is used.
+  __device__ __forceinline__ void read_chunk(const Order& order, const Place& p, i64 start, int count,
+                                             T (&keys)[kChunk], T (&xs)[kChunk], T (&others)[kChunk]) const {
+    Pack<T, 1> key[kChunk], x[kChunk], den[kChunk], out[kChunk];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const int token = static_cast<int>(order.token(p.b, 0, start + smaller(i, count - 1)));
+      key[i] = read<1>(first.at(token));
+      x[i] = read<1>(second.at(token));
+      if (kBackward) den[i] = read<1>(first.at(token) + C), out[i] = read<1>(y.at(token));
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      keys[i] = kBackward ? -key[i].x[0] : key[i].x[0];
+      xs[i] = kBackward ? x[i].x[0] * reciprocal(den[i].x[0]) : x[i].x[0];
+      others[i] = kBackward ? xs[i] * out[i].x[0] : T(1);
+    }
   }
 };
 
@@ -87,16 +97,22 @@ __global__ void __launch_bounds__(kThreads)
   const Place p(1, C, steps, blocks, segments, segment_steps);
   if (!p.active) return;
   const Order order{order_, order_batch, steps};
-  const Terms<T, kBackward> terms{
-      {first_, first_batch, first_token, 0}, {second_, second_batch, second_token, 0}, y, L, C};
+  const Terms<T, kBackward> terms{{first_, p.b * first_batch + p.c, first_token},
+                                  {second_, p.b * second_batch + p.c, second_token},
+                                  {y, p.b * L * C + p.c, C},
+                                  C};
   const T decay = w[p.c];
   Sums<T, kBackward> past, future;
-#pragma unroll 4
-  for (i64 t = p.begin; t < p.end; ++t) {
-    T key, x, other;
-    terms.read(p.b, order.token(p.b, 0, t), p.c, key, x, other);
-    past.pass(key, x, other, decay);
-    future.add(key, x, other, T(t - p.begin), decay);
+  for (i64 start = p.begin; start < p.end; start += kChunk) {
+    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start));
+    T keys[kChunk], xs[kChunk], others[kChunk];
+    terms.read_chunk(order, p, start, count, keys, xs, others);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (i >= count) continue;
+      past.pass(keys[i], xs[i], others[i], decay);
+      future.add(keys[i], xs[i], others[i], T(start + i - p.begin), decay);
+    }
   }
   const i64 side = B * segments * Sums<T, kBackward>::kFields * C;
   T* at = ends + p.index * Sums<T, kBackward>::kFields * C + p.c;
@@ -141,9 +157,10 @@ __global__ void __launch_bounds__(kThreads)
   const Place p(1, C, steps, blocks, segments, segment_steps);
   if (!p.active) return;
   const Order order{order_, order_batch, steps};
-  const Rows<const T> k{k_, k_batch, k_token, 0}, v{v_, v_batch, v_token, 0}, dy{dy_, dy_batch, dy_token, 0};
-  const Rows<const T> scales{scale, 2 * L * C, 2 * C, 0};
-  const Terms<T, kBackward> terms{kBackward ? scales : k, kBackward ? dy : v, y_, L, C};
+  const Tokens<const T> k(k_, p.b * k_batch + p.c, k_token), v(v_, p.b * v_batch + p.c, v_token);
+  const Tokens<const T> dy(dy_, p.b * dy_batch + p.c, dy_token), scales(scale, p.b * 2 * L * C + p.c, 2 * C);
+  const Tokens<const T> out(y_, p.b * L * C + p.c, C);
+  const Terms<T, kBackward> terms{kBackward ? scales : k, kBackward ? dy : v, out, C};
   const T decay = w[p.c], bonus = u[p.c];
   const i64 side = B * segments * Side::kFields * C;
   const int chunks = static_cast<int>((p.end - p.begin + kChunk - 1) / kChunk);
@@ -157,10 +174,12 @@ __global__ void __launch_bounds__(kThreads)
     future.store(&marks[chunk][0][threadIdx.x], kThreads);
     if (chunk == 0) break;
     const i64 start = p.begin + chunk * kChunk;
-    for (i64 t = smaller(start + kChunk, p.end) - 1; t >= start; --t) {
-      T key, x, other;
-      terms.read(p.b, order.token(p.b, 0, t), p.c, key, x, other);
-      future.pass(key, x, other, decay);
+    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start));
+    T keys[kChunk], xs[kChunk], others[kChunk];
+    terms.read_chunk(order, p, start, count, keys, xs, others);
+#pragma unroll
+    for (int i = kChunk - 1; i >= 0; --i) {
+      if (i < count) future.pass(keys[i], xs[i], others[i], decay);
     }
   }
   Sum<T> sum_w, sum_u;
@@ -170,10 +189,7 @@ __global__ void __launch_bounds__(kThreads)
     T keys[kChunk], xs[kChunk], others[kChunk];
     Side futures[kChunk];
     future.load(&marks[chunk][0][threadIdx.x], kThreads);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if (i < count) terms.read(p.b, order.token(p.b, 0, start + i), p.c, keys[i], xs[i], others[i]);
-    }
+    terms.read_chunk(order, p, start, count, keys, xs, others);
 #pragma unroll
     for (int i = kChunk - 1; i >= 0; --i) {
       if (i >= count) continue;
@@ -189,10 +205,10 @@ __global__ void __launch_bounds__(kThreads)
         const T peak = larger(own, larger(before, after));
         const T left = expe(before - peak), right = expe(after - peak), self = expe(own - peak);
         const T den = left * past.y + right * futures[i].y + self;
-        y_[at] = (left * past.x + right * futures[i].x + self * xs[i]) / den;
+        y_[at] = (left * past.x + right * futures[i].x + self * xs[i]) * reciprocal(den);
         if (scale) scale[at + (p.b * L + l) * C] = peak, scale[at + (p.b * L + l + 1) * C] = den;
       } else {
-        const T key = *(k.at(p.b, l, 0) + p.c), value = *(v.at(p.b, l, 0) + p.c);
+        const T key = read<1>(k.at(static_cast<int>(l))).x[0], value = read<1>(v.at(static_cast<int>(l))).x[0];
         const T left = expe(past.peak(decay) + key), right = expe(futures[i].peak(decay) + key);
         const T self = expe(key + bonus + keys[i]) * xs[i];
         const T sum = left * past.x + right * futures[i].x + self;

@@ -105,6 +105,27 @@ def test_budget_of_the_scan_with_sixteen_states():
     check(kernels[template("backward", F, F, 16, 12, True)], 680, 168, 512, 12)
 
 
+# Operator, instance, instructions of an element, bytes of every access of activations.
+OTHERS = (
+    ("rational", template("forward", F, F, 4), 23, 16),
+    ("rational", template("forward", H, F, 4), 25, 8),
+    ("rational", template("backward", F, F, 4), 56, 16),
+    ("diagonal_scan", template("scan", F, F, F, True, False), 29, 8),
+    ("causal_conv1d", template("forward", F, F, 4, True), 51, 4),
+    ("deform_conv", template("forward", F, F, 3, 4), 40, 16),
+    ("wkv", template("bi_sweep", F, False), 190, 4),
+    ("wkv", template("bi_sweep", F, True), 260, 4),
+)
+
+
+@needs_tools
+@pytest.mark.parametrize(("op", "name", "instructions", "wide"), OTHERS, ids=str)
+def test_budget_of_other_kernels(op, name, instructions, wide):
+    kernel = next(k for k in sass.KERNELS if (k.op, k.name) == (op, name))
+    check(kernel, instructions, 216, 0, 8)
+    assert set(sass.widths(sass.read(op, name).loop(), *sass.STORES)) == {wide}
+
+
 @needs_tools
 def test_the_model_predicts_what_the_kernels_aim_at():
     """The larger of its bounds, at 80 % of the hardware; HBM if the cache keeps what groups share."""
