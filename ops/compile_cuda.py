@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import io
 import itertools
+import json
 import multiprocessing
 import re
 import sys
@@ -60,11 +61,16 @@ def _nvrtc_version():
     return tuple(version)
 
 
+class Cubin(NamedTuple):
+    """A compiled kernel: the cubin, its name of the kernel, and the compiler's report of registers and spills."""
+
+    code: bytes
+    symbol: str
+    report: str
+
+
 def compile_kernel(op, name, arch):
     """Compiles the template instance `name` of operator `op`, like ``"forward<float, float, 1>"``, for `arch` (sm_90).
-
-    Returns:
-        The cubin, its name of the kernel, and the compiler's report of registers and spills.
 
     Raises:
         BuildError: the compiler refused.
@@ -86,7 +92,7 @@ def compile_kernel(op, name, arch):
         raise BuildError(
             f"NVRTC failed on {name} of {sources()[op]} for {arch}: {error}\n{report.getvalue()}"
         ) from error
-    return bytes(code.code), code.symbol_mapping[name], report.getvalue()
+    return Cubin(bytes(code.code), code.symbol_mapping[name], report.getvalue())
 
 
 def cubin_name(op, name, arch):
@@ -98,22 +104,41 @@ def cubin_name(op, name, arch):
 
 
 def cubin(op, name, arch):
-    """The cubin and its name of the kernel; the file on disk is a line with the name, then the cubin."""
+    """The `Cubin` of a template instance, from disk if it was compiled before; the file has a line of JSON in front."""
 
     def make(target):
-        code, symbol, _ = compile_kernel(op, name, arch)
-        target.write_bytes(symbol + b"\n" + code)
+        compiled = compile_kernel(op, name, arch)
+        symbol = compiled.symbol.decode() if isinstance(compiled.symbol, bytes) else compiled.symbol
+        target.write_bytes(json.dumps([symbol, compiled.report]).encode() + b"\n" + compiled.code)
 
-    symbol, code = stored(cubin_name(op, name, arch), make).read_bytes().split(b"\n", 1)
-    return code, symbol
+    head, code = stored(cubin_name(op, name, arch), make).read_bytes().split(b"\n", 1)
+    return Cubin(code, *json.loads(head))
 
 
-@functools.cache
 def _kernel(op, name, arch):
     from cuda.core import ObjectCode
 
-    code, symbol = cubin(op, name, arch)
-    return ObjectCode.from_cubin(code, symbol_mapping={name: symbol}).get_kernel(name)
+    compiled = cubin(op, name, arch)
+    return ObjectCode.from_cubin(compiled.code, symbol_mapping={name: compiled.symbol.encode()}).get_kernel(name)
+
+
+_loaded = {}
+
+
+def loaded(op, name, arch):
+    """The kernel, compiled and loaded at its first use.
+
+    Raises:
+        BuildError: it does not compile.
+        RuntimeError: its first use is in the capture of a CUDA graph.
+    """
+    if (op, name, arch) not in _loaded:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{op} {name}: the kernel is not loaded yet; run once before the capture of a CUDA graph"
+            )
+        _loaded[op, name, arch] = _kernel(op, name, arch)
+    return _loaded[op, name, arch]
 
 
 @functools.cache
@@ -144,7 +169,7 @@ def multiprocessors(device):
 TYPES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _DTYPES = {name: dtype for dtype, name in TYPES.items()} | {"int": torch.int32}
 _KERNEL = re.compile(
-    r"(?:template <([^>]*)>\s*)?__global__ void\s+(?:__launch_bounds__\(\w+\)\s*)?(\w+)\(([^)]*)\)", re.DOTALL
+    r"(?:template <([^>]*)>\s*)?__global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(([^)]*)\)", re.DOTALL
 )
 
 
@@ -167,7 +192,8 @@ def parameters(op, name):
     kernel, _, given = name.rstrip(">").partition("<")
     found = {m[2]: m for m in _KERNEL.finditer(sources()[op].read_text())}[kernel]
     types = dict(zip((t.split()[-1] for t in (found[1] or "").split(",")), given.split(", "), strict=False))
-    declared = [tuple(text.replace("*", "* ").split()[-2:]) for text in found[3].split(",")]
+    declared = found[3].replace("__restrict__", "").replace("*", "* ").split(",")
+    declared = [tuple(text.split()[-2:]) for text in declared]
     views, out, strides = [n[:-1] for _, n in declared if n.endswith("_")], [], {}
     for of, parameter in declared:
         if of.endswith("*"):
@@ -227,6 +253,7 @@ def launch(op, name, grid, block, **named):
 
     Raises:
         BuildError: the kernel does not compile.
+        RuntimeError: its first use is in the capture of a CUDA graph.
         TypeError: arguments do not fit the kernel.
         ValueError: more blocks than CUDA allows.
     """
@@ -241,7 +268,7 @@ def launch(op, name, grid, block, **named):
     device = next(a.device for a in named.values() if isinstance(a, torch.Tensor))
     with torch.cuda.device(device):
         Device(device.index).set_current()
-        kernel = _kernel(op, name, _arch(device.index))
+        kernel = loaded(op, name, _arch(device.index))
         handle = torch.cuda.current_stream(device).cuda_stream or 1  # 0 and 1 both mean the default stream
         launch_kernel(_stream(handle), LaunchConfig(grid=grid, block=block), kernel, *values)
 
@@ -262,6 +289,16 @@ def template(kernel, *parameters):
     return f"{kernel}<{', '.join(text(p) for p in parameters)}>"
 
 
+def vector(most, *tensors):
+    """Values along the last axis that one access can take of every tensor: `most`, or 1 where rows are not aligned."""
+    for x in tensors:
+        strides = [s for n, s in zip(x.shape[:-1], x.stride(), strict=False) if n > 1]
+        misaligned = x.shape[-1] % most or any(s % most for s in strides)
+        if x.dtype == torch.float64 or misaligned or x.data_ptr() % (most * x.element_size()):
+            return 1
+    return most
+
+
 def channel_blocks(channels):
     """Blocks that share `channels` channels, and the threads of each: a multiple of 32, at most `MAX_THREADS`."""
     blocks = -(-channels // MAX_THREADS)
@@ -273,15 +310,15 @@ def order_arguments(order, shared_dims):
     return dict(order=order, order_batch=0 if order is None or order.dim() == shared_dims else order.stride(0))
 
 
-def segments(steps, parallel, device, least=64):
+def segments(steps, parallel, device, least=64, multiple=CHUNK):
     """Into how many segments to cut a sequence of `steps` so that `parallel` times as many threads fill the machine.
 
     Returns:
-        Segments, and the steps of each but the last: at least `least`, and a multiple of 16, the kernels' chunk.
+        Segments, and the steps of each but the last: at least `least`, and a multiple of `multiple`.
     """
     wanted = max(multiprocessors(device) * 1024 // max(parallel, 1), 1)
     length = max(-(-steps // wanted), least)
-    length = -(-length // 16) * 16
+    length = -(-length // multiple) * multiple
     return -(-steps // length), length
 
 
@@ -303,8 +340,19 @@ def _compile_one(job):
     cubin(*job)
 
 
-# States and rank of the selective scans of the published models: VMamba and GroupMamba (N = 1), Vim (N = 16).
-SCANS = ((1, 3), (1, 6), (1, 12), (1, 24), (1, 48), (16, 12), (16, 24))
+# Rank, vector and lanes of the selective scans of VMamba and GroupMamba (one state); states and rank of Vim's.
+ONE_STATE = ((6, 4, 8), (12, 4, 16), (24, 4, 32), (48, 4, 32), (1, 4, 4), (2, 4, 8), (6, 1, 32), (7, 4, 32))
+SCANS = ((16, 12), (16, 24))
+
+
+def scan_instances(dtype, one_state=ONE_STATE, scans=SCANS, ends=(False, True)):
+    """Instances of the selective scan; those that join segments (`ends`) run for small batches alone."""
+    types = dtype, torch.float64 if dtype == torch.float64 else torch.float32
+    out = [template(f"{k}_one", *types, *shape, True, e)
+           for shape in one_state for k in ("forward", "backward") for e in ends]  # fmt: skip
+    kernels = (("forward", False), ("backward",), *((("forward", True), ("adjoint_ends",)) if True in ends else ()))
+    out += [template(kernel, *types, *shape, True, *flags) for shape in scans for kernel, *flags in kernels]
+    return [("selective_scan", name) for name in out]
 
 
 def usual_instances(dtypes=(torch.float32, torch.bfloat16)):
@@ -312,11 +360,10 @@ def usual_instances(dtypes=(torch.float32, torch.bfloat16)):
     out = []
     for dtype in dtypes:
         types = dtype, torch.float32
-        for shape in SCANS:
-            kernels = [("forward", False), ("forward", True), ("adjoint_ends",), ("backward",)]
-            out += [("selective_scan", template(k, *types, *shape, True, *ends)) for k, *ends in kernels]
+        out += scan_instances(dtype)
         for kernel in ("forward", "backward"):
-            out += [(op, template(kernel, *types)) for op in ("rational", "deform_conv")]
+            lanes = (4,) if kernel == "backward" else ()
+            out += [("rational", template(kernel, *types, 4)), ("deform_conv", template(kernel, *types, 3, 4, *lanes))]
             out.append(("causal_conv1d", template(kernel, *types, 4, True)))
     for flag in (False, True):
         out.append(("selective_scan", template("carry", torch.float32, flag)))

@@ -5,6 +5,14 @@
 
 #include "device.cuh"
 
+constexpr int kAtOnce = 8;  // steps whose inputs a thread reads at once
+
+// The tokens of steps [t, t + kAtOnce) of a segment; behind its last step that one's.
+__device__ __forceinline__ void read_tokens(int (&out)[kAtOnce], const Order& order, const Place& p, i64 t, i64 last) {
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) out[i] = static_cast<int>(order.token(p.b, p.g, smaller(t + i, last)));
+}
+
 // The last K values of a sequence; the newest is the last.
 template <class T, int K>
 struct Window {
@@ -25,23 +33,29 @@ struct Window {
 template <class S, class T, int K, bool kSilu>
 __global__ void __launch_bounds__(kThreads)
     forward(const S* x_, i64 x_batch, i64 x_token, i64 x_group, const T* weights, const T* biases, const int* order_,
-            i64 order_batch, i64 L, i64 G, i64 C, i64 blocks, i64 segments, i64 segment_steps, S* y) {
+            i64 order_batch, i64 L, i64 G, i64 C, i64 blocks, i64 segments, i64 segment_steps, S* y_) {
   const Place p(G, C, L, blocks, segments, segment_steps);
   if (!p.active) return;
   const Order order{order_, order_batch, L};
-  const Rows<const S> x{x_, x_batch, x_token, x_group};
+  const Tokens<const S> x(x_, p.b * x_batch + p.g * x_group + p.c, x_token);
+  const Tokens<S> y(y_, (p.b * L * G + p.g) * C + p.c, G * C);
   T weight[K];
 #pragma unroll
   for (int k = 0; k < K; ++k) weight[k] = weights[(p.g * C + p.c) * K + k];
   const T bias = biases ? biases[p.g * C + p.c] : T(0);
   Window<T, K> window;
-#pragma unroll 8
-  for (i64 t = larger<i64>(p.begin - K + 1, 0); t < p.end; ++t) {
-    const i64 l = order.token(p.b, p.g, t);
-    window.push(get<T>(x.at(p.b, l, p.g) + p.c));
-    if (t < p.begin) continue;
-    const T sum = bias + window.dot(weight);
-    put(y + ((p.b * L + l) * G + p.g) * C + p.c, kSilu ? sum / (T(1) + exp_(-sum)) : sum);
+  for (i64 start = larger<i64>(p.begin - K + 1, 0); start < p.end; start += kAtOnce) {
+    int tokens[kAtOnce];
+    Pack<S, 1> values[kAtOnce];
+    read_tokens(tokens, order, p, start, p.end - 1);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) values[i] = read<1>(x.at(tokens[i]));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      window.push(get<T>(values[i].x));
+      const T sum = bias + window.dot(weight);
+      if (start + i >= p.begin && start + i < p.end) write_one(y.at(tokens[i]), kSilu ? sum * sigmoid(sum) : sum);
+    }
   }
 }
 
@@ -49,40 +63,45 @@ __global__ void __launch_bounds__(kThreads)
 // x_t needs the K - 1 outputs behind it: the walk goes on so far beyond the segment.
 template <class S, class T, int K, bool kSilu>
 __global__ void __launch_bounds__(kThreads)
-    backward(const S* dy, const S* x_, i64 x_batch, i64 x_token, i64 x_group, const T* weights, const T* biases,
+    backward(const S* dy_, const S* x_, i64 x_batch, i64 x_token, i64 x_group, const T* weights, const T* biases,
              const int* order_, i64 order_batch, i64 L, i64 G, i64 C, i64 blocks, i64 segments, i64 segment_steps,
-             S* dx, T* dweight, T* dbias) {
+             S* dx_, T* dweight, T* dbias) {
   const Place p(G, C, L, blocks, segments, segment_steps);
   if (!p.active) return;
   const Order order{order_, order_batch, L};
-  const Rows<const S> x{x_, x_batch, x_token, x_group};
+  const Tokens<const S> x(x_, p.b * x_batch + p.g * x_group + p.c, x_token);
+  const Tokens<const S> dy(dy_, (p.b * L * G + p.g) * C + p.c, G * C);
+  const Tokens<S> dx(dx_, (p.b * L * G + p.g) * C + p.c, G * C);
   T weight[K], reversed[K], sums[K] = {}, sum_bias = 0;
 #pragma unroll
   for (int k = 0; k < K; ++k) weight[k] = reversed[K - 1 - k] = weights[(p.g * C + p.c) * K + k];
   const T bias = biases ? biases[p.g * C + p.c] : T(0);
   Window<T, K> inputs, slopes;
-  for (i64 t = larger<i64>(p.begin - K + 1, 0); t < p.end + K - 1; ++t) {
-    T slope = 0;
-    if (t < L) {
-      const i64 l = order.token(p.b, p.g, t);
-      inputs.push(get<T>(x.at(p.b, l, p.g) + p.c));
-      if (t >= p.begin) {
-        slope = get<T>(dy + ((p.b * L + l) * G + p.g) * C + p.c);
-        if (kSilu) {
-          const T sum = bias + inputs.dot(weight), gate = T(1) / (T(1) + exp_(-sum));
-          slope *= gate * (T(1) + sum * (T(1) - gate));
-        }
-      }
-    }
-    slopes.push(slope);
-    if (t >= p.begin && t < p.end) {
-      sum_bias += slope;
+  for (i64 start = larger<i64>(p.begin - K + 1, 0); start < p.end + K - 1; start += kAtOnce) {
+    int tokens[kAtOnce];
+    Pack<S, 1> values[kAtOnce], gradients[kAtOnce];
+    read_tokens(tokens, order, p, start, L - 1);
 #pragma unroll
-      for (int k = 0; k < K; ++k) sums[k] += slope * inputs.values[k];
+    for (int i = 0; i < kAtOnce; ++i) {
+      values[i] = read<1>(x.at(tokens[i]));
+      gradients[i] = read<1>(dy.at(tokens[i]));
     }
-    const i64 done = t - K + 1;
-    if (done >= p.begin && done < p.end) {
-      put(dx + ((p.b * L + order.token(p.b, p.g, done)) * G + p.g) * C + p.c, slopes.dot(reversed));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const i64 t = start + i, done = t - K + 1;
+      inputs.push(get<T>(values[i].x));
+      T slope = t >= p.begin && t < L ? get<T>(gradients[i].x) : T(0);
+      if (kSilu) {
+        const T sum = bias + inputs.dot(weight), gate = sigmoid(sum);
+        slope *= gate * (T(1) + sum * (T(1) - gate));
+      }
+      slopes.push(slope);
+      if (t >= p.begin && t < p.end) {
+        sum_bias += slope;
+#pragma unroll
+        for (int k = 0; k < K; ++k) sums[k] += slope * inputs.values[k];
+      }
+      if (done >= p.begin && done < p.end) write_one(dx.at(order.token(p.b, p.g, done)), slopes.dot(reversed));
     }
   }
   const i64 at = ((p.b * segments + p.segment) * G + p.g) * C + p.c;

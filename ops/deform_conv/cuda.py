@@ -7,23 +7,31 @@ import torch
 from .. import compile_cuda as cuda
 
 NAME = "deform_conv"
+VECTOR = 4  # channels of a thread, where they are aligned
 
 
 def _arguments(x, offset, weight, stride, padding, dilation, offset_scale):
     rows, columns, G, taps = weight.shape[1:]
     K = math.isqrt(taps)
     centre = dilation * (K - 1) // 2
-    sizes = dict(zip("BHWC", x.shape, strict=True)) | dict(rows=rows, columns=columns, G=G, K=K)
+    sizes = dict(zip("BHWC", x.shape, strict=True)) | dict(rows=rows, columns=columns, G=G)
     options = dict(stride=stride, dilation=dilation, centre=centre, first=centre - padding, scale=offset_scale)
     return dict(x=x, offset=offset, weight=weight) | sizes | options
+
+
+def _instance(kernel, x, offset, weight, *others):
+    """Channels of a thread, and the template parameters that both kernels have."""
+    channels = x.shape[-1] // weight.shape[3]
+    vector = cuda.vector(VECTOR, x, *others) if channels % VECTOR == 0 else 1
+    return vector, (kernel, x.dtype, offset.dtype, math.isqrt(weight.shape[4]), vector)
 
 
 def forward(x, offset, weight, *options_and_y):
     """Writes y ``(B, H', W', C)``."""
     *options, y = options_and_y
-    grid = -(-y.numel() // cuda.MAX_THREADS)
-    name = cuda.template("forward", x.dtype, offset.dtype)
-    cuda.launch(NAME, name, grid, cuda.MAX_THREADS, **_arguments(x, offset, weight, *options), y=y)
+    vector, instance = _instance("forward", x, offset, weight, y)
+    grid = -(-y.numel() // (vector * cuda.MAX_THREADS))
+    cuda.launch(NAME, cuda.template(*instance), grid, cuda.MAX_THREADS, **_arguments(x, offset, weight, *options), y=y)
 
 
 def backward(dy, x, offset, weight, *options):
@@ -39,8 +47,18 @@ def backward(dy, x, offset, weight, *options):
         )
     dx = offset.new_zeros(x.shape)
     doffset, dweight = offset.new_empty(offset.shape), weight.new_empty(weight.shape)
-    grid = -(-weight.shape[:4].numel() // (cuda.MAX_THREADS // 32))
-    name = cuda.template("backward", x.dtype, offset.dtype)
+    vector, instance = _instance("backward", x, offset, weight, dy)
+    threads = -(-x.shape[-1] // (weight.shape[3] * vector))  # that a group's channels want
+    lanes = next((n for n in (4, 8, 16) if n >= threads), 32)
+    grid = -(-weight.shape[:4].numel() // (cuda.MAX_THREADS // lanes))
     grads = dict(dx=dx, doffset=doffset, dweight=dweight)
-    cuda.launch(NAME, name, grid, cuda.MAX_THREADS, dy=dy, **_arguments(x, offset, weight, *options), **grads)
+    cuda.launch(
+        NAME,
+        cuda.template(*instance, lanes),
+        grid,
+        cuda.MAX_THREADS,
+        dy=dy,
+        **_arguments(x, offset, weight, *options),
+        **grads,
+    )
     return dx, doffset, dweight

@@ -7,17 +7,23 @@
 
 #include "device.cuh"
 
+constexpr int kAtOnce = 8;  // steps whose inputs a thread reads at once
+
 template <class T>
 struct Complex {
   T re, im;
   template <class S>
+  static __device__ __forceinline__ Complex of(const Pack<S, 2>& pack) {
+    return {get<T>(pack.x), get<T>(pack.x + 1)};
+  }
+  template <class S>
   static __device__ __forceinline__ Complex load(const S* p, i64 i) {
-    return {get<T>(p + 2 * i), get<T>(p + 2 * i + 1)};
+    return of(read<2>(p + 2 * i));
   }
   template <class S>
   __device__ __forceinline__ void store(S* p, i64 i) const {
-    put(p + 2 * i, re);
-    put(p + 2 * i + 1, im);
+    const T both[2] = {re, im};
+    write(p + 2 * i, both);
   }
   __device__ __forceinline__ Complex operator*(Complex o) const {
     return {re * o.re - im * o.im, re * o.im + im * o.re};
@@ -38,22 +44,35 @@ __global__ void __launch_bounds__(kThreads)
   Complex<T> h{0, 0}, product{1, 0}, gain{0, 0};
   if (!kEnds && segments > 1) h = Complex<T>::load(boundary, i);
   if (!kEnds && segments == 1 && initial) h = Complex<T>::load(initial, batch * M + m);
+  const i64 row = batch * L * 2 * M + 2 * m;
+  const Tokens<const S> inputs(b, row, 2 * M);
+  const Tokens<const T> own_gains(gains, kConstant ? 0 : row, 2 * M);
+  const Tokens<O> outputs(h_, row, 2 * M);
   if (kConstant) gain = Complex<T>::load(gains, m);
   if (kConstant && conjugate) gain.im = -gain.im;
-#pragma unroll 8
-  for (i64 step = first; step < end; ++step) {
-    const i64 t = reverse ? L - 1 - step : step;
-    if (!kConstant) {
+  for (i64 start = first; start < end; start += kAtOnce) {
+    Pack<S, 2> steps[kAtOnce];
+    Pack<T, 2> own[kAtOnce] = {};
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int step = static_cast<int>(smaller(start + k, end - 1)),
+                t = reverse ? static_cast<int>(L) - 1 - step : step;
       const i64 at = t + shift;
-      gain = {0, 0};
-      if (at >= 0 && at < L) gain = Complex<T>::load(gains, (batch * L + at) * M + m);
-      if (conjugate) gain.im = -gain.im;
+      steps[k] = read<2>(inputs.at(t));
+      if (!kConstant && at >= 0 && at < L) own[k] = read<2>(own_gains.at(static_cast<int>(at)));
     }
-    h = gain * h + Complex<T>::load(b, (batch * L + t) * M + m);
-    if (kEnds) {
-      product = product * gain;
-    } else {
-      h.store(h_, (batch * L + t) * M + m);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (start + k >= end) break;
+      const int step = static_cast<int>(start + k), t = reverse ? static_cast<int>(L) - 1 - step : step;
+      if (!kConstant) gain = Complex<T>::of(own[k]);
+      if (!kConstant && conjugate) gain.im = -gain.im;
+      h = gain * h + Complex<T>::of(steps[k]);
+      if (kEnds) {
+        product = product * gain;
+      } else {
+        h.store(outputs.at(t), 0);
+      }
     }
   }
   if (!kEnds) return;
@@ -69,11 +88,19 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= B * M) return;
   Complex<T> h{0, 0};
   if (initial) h = Complex<T>::load(initial, i);
-#pragma unroll 4
-  for (i64 segment = 0; segment < segments; ++segment) {
-    const i64 at = (i / M * segments + segment) * M + i % M;
-    const Complex<T> end = Complex<T>::load(boundary, at);
-    h.store(boundary, at);
-    h = Complex<T>::load(products, at) * h + end;
+  const i64 base = i / M * segments * M + i % M;
+  for (i64 first = 0; first < segments; first += kAtOnce) {
+    Complex<T> ends[kAtOnce], gains[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const i64 at = base + smaller(first + k, segments - 1) * M;
+      ends[k] = Complex<T>::load(boundary, at);
+      gains[k] = Complex<T>::load(products, at);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (first + k < segments) h.store(boundary, base + (first + k) * M);
+      h = gains[k] * h + ends[k];
+    }
   }
 }

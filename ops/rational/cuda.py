@@ -2,10 +2,12 @@
 
 from .. import compile_cuda as cuda
 
+VECTOR = 4  # channels of a thread, where they are aligned
+
 
 def split_rows(rows, channels, device):
-    """Rows per block, so that blocks of 32 channels fill the machine."""
-    blocks = -(-channels // 32)
+    """Rows per block, so that blocks fill the machine; those of aligned channels have 128, others 32 of them."""
+    blocks = -(-channels // (32 * VECTOR if channels % VECTOR == 0 else 32))
     splits = max(cuda.multiprocessors(device) * 16 // blocks, 1)
     return max(-(-rows // splits), 16)
 
@@ -22,7 +24,8 @@ def backward(**tensors):
 
 def _launch(kernel, *, x, table, split_rows, **tensors):
     rows, C = x.shape
-    grid = -(-rows // split_rows) * -(-C // 32)
-    name = cuda.template(kernel, x.dtype, table.dtype)
+    vector = cuda.vector(VECTOR, x, *(t for t in tensors.values() if t.dtype == x.dtype))
+    grid = -(-rows // split_rows) * -(-C // (32 * vector))
+    name = cuda.template(kernel, x.dtype, table.dtype, vector)
     sizes = dict(rows=rows, C=C, split_rows=split_rows)
     cuda.launch("rational", name, grid, cuda.MAX_THREADS, x=x, table=table, **sizes, **tensors)

@@ -114,15 +114,20 @@ def selective_states(
 # the others; where it was not saved, the backward pass runs the forward pass again.
 
 
+def _chunk(u, A):
+    chunk = CHUNK.get(u.device.type, 1)
+    return cuda.chunk(u.shape[3], A.shape[2]) if chunk == CHUNK["cuda"] else chunk
+
+
 def _reference(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, save, use_scan=False):
     y, states = reference.selective_scan(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, use_scan)
-    kept = torch.stack(states[:: CHUNK.get(u.device.type, 1)], 2).transpose(3, 4) if save else A.new_empty(0)
+    kept = torch.stack(states[:: _chunk(u, A)], 2).transpose(3, 4) if save else A.new_empty(0)
     return y, kept
 
 
 def _empty(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, save):
     batch, length, groups, channels = u.shape
-    chunk, steps = CHUNK.get(u.device.type, 1), length if order is None else order.shape[-1]
+    chunk, steps = _chunk(u, A), length if order is None else order.shape[-1]
     states = (batch, groups, (steps + chunk - 1) // chunk, A.shape[2], channels) if save else (0,)
     y = u.new_empty((batch, length, channels) if merge else u.shape)
     return y, u.new_empty(states, dtype=state_dtype(u.dtype))
@@ -174,9 +179,11 @@ def _backward(backend, dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, o
         dy = dy.contiguous().unsqueeze(2).expand(u.shape)
     batch, length, groups, channels = u.shape
     new = torch.empty if order is None or order.shape[-1] == length else torch.zeros  # 0 where no step visits a token
+    named = _kernel_inputs(*inputs) | dict(dy=dy if dy.stride(-1) == 1 else dy.contiguous(), states=states)
     if backend == "cuda":
-        splits, _, segments, _ = cuda.plan(u, length if order is None else order.shape[-1])
-        parts, split = batch * segments, {}  # sums over steps
+        of_plan = ("u", "dt", "A", "order", "dt_weight", "D", "dt_bias", "dy")
+        p = cuda.plan(*(named[name] for name in of_plan))
+        splits, parts, split = p.blocks, batch * p.segments, dict(p=p)  # sums over steps
     else:
         split = dict(split_channels=_split_channels(u, batch * groups))
         splits, parts = -(-channels // split["split_channels"]), batch
@@ -191,7 +198,6 @@ def _backward(backend, dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, o
         rank = dt_weight.shape[2]
         ddt = new(splits, batch, length, groups, rank, **sums)
         dweight = torch.empty(parts, groups, rank, channels, **sums)
-    named = _kernel_inputs(*inputs) | dict(dy=dy if dy.stride(-1) == 1 else dy.contiguous(), states=states)
     outputs = dict(du=du, ddt=ddt, dA=dA, dB=dB, dC=dC, dD=dD, ddt_weight=dweight, ddt_bias=dbias)
     kernel = cuda.backward if backend == "cuda" else torch.ops.linzoo_cpu.selective_scan_backward
     kernel(**named, **split, **outputs)
@@ -225,4 +231,5 @@ _operator = Operator(
     backward=_backward,
     fake=_empty,
     flops=_flops,
+    limit=lambda backend, *x: cuda.limit(x[0], x[2], x[6]) if backend == "cuda" else None,
 )

@@ -16,14 +16,25 @@
 
 constexpr int kChunk = LINZOO_CHUNK;
 
-// Rows of K values of the steps [start, start + count), as T, into shared memory; by the whole block.
-template <int K, class T, class S>
-__device__ __forceinline__ void stage(T (*out)[K], const Rows<S>& rows, const Order& order, const Place& p, i64 start,
-                                      int count) {
-  for (int i = threadIdx.x; i < count * K; i += blockDim.x) {
-    out[i / K][i % K] = get<T>(rows.at(p.b, order.token(p.b, p.g, start + i / K), p.g) + i % K);
+// The tokens of a chunk's steps, and rows of them in shared memory. Behind the last step the tokens are the last one's,
+// the rows 0: such steps add nothing to what is summed, and what they put out is not written.
+struct Chunk {
+  int tokens[2][kChunk];  // of this chunk, and of the one that comes next
+  static __device__ __forceinline__ int token(const Order& order, const Place& p, i64 start) {
+    const i64 t = smaller(start + threadIdx.x % kChunk, p.end - 1);
+    return static_cast<int>(order.token(p.b, p.g, larger(t, p.begin)));
   }
-}
+  __device__ __forceinline__ void keep(int parity, int token) {
+    if (threadIdx.x < kChunk) tokens[parity][threadIdx.x] = token;
+  }
+  template <int K, class T, class S>
+  __device__ __forceinline__ void stage(T (*out)[K], const Tokens<const S>& rows, int parity, int count) const {
+    for (int i = threadIdx.x; i < kChunk * K; i += blockDim.x) {
+      const T x = get<T>(read<1>(rows.at(tokens[parity][i / K]) + i % K).x);
+      out[i / K][i % K] = i / K < count ? x : T(0);
+    }
+  }
+};
 
 // The step size of a channel: of the low-rank row `low`, or of its own value before softplus.
 template <bool kSoftplus, int R, class T>
@@ -50,12 +61,17 @@ __global__ void __launch_bounds__(kThreads)
             i64 D, i64 steps, i64 blocks, i64 segments, i64 segment_steps, T* boundary, T* sums, T* states, S* y_,
             i64 y_batch, i64 y_token, i64 y_group, T* merged) {
   constexpr int kLow = R ? R : 1;
-  __shared__ T Bs[kChunk][N], Cs[kChunk][N], lows[kChunk][kLow];
+  alignas(16) __shared__ T Bs[kChunk][N], Cs[kChunk][N], lows[kChunk][kLow];
+  __shared__ Chunk chunk;
   const Place p(G, D, steps, blocks, segments, segment_steps);
+  if (kEnds && p.segment == segments - 1) return;  // no segment begins where it ends
   const Order order{order_, order_batch, steps};
-  const Rows<const S> u{u_, u_batch, u_token, u_group}, dt{dt_, dt_batch, dt_token, dt_group};
-  const Rows<const S> B{B_, B_batch, B_token, B_group}, C{C_, C_batch, C_token, C_group};
-  const Rows<S> y{y_, y_batch, y_token, y_group};
+  const i64 c = p.active ? p.c : 0;
+  const Tokens<const S> u(u_, p.b * u_batch + p.g * u_group + c, u_token);
+  const Tokens<const S> dt(dt_, p.b * dt_batch + p.g * dt_group + (R ? 0 : c), dt_token);
+  const Tokens<const S> B(B_, p.b * B_batch + p.g * B_group, B_token), C(C_, p.b * C_batch + p.g * C_group, C_token);
+  const Tokens<S> y(y_, p.b * y_batch + p.g * y_group + c, y_token);
+  const Tokens<T> total(merged, p.b * y_batch + c, y_token);
   const i64 chunks = (steps + kChunk - 1) / kChunk;
 
   T A[N], h[N], weight[kLow], skip[1], bias[1], sum = 0;
@@ -66,47 +82,47 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int n = 0; n < N; ++n) h[n] = !kEnds && boundary && p.active ? boundary[(p.index * N + n) * D + p.c] : T(0);
 
-  for (i64 start = p.begin; start < p.end; start += kChunk) {
-    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start));
+  int parity = 0;
+  chunk.keep(0, chunk.token(order, p, p.begin));
+  __syncthreads();
+  for (i64 start = p.begin; start < p.end; start += kChunk, parity ^= 1) {
+    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start)),
+              next = chunk.token(order, p, start + kChunk);
+    Pack<S, 1> us[kChunk], own[kChunk];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      us[i] = read<1>(u.at(chunk.tokens[parity][i]));
+      if (!R) own[i] = read<1>(dt.at(chunk.tokens[parity][i]));
+    }
+    chunk.stage<N>(Bs, B, parity, count);
+    if (!kEnds) chunk.stage<N>(Cs, C, parity, count);
+    if (R) chunk.stage<kLow>(lows, dt, parity, count);
     __syncthreads();
-    stage<N>(Bs, B, order, p, start, count);
-    if (!kEnds) stage<N>(Cs, C, order, p, start, count);
-    if (R) stage<kLow>(lows, dt, order, p, start, count);
-    __syncthreads();
-    if (!p.active) continue;
-    if (!kEnds && states) {
+    chunk.keep(parity ^ 1, next);
+    if (!kEnds && states && p.active) {
 #pragma unroll
       for (int n = 0; n < N; ++n) states[(((p.b * G + p.g) * chunks + start / kChunk) * N + n) * D + p.c] = h[n];
     }
-    T us[kChunk], own[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      if (i >= count) continue;
-      const i64 l = order.token(p.b, p.g, start + i);
-      us[i] = get<T>(u.at(p.b, l, p.g) + p.c);
-      own[i] = R ? T(0) : get<T>(dt.at(p.b, l, p.g) + p.c);
-    }
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if (i >= count) continue;
-      const T delta = step_size<kSoftplus, R>(lows[i], weight, own[i], bias[0]), input = delta * us[i];
-      T out = skip[0] * us[i];
+      const T x = get<T>(us[i].x);
+      const T delta = step_size<kSoftplus, R>(lows[i], weight, R ? T(0) : get<T>(own[i].x), bias[0]), input = delta * x;
+      T out = skip[0] * x;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         h[n] = exp2_(delta * A[n]) * h[n] + input * Bs[i][n];
         if (!kEnds) out += h[n] * Cs[i][n];
       }
-      if (kEnds) {
-        sum += delta;
-        continue;
-      }
-      const i64 l = order.token(p.b, p.g, start + i);
+      sum += delta;
+      if (kEnds || !p.active || i >= count) continue;
+      const int token = chunk.tokens[parity][i];
       if (merged) {
-        atomicAdd(merged + p.b * y_batch + l * y_token + p.c, out);
+        add_one(total.at(token), out);
       } else {
-        put(y.at(p.b, l, p.g) + p.c, out);
+        write_one(y.at(token), out);
       }
     }
+    __syncthreads();
   }
   if (kEnds && p.active) {
 #pragma unroll
@@ -124,39 +140,44 @@ __global__ void __launch_bounds__(kThreads)
                  const T* bias_, const int* order_, i64 order_batch, i64 G, i64 D, i64 steps, i64 blocks, i64 segments,
                  i64 segment_steps, T* boundary, T* sums) {
   constexpr int kLow = R ? R : 1;
-  __shared__ T Cs[kChunk][N], lows[kChunk][kLow];
+  alignas(16) __shared__ T Cs[kChunk][N], lows[kChunk][kLow];
+  __shared__ Chunk chunk;
   const Place p(G, D, steps, blocks, segments, segment_steps);
+  if (p.segment == 0) return;  // no segment ends where it begins
   const Order order{order_, order_batch, steps};
-  const Rows<const S> dy{dy_, dy_batch, dy_token, dy_group}, dt{dt_, dt_batch, dt_token, dt_group};
-  const Rows<const S> C{C_, C_batch, C_token, C_group};
+  const i64 c = p.active ? p.c : 0, last = p.begin + (p.end - p.begin - 1) / kChunk * kChunk;
+  const Tokens<const S> dy(dy_, p.b * dy_batch + p.g * dy_group + c, dy_token);
+  const Tokens<const S> dt(dt_, p.b * dt_batch + p.g * dt_group + (R ? 0 : c), dt_token);
+  const Tokens<const S> C(C_, p.b * C_batch + p.g * C_group, C_token);
 
   T A[N], carry[N] = {}, weight[kLow], bias[1], sum = 0;
   load_column(A, A_, p, D, N);
   load_column(weight, weight_, p, D, R);
   load_column(bias, bias_, p, D, 1);
-  for (i64 start = p.begin + (p.end - p.begin - 1) / kChunk * kChunk; start >= p.begin; start -= kChunk) {
-    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start));
-    __syncthreads();
-    stage<N>(Cs, C, order, p, start, count);
-    if (R) stage<kLow>(lows, dt, order, p, start, count);
-    __syncthreads();
-    if (!p.active) continue;
-    T dys[kChunk], own[kChunk];
+  int parity = 0;
+  chunk.keep(0, chunk.token(order, p, last));
+  __syncthreads();
+  for (i64 start = last; start >= p.begin; start -= kChunk, parity ^= 1) {
+    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start)),
+              next = chunk.token(order, p, start - kChunk);
+    Pack<S, 1> dys[kChunk], own[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      if (i >= count) continue;
-      const i64 l = order.token(p.b, p.g, start + i);
-      dys[i] = get<T>(dy.at(p.b, l, p.g) + p.c);
-      own[i] = R ? T(0) : get<T>(dt.at(p.b, l, p.g) + p.c);
+      dys[i] = read<1>(dy.at(chunk.tokens[parity][i]));
+      if (!R) own[i] = read<1>(dt.at(chunk.tokens[parity][i]));
     }
+    chunk.stage<N>(Cs, C, parity, count);
+    if (R) chunk.stage<kLow>(lows, dt, parity, count);
+    __syncthreads();
+    chunk.keep(parity ^ 1, next);
 #pragma unroll
     for (int i = kChunk - 1; i >= 0; --i) {
-      if (i >= count) continue;
-      const T delta = step_size<kSoftplus, R>(lows[i], weight, own[i], bias[0]);
+      const T delta = step_size<kSoftplus, R>(lows[i], weight, R ? T(0) : get<T>(own[i].x), bias[0]);
       sum += delta;
 #pragma unroll
-      for (int n = 0; n < N; ++n) carry[n] = exp2_(delta * A[n]) * (carry[n] + dys[i] * Cs[i][n]);
+      for (int n = 0; n < N; ++n) carry[n] = exp2_(delta * A[n]) * (carry[n] + get<T>(dys[i].x) * Cs[i][n]);
     }
+    __syncthreads();
   }
   if (!p.active) return;
 #pragma unroll
@@ -173,95 +194,124 @@ __global__ void __launch_bounds__(kThreads)
   const i64 d = i % D, n = i / D % N, bg = i / (D * N);
   const T rate = A[(bg % G * N + n) * D + d];
   T h = 0;
-  for (i64 k = 0; k < segments; ++k) {
-    const i64 segment = bg * segments + (kReverse ? segments - 1 - k : k);
-    T* at = boundary + (segment * N + n) * D + d;
-    const T end = *at;
-    *at = h;
-    h = exp2_(rate * sums[segment * D + d]) * h + end;
+  constexpr int kAtOnce = 8;  // segments
+  for (i64 first = 0; first < segments; first += kAtOnce) {
+    T end[kAtOnce], sum[kAtOnce];
+    const auto segment = [&](i64 k) { return bg * segments + (kReverse ? segments - 1 - k : k); };
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const i64 k = segment(smaller(first + i, segments - 1));
+      end[i] = boundary[(k * N + n) * D + d];
+      sum[i] = sums[k * D + d];
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i >= segments) break;
+      boundary[(segment(first + i) * N + n) * D + d] = h;
+      h = exp2_(rate * sum[i]) * h + end[i];
+    }
   }
 }
 
 // The sum over a block's channels of what its warps have each summed.
 template <int kRows, class T>
-__device__ __forceinline__ T over_warps(const T (*parts)[kRows][32], int row, int lane) {
+__device__ __forceinline__ T over_warps(const T (*parts)[kRows][33], int row, int lane) {
   T sum = 0;
-  for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) sum += parts[warp][row][lane];
+#pragma unroll
+  for (int warp = 0; warp < kThreads / 32; ++warp) {
+    if (warp < static_cast<int>(blockDim.x) / 32) sum += parts[warp][row][lane];
+  }
   return sum;
 }
 
 // Sums over channels go to (block of channels, B, L, G, -), sums over steps to (B, segments, G, -, D).
 template <class S, class T, int N, int R, bool kSoftplus>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     backward(const S* dy_, i64 dy_batch, i64 dy_token, i64 dy_group, const S* u_, i64 u_batch, i64 u_token, i64 u_group,
              const S* dt_, i64 dt_batch, i64 dt_token, i64 dt_group, const S* B_, i64 B_batch, i64 B_token, i64 B_group,
              const S* C_, i64 C_batch, i64 C_token, i64 C_group, const T* A_, const T* skip_, const T* weight_,
              const T* bias_, const int* order_, i64 order_batch, i64 batch, i64 L, i64 G, i64 D, i64 steps, i64 blocks,
-             i64 segments, i64 segment_steps, const T* boundary, const T* states, S* du, S* ddt, T* dA_, T* dB, T* dC,
+             i64 segments, i64 segment_steps, T* boundary, const T* states, S* du, S* ddt, T* dA_, T* dB, T* dC,
              T* dskip_, T* dlow, T* dweight_, T* dbias_) {
   constexpr int kLow = R ? R : 1, kRows = N + (R + 1) / 2;
-  __shared__ T Bs[kChunk][N], Cs[kChunk][N], lows[kChunk][kLow], parts[kThreads / 32][kRows][32];
+  __shared__ T Bs[kChunk][N], Cs[kChunk][N], lows[kChunk][kLow], parts[kThreads / 32][kRows][33];
+  __shared__ Chunk chunk;
   const Place p(G, D, steps, blocks, segments, segment_steps);
   const Order order{order_, order_batch, steps};
-  const Rows<const S> dy{dy_, dy_batch, dy_token, dy_group}, u{u_, u_batch, u_token, u_group};
-  const Rows<const S> dt{dt_, dt_batch, dt_token, dt_group};
-  const Rows<const S> B{B_, B_batch, B_token, B_group}, C{C_, C_batch, C_token, C_group};
+  const i64 c = p.active ? p.c : 0, last = p.begin + (p.end - p.begin - 1) / kChunk * kChunk;
+  const Tokens<const S> dy(dy_, p.b * dy_batch + p.g * dy_group + c, dy_token);
+  const Tokens<const S> u(u_, p.b * u_batch + p.g * u_group + c, u_token);
+  const Tokens<const S> dt(dt_, p.b * dt_batch + p.g * dt_group + (R ? 0 : c), dt_token);
+  const Tokens<const S> B(B_, p.b * B_batch + p.g * B_group, B_token), C(C_, p.b * C_batch + p.g * C_group, C_token);
   const i64 chunks = (steps + kChunk - 1) / kChunk, block = blockIdx.x % blocks;
 
-  T A[N], dA[N] = {}, carried[N], weight[kLow], dweight[kLow] = {}, skip[1], bias[1], dskip = 0, dbias = 0;
-  load_column(A, A_, p, D, N);
+  // A state's rate, gradient and adjoint are kept in global memory, in the cache: the loop over states is no code per
+  // state.
+  const i64 bsg = (p.b * segments + p.segment) * G + p.g;
+  T weight[kLow], dweight[kLow] = {}, skip[1], bias[1], dskip = 0, dbias = 0;
   load_column(weight, weight_, p, D, R);
   load_column(skip, skip_, p, D, 1);
   load_column(bias, bias_, p, D, 1);
+  for (int n = 0; n < N && p.active; ++n) dA_[(bsg * N + n) * D + c] = 0;
+  int parity = 0;
+  chunk.keep(0, chunk.token(order, p, last));
+  __syncthreads();
+  for (i64 start = last; start >= p.begin; start -= kChunk, parity ^= 1) {
+    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start)),
+              next = chunk.token(order, p, start - kChunk);
+    Pack<S, 1> us_[kChunk], dys_[kChunk], own[kChunk];
 #pragma unroll
-  for (int n = 0; n < N; ++n) carried[n] = boundary && p.active ? boundary[(p.index * N + n) * D + p.c] : T(0);
-
-  for (i64 start = p.begin + (p.end - p.begin - 1) / kChunk * kChunk; start >= p.begin; start -= kChunk) {
-    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start));
+    for (int i = 0; i < kChunk; ++i) {
+      us_[i] = read<1>(u.at(chunk.tokens[parity][i]));
+      dys_[i] = read<1>(dy.at(chunk.tokens[parity][i]));
+      if (!R) own[i] = read<1>(dt.at(chunk.tokens[parity][i]));
+    }
+    chunk.stage<N>(Bs, B, parity, count);
+    chunk.stage<N>(Cs, C, parity, count);
+    if (R) chunk.stage<kLow>(lows, dt, parity, count);
     __syncthreads();
-    stage<N>(Bs, B, order, p, start, count);
-    stage<N>(Cs, C, order, p, start, count);
-    if (R) stage<kLow>(lows, dt, order, p, start, count);
-    __syncthreads();
+    chunk.keep(parity ^ 1, next);
     // Steps behind the last, and channels that are none, have dy = u = delta = 0: they change nothing.
     T us[kChunk], dys[kChunk], delta[kChunk], dinput[kChunk] = {}, ddelta[kChunk] = {};
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      us[i] = dys[i] = delta[i] = 0;
-      if (!p.active || i >= count) continue;
-      const i64 l = order.token(p.b, p.g, start + i);
-      us[i] = get<T>(u.at(p.b, l, p.g) + p.c);
-      dys[i] = get<T>(dy.at(p.b, l, p.g) + p.c);
-      const T own = R ? T(0) : get<T>(dt.at(p.b, l, p.g) + p.c);
-      delta[i] = step_size<kSoftplus, R>(lows[i], weight, own, bias[0]);
+      const bool counts = p.active && i < count;
+      us[i] = counts ? get<T>(us_[i].x) : T(0);
+      dys[i] = counts ? get<T>(dys_[i].x) : T(0);
+      delta[i] = step_size<kSoftplus, R>(lows[i], weight, R ? T(0) : get<T>(own[i].x), bias[0]);
+      if (!counts) delta[i] = 0;
     }
-#pragma unroll
+#pragma unroll 1
     for (int n = 0; n < N; ++n) {
+      const i64 state = n * D + c;
+      T* adjoint = boundary + p.index * N * D + state;
+      const T rate = A_[p.g * N * D + state];
+      T carried = p.active ? *adjoint : T(0), dA = 0;
       T h[kChunk + 1], sums[32];  // sums: dB of each step, then dC
       h[0] = p.active ? states[(((p.b * G + p.g) * chunks + start / kChunk) * N + n) * D + p.c] : T(0);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        h[i + 1] = exp2_(delta[i] * A[n]) * h[i] + (i < count ? delta[i] * us[i] * Bs[i][n] : T(0));
+        h[i + 1] = exp2_(delta[i] * rate) * h[i] + delta[i] * us[i] * Bs[i][n];
       }
 #pragma unroll
       for (int i = kChunk - 1; i >= 0; --i) {
-        const T B_i = i < count ? Bs[i][n] : T(0), C_i = i < count ? Cs[i][n] : T(0);
         sums[kChunk + i] = dys[i] * h[i + 1];
-        carried[n] += dys[i] * C_i;
-        sums[i] = carried[n] * delta[i] * us[i];
-        dinput[i] += carried[n] * B_i;
-        carried[n] *= exp2_(delta[i] * A[n]);
-        const T through_decay = carried[n] * h[i];
-        ddelta[i] += through_decay * A[n];
-        dA[n] += through_decay * delta[i];
+        carried += dys[i] * Cs[i][n];
+        sums[i] = carried * delta[i] * us[i];
+        dinput[i] += carried * Bs[i][n];
+        carried *= exp2_(delta[i] * rate);
+        const T through_decay = carried * h[i];
+        ddelta[i] += through_decay * rate;
+        dA += through_decay * delta[i];
       }
+      if (p.active) *adjoint = carried, dA_[(bsg * N) * D + state] += dA;
       const T sum = warp_sums(sums);
       parts[threadIdx.x / 32][n][threadIdx.x % 32] = sum;
     }
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       // A counts in units of log2(e); d softplus(x) / dx = 1 - exp(-softplus(x))
-      const T slope = kSoftplus ? -expm1_(-delta[i]) : T(1);
+      const T slope = kSoftplus ? one_less_exp(delta[i]) : T(1);
       ddelta[i] = (ddelta[i] * T(0.6931471805599453) + dinput[i] * us[i]) * slope;
       if (!p.active || i >= count) {
         ddelta[i] = 0;
@@ -269,7 +319,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       dskip += dys[i] * us[i];
       dbias += ddelta[i];
-      const i64 at = ((p.b * L + order.token(p.b, p.g, start + i)) * G + p.g) * D + p.c;
+      const i64 at = ((p.b * L + chunk.tokens[parity][i]) * G + p.g) * D + p.c;
       put(du + at, dinput[i] * delta[i] + skip[0] * dys[i]);
       if (!R) put(ddt + at, ddelta[i]);
     }
@@ -280,7 +330,6 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < kChunk; ++i) {
         sums[i] = ddelta[i] * weight[r];
         sums[kChunk + i] = r + 1 < R ? ddelta[i] * weight[r + 1 < R ? r + 1 : r] : T(0);
-        if (i >= count) continue;
         dweight[r] += ddelta[i] * lows[i][r];
         if (r + 1 < R) dweight[r + 1 < R ? r + 1 : r] += ddelta[i] * lows[i][r + 1 < R ? r + 1 : r];
       }
@@ -290,24 +339,498 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     const i64 tokens = (block * batch + p.b) * L;
     for (int i = threadIdx.x; i < count * (2 * N + R); i += blockDim.x) {
-      const int step = i / (2 * N + R), k = i % (2 * N + R);
-      const i64 row = (tokens + order.token(p.b, p.g, start + step)) * G + p.g;
-      if (k < N) {
-        dB[row * N + k] = over_warps(parts, k, step);
-      } else if (k < 2 * N) {
-        dC[row * N + k - N] = over_warps(parts, k - N, kChunk + step);
-      } else {
-        const int r = k - 2 * N;
-        dlow[row * R + r] = over_warps(parts, N + r / 2, r % 2 * kChunk + step);
-      }
+      const int step = i / (2 * N + R), k = i % (2 * N + R), r = k - 2 * N;
+      const i64 row = (tokens + chunk.tokens[parity][step]) * G + p.g;
+      const bool of_C = k >= N && r < 0;
+      const int part = r < 0 ? k - of_C * N : N + r / 2, side = r < 0 ? of_C : r % 2;
+      T* to = r < 0 ? (of_C ? dC : dB) + row * N + part : dlow + row * R + r;
+      write_one(to, over_warps(parts, part, side * kChunk + step));
     }
+    __syncthreads();
   }
   if (!p.active) return;
-  const i64 bsg = (p.b * segments + p.segment) * G + p.g;
-#pragma unroll
-  for (int n = 0; n < N; ++n) dA_[(bsg * N + n) * D + p.c] = dA[n];
 #pragma unroll
   for (int r = 0; r < R; ++r) dweight_[(bsg * R + r) * D + p.c] = dweight[r];
   dskip_[bsg * D + p.c] = dskip;
   dbias_[bsg * D + p.c] = dbias;
+}
+
+// --- one state a channel ---------------------------------------------------------------------------------------------
+//
+// A block walks the steps in spans. Of a span a thread has V channels and kOwn steps: `kLanes` threads are neighbours
+// in the channels, kSlices in the steps. Each scans its steps from zero; a thread per channel joins the slices; then
+// each adds what comes from the steps before its own, or behind them.
+
+constexpr int kOwn = 4;
+
+// What the steps of a span share between channels: kColumns low-rank step sizes, B and C, one behind the other.
+template <class T, int kLanes, int kColumns>
+struct Span {
+  static constexpr int kSlices = kThreads / kLanes, kSteps = kSlices * kOwn, kPitch = kSteps + 4;
+  alignas(16) T columns[kColumns][kPitch];
+  alignas(16) int tokens[2][kSteps];  // of this span, and of the one that comes next
+
+  // The token of step `threadIdx.x`; behind the last step the last one's, whose values count nothing.
+  static __device__ __forceinline__ int token(const Order& order, const Place& p, i64 start) {
+    const i64 t = smaller(start + threadIdx.x % kSteps, p.end - 1);
+    return static_cast<int>(order.token(p.b, p.g, larger(t, p.begin)));
+  }
+  __device__ __forceinline__ void keep(int parity, int token) {
+    if (threadIdx.x < kSteps) tokens[parity][threadIdx.x] = token;
+  }
+  // Column k: rank k of `low`, then B, then C.
+  template <int R, class S>
+  static __device__ __forceinline__ Tokens<S> column(const Tokens<S>& low, const Tokens<S>& B, const Tokens<S>& C,
+                                                     int k) {
+    Tokens<S> out = k < R ? low : k == R ? B : C;
+    out.data += k < R ? k : 0;
+    return out;
+  }
+  static constexpr int kAtOnce = kThreads / 8, kRounds = kSteps / kAtOnce;  // 8 threads a step
+  template <int R, class S>
+  __device__ __forceinline__ void stage(const Tokens<const S>& low, const Tokens<const S>& B, const Tokens<const S>& C,
+                                        int parity, int count) {
+    const int row = threadIdx.x / 8;
+    Pack<S, 1> values[(kColumns + 7) / 8][kRounds];
+#pragma unroll
+    for (int first = 0; first < kColumns; first += 8) {
+      const auto from = column<R>(low, B, C, smaller<int>(first + threadIdx.x % 8, kColumns - 1));
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        values[first / 8][i] = read<1>(from.at(tokens[parity][i * kAtOnce + row]));
+      }
+    }
+#pragma unroll
+    for (int first = 0; first < kColumns; first += 8) {
+      const int k = first + threadIdx.x % 8;
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        const int step = i * kAtOnce + row;
+        if (k < kColumns) columns[k][step] = step < count ? get<T>(values[first / 8][i].x) : T(0);
+      }
+    }
+  }
+  template <int R>
+  __device__ __forceinline__ void put_back(const T (*found)[kPitch], const Tokens<T>& low, const Tokens<T>& B,
+                                           const Tokens<T>& C, int parity, int count) const {
+#pragma unroll
+    for (int first = 0; first < kColumns; first += 8) {
+      const int k = first + threadIdx.x % 8;
+      const auto to = column<R>(low, B, C, k);
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        const int step = i * kAtOnce + threadIdx.x / 8;
+        if (k < kColumns && step < count) write_one(to.at(tokens[parity][step]), found[k][step]);
+      }
+    }
+  }
+};
+
+// What a thread of a block for one state works on.
+template <int kLanes, int V>
+struct Corner {
+  static constexpr int kWidth = kLanes * V;  // channels of a block
+  int lane = threadIdx.x % kLanes, slice = threadIdx.x / kLanes, own = slice * kOwn;
+  i64 first, c;  // the block's first channel and the thread's: threads behind the last repeat it
+  bool active;
+  __device__ __forceinline__ Corner(i64 D, i64 blocks)
+      : first(blockIdx.x % static_cast<unsigned>(blocks) * kWidth),
+        c(smaller(first + lane * V, D - V)),
+        active(c == first + lane * V) {}
+};
+
+template <int V, class T>
+__device__ __forceinline__ void load_channels(T (&out)[V], const T* values, i64 at) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) out[v] = T(0);
+  if (values) unpack(out, read<V>(values + at));
+}
+
+// Weights of low-rank step sizes, for a block: in shared memory where they fit beside the rest, else read where they
+// lie.
+template <class T, int R, int V, int kLanes, bool kShared>
+struct Weights {
+  static constexpr int kWidth = kLanes * V;
+  alignas(16) T rows[kShared && R ? R : 1][kWidth];
+  __device__ __forceinline__ void stage(const T* weight, const Corner<kLanes, V>& at, i64 D) {
+    for (int i = threadIdx.x; kShared && i < R * kWidth; i += kThreads) {
+      rows[i / kWidth][i % kWidth] = weight[i / kWidth * D + smaller(at.first + i % kWidth, D - 1)];
+    }
+  }
+  // Rank r of V channels from the c-th of the block's on, whose first is `first`.
+  __device__ __forceinline__ void row(T (&out)[V], int r, const T* weight, int c, i64 first, i64 D) const {
+    if (kShared) {
+      load(out, &rows[r][c]);
+    } else {
+      unpack(out, read<V>(weight + r * D + smaller(first + c, D - V)));
+    }
+  }
+};
+
+// The step sizes of a thread: of the low-rank rows at `low` with `weights(w, r)`, or of its own values before softplus,
+// `delta`.
+template <bool kSoftplus, int R, int kUnroll, int kPitch, int V, class T, class W>
+__device__ __forceinline__ void step_sizes(T (&delta)[kOwn][V], const T (*low)[kPitch], const W& weights,
+                                           const T* bias_, i64 at) {
+  T bias[V];
+  load_channels(bias, bias_, at);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) delta[i][v] = R ? bias[v] : delta[i][v] + bias[v];
+  }
+#pragma unroll kUnroll
+  for (int r = 0; r < R; ++r) {
+    T x[kOwn], w[V];
+    load(x, low[r]);
+    weights(w, r);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) delta[i][v] += x[i] * w[v];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) delta[i][v] = kSoftplus ? softplus(delta[i][v]) : delta[i][v];
+  }
+}
+
+// Sums of a slice's steps over the threads that share it, to `out`, a column of a span.
+template <int kLanes, class T, class At>
+__device__ __forceinline__ void span_sums(T* out, const T (&parts)[kOwn], const At& at) {
+  const T sum = warp_sums<kOwn, kLanes / 2>(parts);
+  if (at.lane % (kLanes / kOwn) == 0) out[at.own + at.lane * kOwn / kLanes] = sum;
+}
+
+// As `forward`, for N = 1. A token's rows must lie less than 2^32 bytes apart, and V channels be aligned.
+template <class S, class T, int R, int V, int kLanes, bool kSoftplus, bool kEnds>
+__global__ void __launch_bounds__(kThreads, 6)
+    forward_one(const S* __restrict__ u_, i64 u_batch, i64 u_token, i64 u_group, const S* __restrict__ dt_,
+                i64 dt_batch, i64 dt_token, i64 dt_group, const S* __restrict__ B_, i64 B_batch, i64 B_token,
+                i64 B_group, const S* __restrict__ C_, i64 C_batch, i64 C_token, i64 C_group, const T* __restrict__ A_,
+                const T* __restrict__ skip_, const T* __restrict__ weight_, const T* __restrict__ bias_,
+                const int* __restrict__ order_, i64 order_batch, i64 G, i64 D, i64 steps, i64 blocks, i64 segments,
+                i64 segment_steps, T* __restrict__ boundary, T* __restrict__ sums, T* __restrict__ states,
+                S* __restrict__ y_, i64 y_batch, i64 y_token, i64 y_group, T* __restrict__ merged) {
+  constexpr int kColumns = R + 1 + !kEnds, kWidth = kLanes * V;
+  using Rows = Span<T, kLanes, kColumns>;
+  __shared__ Rows span;
+  __shared__ Weights<T, R, V, kLanes, R <= 64> weights;
+  alignas(16) __shared__ T decays[Rows::kSlices][kWidth], ends[Rows::kSlices][kWidth];
+  const Place p(G, D, steps, blocks, segments, segment_steps);
+  if (kEnds && p.segment == segments - 1) return;  // no segment begins where it ends
+  const Order order{order_, order_batch, steps};
+  const Corner<kLanes, V> at(D, blocks);
+  const Tokens<const S> u(u_, p.b * u_batch + p.g * u_group + at.c, u_token);
+  const Tokens<const S> dt(dt_, p.b * dt_batch + p.g * dt_group + (R ? 0 : at.c), dt_token);
+  const Tokens<const S> B(B_, p.b * B_batch + p.g * B_group, B_token), C(C_, p.b * C_batch + p.g * C_group, C_token);
+  const Tokens<S> y(y_, p.b * y_batch + p.g * y_group + at.c, y_token);
+  const Tokens<T> sum(merged, p.b * y_batch + at.c, y_token);
+  T A[V], skip[V];
+  load_channels(A, A_, p.g * D + at.c);
+  load_channels(skip, skip_, p.g * D + at.c);
+  const T* weight = weight_ + p.g * R * D;
+  weights.stage(weight, at, D);
+  const auto weight_row = [&](T(&out)[V], int r) { weights.row(out, r, weight, at.lane * V, at.first, D); };
+  // The channel that a thread joins, its rate, its state before a span, and the sum of its step sizes.
+  const i64 channel = at.first + threadIdx.x;
+  const bool joins = threadIdx.x < kWidth && channel < D;
+  const T rate = joins ? A_[p.g * D + channel] : T(0);
+  T state = !kEnds && boundary && joins ? boundary[p.index * D + channel] : T(0), total = 0;
+  int parity = 0;
+  span.keep(0, span.token(order, p, p.begin));
+  __syncthreads();
+  for (i64 start = p.begin; start < p.end; start += Rows::kSteps, parity ^= 1) {
+    const int count = static_cast<int>(smaller<i64>(Rows::kSteps, p.end - start));
+    const int next = span.token(order, p, start + Rows::kSteps);
+    // Later: what a step puts out but for the state before the slice, and the weight of that state in it.
+    T x[kOwn][V], delta[kOwn][V];
+    Pack<S, V> us[kOwn], dts[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      us[i] = read<V>(u.at(span.tokens[parity][at.own + i]));
+      if (!R) dts[i] = read<V>(dt.at(span.tokens[parity][at.own + i]));
+    }
+    span.template stage<R>(dt, B, C, parity, count);
+    __syncthreads();
+    span.keep(parity ^ 1, next);
+#pragma unroll
+    for (int i = 0; i < kOwn && !R; ++i) unpack(delta[i], dts[i]);
+    const auto low = reinterpret_cast<const T(*)[Rows::kPitch]>(&span.columns[0][at.own]);
+    step_sizes<kSoftplus, R, R && R <= 64 ? R : 2>(delta, low, weight_row, bias_, p.g * D + at.c);
+    T inputs[kOwn], outputs[kOwn], decay[V], h[V] = {};
+    load(inputs, low[R]);
+    load(outputs, low[kColumns - 1]);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) unpack(x[i], us[i]);
+#pragma unroll
+    for (int v = 0; v < V; ++v) decay[v] = kEnds ? T(0) : T(1);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const T a = exp2_(delta[i][v] * A[v]);
+        h[v] = a * h[v] + delta[i][v] * x[i][v] * inputs[i];
+        decay[v] = kEnds ? decay[v] + delta[i][v] : decay[v] * a;
+        x[i][v] = skip[v] * x[i][v] + outputs[i] * h[v];
+        delta[i][v] = outputs[i] * decay[v];
+      }
+    }
+    store(&decays[at.slice][at.lane * V], decay);
+    store(&ends[at.slice][at.lane * V], h);
+    __syncthreads();
+    if (joins) {
+      const i64 index = (p.b * G + p.g) * ((steps + Rows::kSteps - 1) / Rows::kSteps) + start / Rows::kSteps;
+      if (!kEnds && states) states[index * D + channel] = state;
+#pragma unroll
+      for (int i = 0; i < Rows::kSlices; ++i) {
+        const T end = ends[i][threadIdx.x], gain = decays[i][threadIdx.x];
+        if (kEnds) total += gain;
+        ends[i][threadIdx.x] = state;
+        state = (kEnds ? exp2_(gain * rate) : gain) * state + end;
+      }
+    }
+    if (kEnds) continue;
+    __syncthreads();
+    T before[V];
+    load(before, &ends[at.slice][at.lane * V]);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (!at.active || at.own + i >= count) continue;
+      const int token = span.tokens[parity][at.own + i];
+#pragma unroll
+      for (int v = 0; v < V; ++v) x[i][v] += delta[i][v] * before[v];
+      if (merged) {
+        add(sum.at(token), x[i]);
+      } else {
+        write(y.at(token), x[i]);
+      }
+    }
+  }
+  if (!kEnds || !joins) return;
+  boundary[p.index * D + channel] = state;
+  sums[p.index * D + channel] = total;
+}
+
+// As `backward` (kEnds: as `adjoint_ends`), for N = 1.
+template <class S, class T, int R, int V, int kLanes, bool kSoftplus, bool kEnds>
+__global__ void __launch_bounds__(kThreads, 4)
+    backward_one(const S* __restrict__ dy_, i64 dy_batch, i64 dy_token, i64 dy_group, const S* __restrict__ u_,
+                 i64 u_batch, i64 u_token, i64 u_group, const S* __restrict__ dt_, i64 dt_batch, i64 dt_token,
+                 i64 dt_group, const S* __restrict__ B_, i64 B_batch, i64 B_token, i64 B_group,
+                 const S* __restrict__ C_, i64 C_batch, i64 C_token, i64 C_group, const T* __restrict__ A_,
+                 const T* __restrict__ skip_, const T* __restrict__ weight_, const T* __restrict__ bias_,
+                 const int* __restrict__ order_, i64 order_batch, i64 batch, i64 L, i64 G, i64 D, i64 steps, i64 blocks,
+                 i64 segments, i64 segment_steps, T* __restrict__ boundary, T* __restrict__ sums,
+                 const T* __restrict__ states, S* __restrict__ du_, S* __restrict__ ddt_, T* __restrict__ dA_,
+                 T* __restrict__ dB_, T* __restrict__ dC_, T* __restrict__ dskip_, T* __restrict__ dlow_,
+                 T* __restrict__ dweight_, T* __restrict__ dbias_) {
+  constexpr int kColumns = R + 2, kWidth = kLanes * V;
+  constexpr bool kShared = R <= 24, kKept = R <= 48;  // what shared memory holds of weights and their gradients
+  using Rows = Span<T, kLanes, kColumns>;
+  __shared__ Rows span;
+  __shared__ Weights<T, R, V, kLanes, kShared> weights;
+  alignas(16) __shared__ T decays[Rows::kSlices][kWidth], ends[Rows::kSlices][kWidth], begins[Rows::kSlices][kWidth];
+  // Sums over channels of each step, as the columns lie; ddelta of a span; sums over steps.
+  alignas(16) __shared__ T found[kEnds ? 1 : kColumns][Rows::kPitch], ddeltas[kEnds ? 1 : Rows::kSteps][kWidth + V];
+  alignas(16) __shared__ T dweight[kEnds || !kKept ? 1 : R + 1][kWidth];
+  const Place p(G, D, steps, blocks, segments, segment_steps);
+  if (kEnds && p.segment == 0) return;  // no segment ends where it begins
+  const Order order{order_, order_batch, steps};
+  const Corner<kLanes, V> at(D, blocks);
+  const Tokens<const S> dy(dy_, p.b * dy_batch + p.g * dy_group + at.c, dy_token);
+  const Tokens<const S> u(u_, p.b * u_batch + p.g * u_group + at.c, u_token);
+  const Tokens<const S> dt(dt_, p.b * dt_batch + p.g * dt_group + (R ? 0 : at.c), dt_token);
+  const Tokens<const S> B(B_, p.b * B_batch + p.g * B_group, B_token), C(C_, p.b * C_batch + p.g * C_group, C_token);
+  const Tokens<S> du(du_, (p.b * L * G + p.g) * D + at.c, G * D), ddt(ddt_, (p.b * L * G + p.g) * D + at.c, G * D);
+  const i64 row = (blockIdx.x % static_cast<unsigned>(blocks) * batch + p.b) * L * G + p.g;
+  const Tokens<T> dlow(dlow_, row * R, G * R), dB(dB_, row, G), dC(dC_, row, G);
+  T dA[V] = {}, dskip[V] = {};
+  const T* weight = weight_ + p.g * R * D;
+  weights.stage(weight, at, D);
+  const auto weight_row = [&](T(&out)[V], int r) { weights.row(out, r, weight, at.lane * V, at.first, D); };
+  // A thread's sums over steps of rank r of the weights' gradient; the bias has rank R, so to say.
+  const i64 bsg = (p.b * segments + p.segment) * G + p.g;
+  const auto weight_sums = [&](int r) {
+    return kKept ? &dweight[r][at.lane * V] : (r < R ? dweight_ + (bsg * R + r) * D : dbias_ + bsg * D) + at.c;
+  };
+  const bool sums_up = !kEnds && (kKept || at.active);
+  for (int r = at.slice; r <= R && sums_up; r += Rows::kSlices) {
+    const T zeros[V] = {};
+    store(weight_sums(r), zeros);
+  }
+  // The channel that a thread joins; its adjoint state behind a span, and the sum of its step sizes.
+  const i64 channel = at.first + threadIdx.x;
+  const bool joins = threadIdx.x < kWidth && channel < D;
+  const T rate = joins ? A_[p.g * D + channel] : T(0);
+  T adjoint = !kEnds && boundary && joins ? boundary[p.index * D + channel] : T(0), total = 0;
+  int parity = 0;
+  const i64 last = p.begin + (p.end - p.begin - 1) / Rows::kSteps * Rows::kSteps;
+  span.keep(0, span.token(order, p, last));
+  __syncthreads();
+  for (i64 start = last; start >= p.begin; start -= Rows::kSteps, parity ^= 1) {
+    const int count = static_cast<int>(smaller<i64>(Rows::kSteps, p.end - start));
+    const int next = span.token(order, p, start - Rows::kSteps);
+    T x[kOwn][V], dys[kOwn][V], delta[kOwn][V];
+    Pack<S, V> us[kOwn], dts[kOwn], dy_own[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int token = span.tokens[parity][at.own + i];
+      dy_own[i] = read<V>(dy.at(token));
+      if (!kEnds) us[i] = read<V>(u.at(token));
+      if (!R) dts[i] = read<V>(dt.at(token));
+    }
+    span.template stage<R>(dt, B, C, parity, count);
+    const i64 index = (p.b * G + p.g) * ((steps + Rows::kSteps - 1) / Rows::kSteps) + start / Rows::kSteps;
+    T state = !kEnds && joins ? states[index * D + channel] : T(0);
+    __syncthreads();
+    span.keep(parity ^ 1, next);
+#pragma unroll
+    for (int i = 0; i < kOwn && !R; ++i) unpack(delta[i], dts[i]);
+    const auto low = reinterpret_cast<const T(*)[Rows::kPitch]>(&span.columns[0][at.own]);
+    step_sizes<kSoftplus, R, R && kShared ? R : 2>(delta, low, weight_row, bias_, p.g * D + at.c);
+    T inputs[kOwn], outputs[kOwn], decay[V], h[V] = {}, carried[V] = {}, A[V];
+    load_channels(A, A_, p.g * D + at.c);
+    load(inputs, low[R]);
+    load(outputs, low[R + 1]);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      unpack(dys[i], dy_own[i]);
+      if (!kEnds) unpack(x[i], us[i]);
+#pragma unroll
+      for (int v = 0; v < V; ++v) dys[i][v] = at.active && at.own + i < count ? dys[i][v] : T(0);
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      T a[kOwn];
+      decay[v] = kEnds ? T(0) : T(1);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        a[i] = exp2_(delta[i][v] * A[v]);
+        if (!kEnds) h[v] = a[i] * h[v] + delta[i][v] * x[i][v] * inputs[i];
+        decay[v] = kEnds ? decay[v] + delta[i][v] : decay[v] * a[i];
+      }
+#pragma unroll
+      for (int i = kOwn - 1; i >= 0; --i) carried[v] = a[i] * (carried[v] + outputs[i] * dys[i][v]);
+    }
+    store(&decays[at.slice][at.lane * V], decay);
+    store(&begins[at.slice][at.lane * V], carried);
+    if (!kEnds) store(&ends[at.slice][at.lane * V], h);
+    __syncthreads();
+    if (joins) {
+#pragma unroll
+      for (int i = 0; i < Rows::kSlices; ++i) {
+        const int j = Rows::kSlices - 1 - i;
+        const T begin = begins[j][threadIdx.x], behind = decays[j][threadIdx.x];
+        if (kEnds) total += behind;
+        begins[j][threadIdx.x] = adjoint;
+        adjoint = (kEnds ? exp2_(behind * rate) : behind) * adjoint + begin;
+        if (kEnds) continue;
+        const T end = ends[i][threadIdx.x], gain = decays[i][threadIdx.x];
+        ends[i][threadIdx.x] = state;
+        state = gain * state + end;
+      }
+    }
+    if (kEnds) continue;
+    __syncthreads();
+    T skip[V];
+    load_channels(skip, skip_, p.g * D + at.c);
+    load_channels(A, A_, p.g * D + at.c);  // anew, like the decays below: registers are dearer
+    load(carried, &begins[at.slice][at.lane * V]);
+    load(h, &ends[at.slice][at.lane * V]);
+    load(inputs, low[R]);
+    load(outputs, low[R + 1]);
+    T dBs[kOwn] = {}, dCs[kOwn] = {};
+#pragma unroll
+    for (int v = 0; v < V; ++v) {  // a channel after the other, for want of registers
+      T kept[kOwn];                // what a step keeps of the state before
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        kept[i] = exp2_(delta[i][v] * A[v]) * h[v];
+        h[v] = kept[i] + delta[i][v] * x[i][v] * inputs[i];
+        dCs[i] += dys[i][v] * h[v];
+      }
+#pragma unroll
+      for (int i = kOwn - 1; i >= 0; --i) {
+        const T own = delta[i][v], value = x[i][v], g = carried[v] + outputs[i] * dys[i][v];
+        const T dinput = g * inputs[i], through_decay = g * kept[i];
+        carried[v] = g * exp2_(own * A[v]);
+        dBs[i] += g * (own * value);
+        dA[v] += through_decay * own;
+        dskip[v] += dys[i][v] * value;
+        x[i][v] = dinput * own + skip[v] * dys[i][v];
+        // A counts in units of log2(e); d softplus(x) / dx = 1 - exp(-softplus(x))
+        const T slope = kSoftplus ? one_less_exp(own) : T(1);
+        delta[i][v] = (through_decay * A[v] * T(0.6931471805599453) + dinput * value) * slope;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      store(&ddeltas[at.own + i][at.lane * V], delta[i]);
+      if (!at.active || at.own + i >= count) continue;
+      const int token = span.tokens[parity][at.own + i];
+      write(du.at(token), x[i]);
+      if (!R) write(ddt.at(token), delta[i]);
+    }
+    span_sums<kLanes>(found[R], dBs, at);
+    span_sums<kLanes>(found[R + 1], dCs, at);
+    __syncthreads();
+    if constexpr (R > 0) {  // a thread has a step, and every kGroups-th rank of its low-rank row
+      constexpr int kGroups = kThreads / Rows::kSteps, kEach = (R + kGroups - 1) / kGroups;
+      const int step = threadIdx.x % Rows::kSteps, group = threadIdx.x / Rows::kSteps;
+      T sums[kEach] = {};
+#pragma unroll 2
+      for (int c = 0; c < kWidth; c += V) {
+        T values[V], w[V];
+        load(values, &ddeltas[step][c]);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          weights.row(w, smaller(group + i * kGroups, R - 1), weight, c, at.first, D);
+#pragma unroll
+          for (int v = 0; v < V; ++v) sums[i] += values[v] * w[v];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        if (group + i * kGroups < R) found[group + i * kGroups][step] = sums[i];
+      }
+    }
+    for (int r = at.slice; r <= R && sums_up; r += Rows::kSlices) {
+      T parts[V];
+      load(parts, weight_sums(r));
+#pragma unroll 4
+      for (int i = 0; i < Rows::kSteps; ++i) {
+        T values[V];
+        load(values, &ddeltas[i][at.lane * V]);
+        const T low = r < R ? span.columns[r][i] : T(1);
+#pragma unroll
+        for (int v = 0; v < V; ++v) parts[v] += values[v] * low;
+      }
+      store(weight_sums(r), parts);
+    }
+    __syncthreads();
+    span.template put_back<R>(found, dlow, dB, dC, parity, count);
+  }
+  if (kEnds && joins) {
+    boundary[p.index * D + channel] = adjoint;
+    sums[p.index * D + channel] = total;
+  }
+  if (kEnds) return;
+  // The sums over steps of the slices.
+  store(&decays[at.slice][at.lane * V], dA);
+  store(&ends[at.slice][at.lane * V], dskip);
+  __syncthreads();
+  if (!joins) return;
+  T all[2] = {};
+  for (int i = 0; i < Rows::kSlices; ++i) {
+    all[0] += decays[i][threadIdx.x];
+    all[1] += ends[i][threadIdx.x];
+  }
+  dA_[bsg * D + channel] = all[0];
+  dskip_[bsg * D + channel] = all[1];
+  if (!kKept) return;
+  dbias_[bsg * D + channel] = dweight[R][threadIdx.x];
+  for (int r = 0; r < R; ++r) dweight_[(bsg * R + r) * D + channel] = dweight[r][threadIdx.x];
 }

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..operator import Operator
 from ..tensors import check, promote, state_dtype
-from . import reference
+from . import cuda, reference
 
 __all__ = ["ssm_kernel"]
 
@@ -125,15 +125,19 @@ def _cauchy(v, w, nodes):
 # Complex numbers are real tensors with a last axis (re, im) here.
 
 
+def _kernels(backend):
+    return cuda if backend == "cuda" else torch.ops.linzoo_cpu
+
+
 def _vandermonde_forward(backend, c, x, length):
     k = c.new_empty(c.shape[0], length)
-    torch.ops.linzoo_cpu.vandermonde_forward(c.contiguous(), x.contiguous(), k)
+    _kernels(backend).vandermonde_forward(c.contiguous(), x.contiguous(), k)
     return k
 
 
 def _vandermonde_backward(backend, dk, c, x, length):
     dc, dx = c.new_empty(c.shape), x.new_empty(x.shape)
-    torch.ops.linzoo_cpu.vandermonde_backward(dk.contiguous(), c.contiguous(), x.contiguous(), dc, dx)
+    _kernels(backend).vandermonde_backward(dk.contiguous(), c.contiguous(), x.contiguous(), dc, dx)
     return [dc, dx]
 
 
@@ -156,13 +160,13 @@ _vandermonde_operator = Operator(
 
 def _cauchy_forward(backend, v, w, nodes):
     r = v.new_empty(*v.shape[:2], 2, nodes.shape[0])  # parts apart: lanes are nodes
-    torch.ops.linzoo_cpu.cauchy_forward(v.contiguous(), w.contiguous(), nodes.contiguous(), r)
+    _kernels(backend).cauchy_forward(v.contiguous(), w.contiguous(), nodes.contiguous(), r)
     return r.transpose(2, 3).contiguous()
 
 
 def _cauchy_backward(backend, dr, v, w, nodes):
     dv, dw, dr = v.new_empty(v.shape), w.new_empty(w.shape), dr.transpose(2, 3).contiguous()
-    torch.ops.linzoo_cpu.cauchy_backward(dr, v.contiguous(), w.contiguous(), nodes.contiguous(), dv, dw)
+    _kernels(backend).cauchy_backward(dr, v.contiguous(), w.contiguous(), nodes.contiguous(), dv, dw)
     return [dv, dw]
 
 

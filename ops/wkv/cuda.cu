@@ -5,12 +5,13 @@
 // As on the CPU the exponent of a sum is computed anew at every step, of its largest key and its distance; exponents
 // are in base 2.
 //
-// wkv6, wkv7: a block is a direction of a head of a batch item. A thread is a value channel, a column of the state,
-// whose N rows (key channels) it holds in registers.
+// wkv6, wkv7: a block is a direction of a head of a batch item. Four threads hold four columns of the state (value
+// channels), each a quarter of its rows (key channels), in registers.
 
 #include "device.cuh"
 
 constexpr int kChunk = LINZOO_CHUNK;
+constexpr int kCarried = 4;           // segments whose ends a thread that joins them reads at once
 constexpr int kMarks = LINZOO_MARKS;  // chunks of a segment of bi_wkv, at most
 constexpr double kLog2e = 1.4426950408889634;
 
@@ -62,18 +63,28 @@ struct Sums {
   }
 };
 
-// What a step adds: forward (its key, v, 1), backward (-peak, dy / den, dy y / den).
+// What a step adds: forward (its key, v, 1), backward (-peak, dy / den, dy y / den); of a batch item's channel.
 template <class T, bool kBackward>
 struct Terms {
-  Rows<const T> first, second;  // k, v or scale, dy
-  const T* y;                   // (B, L, C)
-  i64 L, C;
-  __device__ __forceinline__ void read(i64 b, i64 l, i64 c, T& key, T& x, T& other) const {
-    const T* at = first.at(b, l, 0) + c;
-    key = kBackward ? -at[0] : at[0];
-    x = *(second.at(b, l, 0) + c);
-    if (kBackward) x /= at[C];
-    other = kBackward ? x * y[(b * L + l) * C + c] : T(1);
+  Tokens<const T> first, second, y;  // k, v or scale (peak, and den C behind it), dy, y
+  i64 C;
+  // Of `count` steps from `start` on, all of them read before the first is used.
+  __device__ __forceinline__ void read_chunk(const Order& order, const Place& p, i64 start, int count,
+                                             T (&keys)[kChunk], T (&xs)[kChunk], T (&others)[kChunk]) const {
+    Pack<T, 1> key[kChunk], x[kChunk], den[kChunk], out[kChunk];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const int token = static_cast<int>(order.token(p.b, 0, start + smaller(i, count - 1)));
+      key[i] = read<1>(first.at(token));
+      x[i] = read<1>(second.at(token));
+      if (kBackward) den[i] = read<1>(first.at(token) + C), out[i] = read<1>(y.at(token));
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      keys[i] = kBackward ? -key[i].x[0] : key[i].x[0];
+      xs[i] = kBackward ? x[i].x[0] * reciprocal(den[i].x[0]) : x[i].x[0];
+      others[i] = kBackward ? xs[i] * out[i].x[0] : T(1);
+    }
   }
 };
 
@@ -86,16 +97,22 @@ __global__ void __launch_bounds__(kThreads)
   const Place p(1, C, steps, blocks, segments, segment_steps);
   if (!p.active) return;
   const Order order{order_, order_batch, steps};
-  const Terms<T, kBackward> terms{
-      {first_, first_batch, first_token, 0}, {second_, second_batch, second_token, 0}, y, L, C};
+  const Terms<T, kBackward> terms{{first_, p.b * first_batch + p.c, first_token},
+                                  {second_, p.b * second_batch + p.c, second_token},
+                                  {y, p.b * L * C + p.c, C},
+                                  C};
   const T decay = w[p.c];
   Sums<T, kBackward> past, future;
-#pragma unroll 4
-  for (i64 t = p.begin; t < p.end; ++t) {
-    T key, x, other;
-    terms.read(p.b, order.token(p.b, 0, t), p.c, key, x, other);
-    past.pass(key, x, other, decay);
-    future.add(key, x, other, T(t - p.begin), decay);
+  for (i64 start = p.begin; start < p.end; start += kChunk) {
+    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start));
+    T keys[kChunk], xs[kChunk], others[kChunk];
+    terms.read_chunk(order, p, start, count, keys, xs, others);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (i >= count) continue;
+      past.pass(keys[i], xs[i], others[i], decay);
+      future.add(keys[i], xs[i], others[i], T(start + i - p.begin), decay);
+    }
   }
   const i64 side = B * segments * Sums<T, kBackward>::kFields * C;
   T* at = ends + p.index * Sums<T, kBackward>::kFields * C + p.c;
@@ -113,15 +130,19 @@ __global__ void __launch_bounds__(kThreads)
   const bool backwards = sb >= B;
   const T decay = w[c];
   Sums<T, kBackward> sums;
-#pragma unroll 4
-  for (i64 k = 0; k < segments; ++k) {
-    const i64 segment = backwards ? segments - 1 - k : k;
-    T* at = ends + (sb * segments + segment) * Sums<T, kBackward>::kFields * C + c;
-    Sums<T, kBackward> own;
-    own.load(at, C);
-    sums.store(at, C);
-    sums.move(T(smaller(segment_steps, steps - segment * segment_steps)));
-    sums.join(own, decay);
+  for (i64 first = 0; first < segments; first += kCarried) {
+    Sums<T, kBackward> own[kCarried];
+    const auto segment = [&](i64 k) { return backwards ? segments - 1 - k : k; };
+    const auto at = [&](i64 k) { return ends + (sb * segments + segment(k)) * Sums<T, kBackward>::kFields * C + c; };
+#pragma unroll
+    for (int i = 0; i < kCarried; ++i) own[i].load(at(smaller(first + i, segments - 1)), C);
+#pragma unroll
+    for (int i = 0; i < kCarried; ++i) {
+      if (first + i >= segments) break;
+      sums.store(at(first + i), C);
+      sums.move(T(smaller(segment_steps, steps - segment(first + i) * segment_steps)));
+      sums.join(own[i], decay);
+    }
   }
 }
 
@@ -136,9 +157,10 @@ __global__ void __launch_bounds__(kThreads)
   const Place p(1, C, steps, blocks, segments, segment_steps);
   if (!p.active) return;
   const Order order{order_, order_batch, steps};
-  const Rows<const T> k{k_, k_batch, k_token, 0}, v{v_, v_batch, v_token, 0}, dy{dy_, dy_batch, dy_token, 0};
-  const Rows<const T> scales{scale, 2 * L * C, 2 * C, 0};
-  const Terms<T, kBackward> terms{kBackward ? scales : k, kBackward ? dy : v, y_, L, C};
+  const Tokens<const T> k(k_, p.b * k_batch + p.c, k_token), v(v_, p.b * v_batch + p.c, v_token);
+  const Tokens<const T> dy(dy_, p.b * dy_batch + p.c, dy_token), scales(scale, p.b * 2 * L * C + p.c, 2 * C);
+  const Tokens<const T> out(y_, p.b * L * C + p.c, C);
+  const Terms<T, kBackward> terms{kBackward ? scales : k, kBackward ? dy : v, out, C};
   const T decay = w[p.c], bonus = u[p.c];
   const i64 side = B * segments * Side::kFields * C;
   const int chunks = static_cast<int>((p.end - p.begin + kChunk - 1) / kChunk);
@@ -152,10 +174,12 @@ __global__ void __launch_bounds__(kThreads)
     future.store(&marks[chunk][0][threadIdx.x], kThreads);
     if (chunk == 0) break;
     const i64 start = p.begin + chunk * kChunk;
-    for (i64 t = smaller(start + kChunk, p.end) - 1; t >= start; --t) {
-      T key, x, other;
-      terms.read(p.b, order.token(p.b, 0, t), p.c, key, x, other);
-      future.pass(key, x, other, decay);
+    const int count = static_cast<int>(smaller<i64>(kChunk, p.end - start));
+    T keys[kChunk], xs[kChunk], others[kChunk];
+    terms.read_chunk(order, p, start, count, keys, xs, others);
+#pragma unroll
+    for (int i = kChunk - 1; i >= 0; --i) {
+      if (i < count) future.pass(keys[i], xs[i], others[i], decay);
     }
   }
   Sum<T> sum_w, sum_u;
@@ -165,10 +189,7 @@ __global__ void __launch_bounds__(kThreads)
     T keys[kChunk], xs[kChunk], others[kChunk];
     Side futures[kChunk];
     future.load(&marks[chunk][0][threadIdx.x], kThreads);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if (i < count) terms.read(p.b, order.token(p.b, 0, start + i), p.c, keys[i], xs[i], others[i]);
-    }
+    terms.read_chunk(order, p, start, count, keys, xs, others);
 #pragma unroll
     for (int i = kChunk - 1; i >= 0; --i) {
       if (i >= count) continue;
@@ -184,10 +205,10 @@ __global__ void __launch_bounds__(kThreads)
         const T peak = larger(own, larger(before, after));
         const T left = expe(before - peak), right = expe(after - peak), self = expe(own - peak);
         const T den = left * past.y + right * futures[i].y + self;
-        y_[at] = (left * past.x + right * futures[i].x + self * xs[i]) / den;
+        y_[at] = (left * past.x + right * futures[i].x + self * xs[i]) * reciprocal(den);
         if (scale) scale[at + (p.b * L + l) * C] = peak, scale[at + (p.b * L + l + 1) * C] = den;
       } else {
-        const T key = *(k.at(p.b, l, 0) + p.c), value = *(v.at(p.b, l, 0) + p.c);
+        const T key = read<1>(k.at(static_cast<int>(l))).x[0], value = read<1>(v.at(static_cast<int>(l))).x[0];
         const T left = expe(past.peak(decay) + key), right = expe(futures[i].peak(decay) + key);
         const T self = expe(key + bonus + keys[i]) * xs[i];
         const T sum = left * past.x + right * futures[i].x + self;
@@ -225,10 +246,97 @@ struct Head {
   __device__ __forceinline__ i64 token(i64 t) const { return order.token(b, 0, direction ? steps - 1 - t : t); }
 };
 
+constexpr int kQuad = 4;  // columns of a thread, and threads that share a column
+
+// The part of a state, N rows by `kThreads` columns, that a thread holds: four columns, and of each sixteen rows four.
+template <int N>
+struct Tile {
+  static constexpr int kGroups = (N + 15) / 16, kRows = kQuad * kGroups, kPadded = 16 * kGroups;
+  int part = threadIdx.x % kQuad, column = threadIdx.x / kQuad * kQuad;
+  __device__ __forceinline__ int row(int i) const { return i / kQuad * 16 + part * kQuad + i % kQuad; }
+  // A thread's rows of a vector in shared memory.
+  template <class T>
+  __device__ __forceinline__ void rows(T (&out)[kRows], const T* vector) const {
+#pragma unroll
+    for (int m = 0; m < kGroups; ++m) {
+      load(reinterpret_cast<T(&)[kQuad]>(out[m * kQuad]), vector + m * 16 + part * kQuad);
+    }
+  }
+  template <class T>
+  __device__ __forceinline__ void load_state(T (&S)[kRows][kQuad], const T* at, i64 P) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int q = 0; q < kQuad; ++q) S[i][q] = row(i) < N && column + q < P ? at[row(i) * P + column + q] : T(0);
+    }
+  }
+  template <class T>
+  __device__ __forceinline__ void store_state(const T (&S)[kRows][kQuad], T* at, i64 P) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int q = 0; q < kQuad; ++q) {
+        if (row(i) < N && column + q < P) at[row(i) * P + column + q] = S[i][q];
+      }
+    }
+  }
+  // Of `history`, whose rows and columns are all there: four columns in one access.
+  template <class T>
+  __device__ __forceinline__ void remember(const T (&S)[kRows][kQuad], T* history) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) ::write(history + row(i) * blockDim.x + column, S[i]);
+  }
+  template <class T>
+  __device__ __forceinline__ void recall(T (&S)[kRows][kQuad], const T* history) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) unpack(S[i], read<kQuad>(history + row(i) * blockDim.x + column));
+  }
+  // `out` = sum over rows of vector times state, for every column, to all of the four threads.
+  template <class T>
+  __device__ __forceinline__ void columns(T (&out)[kQuad], const T (&vector)[kRows], const T (&S)[kRows][kQuad]) const {
+#pragma unroll
+    for (int q = 0; q < kQuad; ++q) {
+      out[q] = 0;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) out[q] += vector[i] * S[i][q];
+      out[q] += __shfl_xor_sync(0xffffffffu, out[q], 1);
+      out[q] += __shfl_xor_sync(0xffffffffu, out[q], 2);
+    }
+  }
+};
+
+// The four columns' sums over four threads; a thread gets that of its own column, number threadIdx.x.
+template <class T>
+__device__ __forceinline__ T own_column(const T (&x)[kQuad]) {
+  return warp_sums<kQuad, 2>(x);
+}
+
+// The sums of rows' values over the eight threads of a warp that hold the same rows, to `out`, a vector of the warp.
 template <int N, class T>
-__device__ __forceinline__ void stage(T (*out)[N], const Rows<const T>& rows, const Head& head, i64 start, int count) {
-  for (int i = threadIdx.x; i < count * N; i += blockDim.x) {
-    out[i / N][i % N] = *(rows.at(head.b, head.token(start + i / N), head.h) + i % N);
+__device__ __forceinline__ void sum_rows(T* out, const T (&x)[Tile<N>::kRows], const Tile<N>& tile) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < Tile<N>::kGroups; ++m) {
+    T two[2], one;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const T sent = lane & 16 ? x[m * kQuad + i] : x[m * kQuad + i + 2];
+      const T stays = lane & 16 ? x[m * kQuad + i + 2] : x[m * kQuad + i];
+      two[i] = stays + __shfl_xor_sync(0xffffffffu, sent, 16);
+    }
+    const T sent = lane & 8 ? two[0] : two[1], stays = lane & 8 ? two[1] : two[0];
+    one = stays + __shfl_xor_sync(0xffffffffu, sent, 8);
+    one += __shfl_xor_sync(0xffffffffu, one, 4);
+    if (!(lane & 4)) out[m * 16 + tile.part * kQuad + (lane & 16 ? 2 : 0) + (lane & 8 ? 1 : 0)] = one;
+  }
+}
+
+// Rows of `width` values of the steps [start, start + count) into shared memory, 0 behind them and in other columns.
+template <int K, class T>
+__device__ __forceinline__ void stage(T (*out)[K], const Rows<const T>& rows, const Head& head, i64 start, int count,
+                                      i64 width) {
+  for (int i = threadIdx.x; i < count * K; i += blockDim.x) {
+    out[i / K][i % K] = i % K < width ? *(rows.at(head.b, head.token(start + i / K), head.h) + i % K) : T(0);
   }
 }
 
@@ -238,6 +346,20 @@ __device__ __forceinline__ T decay_of(T w) {
   return exp_(-exp_(smaller(w, T(32))));
 }
 
+// A step of the recurrence.
+template <bool kSeven, class T, int kRows>
+__device__ __forceinline__ void step(T (&S)[kRows][kQuad], const T (&d)[kRows], const T (&k)[kRows],
+                                     const T (&b)[kRows], const T (&value)[kQuad], const T (&erased)[kQuad]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int q = 0; q < kQuad; ++q) {
+      S[i][q] = d[i] * S[i][q] + k[i] * value[q];
+      if (kSeven) S[i][q] += b[i] * erased[q];
+    }
+  }
+}
+
 // y: (directions, B, L, H, P), states before each chunk (directions, B, H, chunks, N, P).
 template <class T, int N, bool kSeven>
 __global__ void __launch_bounds__(kThreads)
@@ -245,59 +367,72 @@ __global__ void __launch_bounds__(kThreads)
             const T* k_, i64 k_batch, i64 k_token, i64 k_head, const T* v_, i64 v_batch, i64 v_token, i64 v_head,
             const T* a_, i64 a_batch, i64 a_token, i64 a_head, const T* b_, i64 b_batch, i64 b_token, i64 b_head,
             const T* u, const int* order_, i64 order_batch, i64 B, i64 L, i64 H, i64 P, i64 steps, T* y, T* states) {
-  constexpr int kSteps = sizeof(T) * N > 256 ? 8 : 16, kExtra = kSeven ? N : 1;
-  __shared__ T rs[kSteps][N], ds[kSteps][N], ks[kSteps][N], as[kSteps][kExtra], bs[kSteps][kExtra], own[kSteps];
+  constexpr int kBytes = sizeof(T) * N, kSteps = kBytes > 512 ? 4 : kBytes > 256 ? 8 : 16;
+  constexpr int kPadded = Tile<N>::kPadded, kRows = Tile<N>::kRows, kSevenSteps = kSeven ? kSteps : 1;
+  alignas(16) __shared__ T rs[kSteps][kPadded], ds[kSteps][kPadded], ks[kSteps][kPadded], vs[kSteps][kThreads];
+  alignas(16) __shared__ T as[kSevenSteps][kPadded], bs[kSevenSteps][kPadded], us[kPadded];
   const Head head(blockIdx.x, B, H, Order{order_, order_batch, steps});
   const Rows<const T> r{r_, r_batch, r_token, r_head}, w{w_, w_batch, w_token, w_head}, k{k_, k_batch, k_token, k_head};
   const Rows<const T> v{v_, v_batch, v_token, v_head}, a{a_, a_batch, a_token, a_head}, b{b_, b_batch, b_token, b_head};
+  const Tile<N> tile;
   const i64 p = threadIdx.x, chunks = (steps + kChunk - 1) / kChunk;
-  const bool active = p < P;
-  T S[N] = {};
+  const bool bonus = !kSeven && !head.direction;
+  for (int n = threadIdx.x; n < kPadded; n += blockDim.x) us[n] = bonus && n < N ? u[head.h * N + n] : T(0);
+  T S[kRows][kQuad] = {};
   for (i64 start = 0; start < steps; start += kSteps) {
     const int count = static_cast<int>(smaller<i64>(kSteps, steps - start));
     __syncthreads();
-    stage<N>(rs, r, head, start, count);
-    stage<N>(ds, w, head, start, count);
-    stage<N>(ks, k, head, start, count);
-    if (kSeven) stage<kExtra>(as, a, head, start, count);
-    if (kSeven) stage<kExtra>(bs, b, head, start, count);
+    stage(rs, r, head, start, count, N);
+    stage(ds, w, head, start, count, N);
+    stage(ks, k, head, start, count, N);
+    stage(vs, v, head, start, count, P);
+    if (kSeven) stage(as, a, head, start, count, N);
+    if (kSeven) stage(bs, b, head, start, count, N);
     __syncthreads();
-    for (int i = threadIdx.x; i < count * N; i += blockDim.x) ds[i / N][i % N] = decay_of(ds[i / N][i % N]);
-    for (int i = threadIdx.x; i < count && !kSeven; i += blockDim.x) {
-      T sum = 0;
-      for (int n = 0; n < N && !head.direction; ++n) sum += rs[i][n] * u[head.h * N + n] * ks[i][n];
-      own[i] = sum;
+    for (int i = threadIdx.x; i < count * kPadded; i += blockDim.x) {
+      ds[i / kPadded][i % kPadded] = decay_of(ds[i / kPadded][i % kPadded]);
     }
     __syncthreads();
-    if (!active) continue;
     if (states && start % kChunk == 0) {
-      T* at = states + (head.index * chunks + start / kChunk) * N * P + p;
-#pragma unroll
-      for (int n = 0; n < N; ++n) at[n * P] = S[n];
+      tile.store_state(S, states + (head.index * chunks + start / kChunk) * N * P, P);
     }
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      const i64 l = head.token(start + i);
-      const T value = *(v.at(head.b, l, head.h) + p);
-      T out = 0, erased = 0;
+      T row[kRows], d[kRows], key[kRows], value[kQuad], out[kQuad] = {}, erased[kQuad], erase[kRows], write[kRows];
+      load(value, &vs[i][tile.column]);
+      tile.rows(row, rs[i]);
+      tile.rows(d, ds[i]);
+      tile.rows(key, ks[i]);
       if (kSeven) {
+        tile.rows(erase, as[kSeven ? i : 0]);
+        tile.rows(write, bs[kSeven ? i : 0]);
+        tile.columns(erased, erase, S);
+        step<true>(S, d, key, write, value, erased);
+      }
+      T own = 0;
+      if (bonus) {
+        T weight[kRows];
+        tile.rows(weight, us);
 #pragma unroll
-        for (int n = 0; n < N; ++n) erased += as[i][kSeven ? n : 0] * S[n];
+        for (int j = 0; j < kRows; ++j) own += row[j] * weight[j] * key[j];
       }
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-        if (!kSeven) out += rs[i][n] * S[n];
-        S[n] = ds[i][n] * S[n] + ks[i][n] * value;
-        if (kSeven) S[n] += bs[i][kSeven ? n : 0] * erased;
-        if (kSeven) out += rs[i][n] * S[n];
+      for (int q = 0; q < kQuad; ++q) {
+        out[q] = own * value[q];
+#pragma unroll
+        for (int j = 0; j < kRows; ++j) out[q] += row[j] * S[j][q];
       }
-      if (!kSeven) out += own[i] * value;
-      y[(((head.direction * B + head.b) * L + l) * H + head.h) * P + p] = out;
+      if (!kSeven) step<false>(S, d, key, key, value, value);
+      const T sum = own_column(out);
+      const i64 l = head.token(start + i);
+      if (p < P) y[(((head.direction * B + head.b) * L + l) * H + head.h) * P + p] = sum;
     }
   }
 }
 
-// Gradients are (directions, B, L, H, -), du (directions, B, H, N). `history` holds the states of a chunk for each
-// block, (blocks, kChunk, N, P); a block takes one head after the other.
+// Gradients are (directions, B, L, H, -), du (directions, B, H, N). `history` holds, for each block, the state before
+// every kSub-th step of a chunk, (blocks, kChunk / kSub, rows, threads); those between are computed anew. A block takes
+// one head after the other.
 template <class T, int N, bool kSeven>
 __global__ void __launch_bounds__(kThreads)
     backward(const T* dy_, i64 dy_batch, i64 dy_token, i64 dy_head, const T* r_, i64 r_batch, i64 r_token, i64 r_head,
@@ -306,131 +441,169 @@ __global__ void __launch_bounds__(kThreads)
              const T* b_, i64 b_batch, i64 b_token, i64 b_head, const T* u, const int* order_, i64 order_batch,
              i64 tasks, i64 B, i64 L, i64 H, i64 P, i64 steps, const T* states, T* history, T* dr, T* dw, T* dk, T* dv,
              T* da, T* db, T* du) {
-  constexpr int kPadded = (N + 31) / 32 * 32, kWarps = kThreads / 32, kGrads = kSeven ? 5 : 3;
+  constexpr int kPadded = Tile<N>::kPadded, kRows = Tile<N>::kRows, kWarps = kThreads / 32, kGrads = kSeven ? 5 : 3;
   constexpr int kR = 0, kK = 1, kD = 2, kA = kSeven ? 3 : 0, kB = kSeven ? 4 : 0;
-  __shared__ T r[N], w[N], d[N], k[N], a[kSeven ? N : 1], b[kSeven ? N : 1], parts[kGrads][kWarps][kPadded], vg[kWarps];
+  constexpr int kSub = sizeof(T) * N > 512 ? 2 : 4, kSevenSub = kSeven ? kSub : 1;
+  alignas(16) __shared__ T r[kSub][kPadded], w[kSub][kPadded], d[kSub][kPadded], k[kSub][kPadded];
+  alignas(16) __shared__ T a[kSevenSub][kPadded], b[kSevenSub][kPadded], us[kPadded];
+  alignas(16) __shared__ T v[kSub][kThreads], g[kSub][kThreads], parts[kGrads][kWarps][kPadded], products[2][kWarps];
   const Rows<const T> dys{dy_, dy_batch, dy_token, dy_head}, rs{r_, r_batch, r_token, r_head};
-  const Rows<const T> ws{w_, w_batch, w_token, w_head}, ks{k_, k_batch, k_token, k_head},
-      vs{v_, v_batch, v_token, v_head};
-  const Rows<const T> as{a_, a_batch, a_token, a_head}, bs{b_, b_batch, b_token, b_head};
+  const Rows<const T> ws{w_, w_batch, w_token, w_head}, ks{k_, k_batch, k_token, k_head};
+  const Rows<const T> vs{v_, v_batch, v_token, v_head}, as{a_, a_batch, a_token, a_head},
+      bs{b_, b_batch, b_token, b_head};
+  const Tile<N> tile;
   const i64 p = threadIdx.x, chunks = (steps + kChunk - 1) / kChunk;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  const bool active = p < P;
-  T* past = history + static_cast<i64>(blockIdx.x) * kChunk * N * P + p;
+  const i64 state_size = static_cast<i64>(kPadded) * blockDim.x;
+  T* past = history + blockIdx.x * (kChunk / kSub) * state_size;
 
   for (i64 task = blockIdx.x; task < tasks; task += gridDim.x) {
     const Head head(task, B, H, Order{order_, order_batch, steps});
-    T adjoint[N] = {}, bonus[kPadded / 32] = {};
+    const bool bonused = !kSeven && !head.direction;
+    const auto vectors = [&](i64 first, int count) {  // of `count` steps, into shared memory
+      __syncthreads();
+      stage(r, rs, head, first, count, N);
+      stage(w, ws, head, first, count, N);
+      stage(k, ks, head, first, count, N);
+      if (kSeven) stage(a, as, head, first, count, N);
+      if (kSeven) stage(b, bs, head, first, count, N);
+      stage(v, vs, head, first, count, P);
+      stage(g, dys, head, first, count, P);
+      for (int i = threadIdx.x; i < count * kPadded; i += blockDim.x) {  // what this thread has staged
+        d[i / kPadded][i % kPadded] = decay_of(w[i / kPadded][i % kPadded]);
+      }
+      __syncthreads();
+    };
+    const auto advance_state = [&](T(&S)[kRows][kQuad], int i) {  // by step i of those in shared memory
+      T decay[kRows], key[kRows], erase[kRows], write[kRows], value[kQuad], erased[kQuad];
+      tile.rows(decay, d[i]);
+      tile.rows(key, k[i]);
+      load(value, &v[i][tile.column]);
+      if (kSeven)
+        tile.rows(erase, a[kSeven ? i : 0]), tile.rows(write, b[kSeven ? i : 0]), tile.columns(erased, erase, S);
+      step<kSeven>(S, decay, key, kSeven ? write : key, value, kSeven ? erased : value);
+    };
+    for (int n = threadIdx.x; n < kPadded; n += blockDim.x) us[n] = bonused && n < N ? u[head.h * N + n] : T(0);
+    T adjoint[kRows][kQuad] = {}, bonus[(kPadded + 31) / 32] = {};
     for (i64 chunk = chunks - 1; chunk >= 0; --chunk) {
       const i64 start = chunk * kChunk;
       const int count = static_cast<int>(smaller<i64>(kChunk, steps - start));
-      {  // the states before each step of the chunk
-        T S[N];
-#pragma unroll
-        for (int n = 0; n < N; ++n) S[n] = active ? states[((head.index * chunks + chunk) * N + n) * P + p] : T(0);
-        for (int i = 0; i < count; ++i) {
-          const i64 l = head.token(start + i);
-          __syncthreads();
-          for (int n = threadIdx.x; n < N; n += blockDim.x) {
-            d[n] = decay_of(*(ws.at(head.b, l, head.h) + n));
-            k[n] = *(ks.at(head.b, l, head.h) + n);
-            if (kSeven) a[n] = *(as.at(head.b, l, head.h) + n);
-            if (kSeven) b[n] = *(bs.at(head.b, l, head.h) + n);
-          }
-          __syncthreads();
-          if (!active) continue;
-          const T value = *(vs.at(head.b, l, head.h) + p);
-          T erased = 0;
-#pragma unroll
-          for (int n = 0; n < N; ++n) {
-            past[(static_cast<i64>(i) * N + n) * P] = S[n];
-            if (kSeven) erased += a[kSeven ? n : 0] * S[n];
-          }
-#pragma unroll
-          for (int n = 0; n < N; ++n) {
-            S[n] = d[n] * S[n] + k[n] * value;
-            if (kSeven) S[n] += b[kSeven ? n : 0] * erased;
-          }
+      {
+        T S[kRows][kQuad];
+        tile.load_state(S, states + (head.index * chunks + chunk) * N * P, P);
+        for (int first = 0; first < count; first += kSub) {
+          const int here = smaller(count - first, kSub);
+          tile.remember(S, past + first / kSub * state_size);
+          if (first + kSub >= count) break;
+          vectors(start + first, here);
+#pragma unroll 1
+          for (int i = 0; i < here; ++i) advance_state(S, i);
         }
       }
-      for (int i = count - 1; i >= 0; --i) {
-        const i64 l = head.token(start + i), row = ((head.direction * B + head.b) * L + l) * H + head.h;
-        __syncthreads();
-        for (int n = threadIdx.x; n < N; n += blockDim.x) {
-          r[n] = *(rs.at(head.b, l, head.h) + n);
-          w[n] = *(ws.at(head.b, l, head.h) + n);
-          d[n] = decay_of(w[n]);
-          k[n] = *(ks.at(head.b, l, head.h) + n);
-          if (kSeven) a[n] = *(as.at(head.b, l, head.h) + n);
-          if (kSeven) b[n] = *(bs.at(head.b, l, head.h) + n);
+#pragma unroll 1
+      for (int step = count - 1, first = -1; step >= 0; --step) {
+        const int i = step % kSub;
+        const i64 l = head.token(start + step), row = ((head.direction * B + head.b) * L + l) * H + head.h;
+        if (first != step - i) {
+          first = step - i;
+          vectors(start + first, i + 1);
         }
-        __syncthreads();
-        const T g = active ? *(dys.at(head.b, l, head.h) + p) : T(0);
-        const T value = active ? *(vs.at(head.b, l, head.h) + p) : T(0);
-        T own = 0, to_value = 0, erased = 0, to_erased = 0, S[N];
+        T S[kRows][kQuad], x[kRows], value[kQuad], gradient[kQuad], erased[kQuad] = {}, to_erased[kQuad] = {};
+        tile.recall(S, past + first / kSub * state_size);
+#pragma unroll 1
+        for (int j = 0; j < i; ++j) advance_state(S, j);
+        load(value, &v[i][tile.column]);
+        load(gradient, &g[i][tile.column]);
+        const auto outer = [&](const T(&left)[kRows], const T(&right)[kQuad]) {  // to the adjoint
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-          S[n] = active ? past[(static_cast<i64>(i) * N + n) * P] : T(0);
-          if (kSeven) {
-            adjoint[n] += r[n] * g;  // of the state that the step leaves
-            erased += a[kSeven ? n : 0] * S[n];
-            to_erased += b[kSeven ? n : 0] * adjoint[n];
-          } else if (!head.direction) {
-            own += r[n] * u[head.h * N + n] * k[n];
+          for (int j = 0; j < kRows; ++j) {
+#pragma unroll
+            for (int q = 0; q < kQuad; ++q) adjoint[j][q] += left[j] * right[q];
           }
-          to_value += adjoint[n] * k[n];
-        }
-        if (active) dv[row * P + p] = to_value + own * g;
-        const T product[1] = {value * g};
-        const T sum = warp_sums(product);
-        if (lane == 0) vg[warp] = sum;
+        };
+        const auto over_columns = [&](int grad, const T(&state)[kRows][kQuad], const T(&weight)[kQuad]) {
 #pragma unroll
-        for (int grad = 0; grad < kGrads; ++grad) {
+          for (int j = 0; j < kRows; ++j) {
+            x[j] = 0;
 #pragma unroll
-          for (int first = 0; first < kPadded; first += 32) {
-            T values[32];
-#pragma unroll
-            for (int j = 0; j < 32; ++j) {
-              const int n = first + j < N ? first + j : 0;
-              T x = 0;
-              if (grad == kR) {
-                x = (kSeven ? d[n] * S[n] + b[kSeven ? n : 0] * erased + k[n] * value : S[n]) * g;
-              } else if (grad == kK) {
-                x = adjoint[n] * value;
-              } else if (grad == kD) {
-                x = adjoint[n] * S[n];
-              } else if (grad == kA) {
-                x = S[n] * to_erased;
-              } else {
-                x = adjoint[n] * erased;
-              }
-              values[j] = first + j < N ? x : T(0);
-            }
-            parts[grad][warp][first + lane] = warp_sums(values);
+            for (int q = 0; q < kQuad; ++q) x[j] += state[j][q] * weight[q];
           }
+          sum_rows(parts[grad][warp], x, tile);
+        };
+        T own = 0, to_value[kQuad] = {};
+        if (kSeven) {
+          tile.rows(x, r[i]);
+          outer(x, gradient);  // of the state that the step leaves
+          tile.rows(x, a[kSeven ? i : 0]);
+          tile.columns(erased, x, S);
+          tile.rows(x, b[kSeven ? i : 0]);
+          tile.columns(to_erased, x, adjoint);
+        }
+        T key[kRows];
+        tile.rows(key, k[i]);
+        if (bonused) {
+          T weight[kRows];
+          tile.rows(weight, us);
+          tile.rows(x, r[i]);
+#pragma unroll
+          for (int j = 0; j < kRows; ++j) own += x[j] * weight[j] * key[j];
         }
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-          adjoint[n] = d[n] * adjoint[n] + (kSeven ? a[kSeven ? n : 0] * to_erased : r[n] * g);
+        for (int q = 0; q < kQuad; ++q) {
+          to_value[q] = own * gradient[q];
+#pragma unroll
+          for (int j = 0; j < kRows; ++j) to_value[q] += adjoint[j][q] * key[j];
         }
+        const T value_gradient = own_column(to_value);
+        if (p < P) dv[row * P + p] = value_gradient;
+        // Of dr what goes through the state; what goes through erased and v needs but the sums of products.
+        over_columns(kR, S, gradient);
+        over_columns(kK, adjoint, value);
+#pragma unroll
+        for (int j = 0; j < kRows; ++j) {
+          x[j] = 0;
+#pragma unroll
+          for (int q = 0; q < kQuad; ++q) x[j] += adjoint[j][q] * S[j][q];
+        }
+        sum_rows(parts[kD][warp], x, tile);
+        if (kSeven) over_columns(kA, S, to_erased);
+        if (kSeven) over_columns(kB, adjoint, erased);
+        T with_value[1] = {0}, with_erased[1] = {0};
+#pragma unroll
+        for (int q = 0; q < kQuad; ++q) {
+          with_value[0] += tile.part == 0 ? value[q] * gradient[q] : T(0);
+          with_erased[0] += tile.part == 0 && kSeven ? erased[q] * gradient[q] : T(0);
+        }
+        const T vg = warp_sums(with_value), eg = warp_sums(with_erased);
+        if (lane == 0) products[0][warp] = vg, products[1][warp] = eg;
+        T decay[kRows];
+        tile.rows(decay, d[i]);
+#pragma unroll
+        for (int j = 0; j < kRows; ++j) {
+#pragma unroll
+          for (int q = 0; q < kQuad; ++q) adjoint[j][q] *= decay[j];
+        }
+        tile.rows(x, kSeven ? a[kSeven ? i : 0] : r[i]);
+        outer(x, kSeven ? to_erased : gradient);
         __syncthreads();
-        T together = 0;
-        for (int j = 0; j < warps; ++j) together += vg[j];
+        T together[2] = {};
+        for (int j = 0; j < warps; ++j) together[0] += products[0][j], together[1] += products[1][j];
         for (int n = threadIdx.x, m = 0; n < N; n += blockDim.x, ++m) {
           T total[kGrads] = {};
 #pragma unroll
           for (int grad = 0; grad < kGrads; ++grad) {
             for (int j = 0; j < warps; ++j) total[grad] += parts[grad][j][n];
           }
-          const bool bonused = !kSeven && !head.direction;
-          const T un = bonused ? u[head.h * N + n] : T(0);
-          dr[row * N + n] = total[kR] + un * k[n] * together;
-          dk[row * N + n] = total[kK] + un * r[n] * together;
-          dw[row * N + n] = -exp_(smaller(w[n], T(32))) * d[n] * total[kD];
+          const T un = us[n];
+          if (kSeven) total[kR] = d[i][n] * total[kR] + b[kSeven ? i : 0][n] * together[1] + k[i][n] * together[0];
+          dr[row * N + n] = total[kR] + un * k[i][n] * together[0];
+          dk[row * N + n] = total[kK] + un * r[i][n] * together[0];
+          dw[row * N + n] = -exp_(smaller(w[i][n], T(32))) * d[i][n] * total[kD];
           if (kSeven) da[row * N + n] = total[kA];
           if (kSeven) db[row * N + n] = total[kB];
-          if (bonused) bonus[m] += r[n] * k[n] * together;
+          if (bonused) bonus[m] += r[i][n] * k[i][n] * together[0];
         }
+        __syncthreads();
       }
     }
     for (int n = threadIdx.x, m = 0; n < N && !kSeven; n += blockDim.x, ++m) du[head.index * N + n] = bonus[m];

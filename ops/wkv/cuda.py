@@ -74,6 +74,8 @@ def backward(*, dy, r, w, k, v, a, b, u, order, directions, states, **grads):
     N, tasks = k.shape[3], directions * B * H
     grid = min(tasks, 4 * cuda.multiprocessors(k.device))
     name = cuda.template("backward", k.dtype, N, a is not None)
-    tensors = dict(dy=dy, r=r, w=w, k=k, v=v, a=a, b=b, u=u, states=states, history=k.new_empty(grid, cuda.CHUNK, N, P))
+    kept = 8 if k.element_size() * N > 512 else 4  # states of a chunk that `history` holds, see there
+    history = k.new_empty(grid, kept, -(-N // 16) * 16, _threads(P))
+    tensors = dict(dy=dy, r=r, w=w, k=k, v=v, a=a, b=b, u=u, states=states, history=history)
     tensors |= {name: g if g.numel() else None for name, g in grads.items()}
     cuda.launch(NAME, name, grid, _threads(P), **tensors, **_steps(order, L), tasks=tasks, B=B, L=L, H=H, P=P)

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -18,26 +19,44 @@ EMULATOR = Path(__file__).with_name("emulator.h")
 @functools.cache
 def emulated_kernel(op, name):
     """A function of (blocks, threads, addresses of the arguments) that runs template instance `name`."""
+    return emulated(f'#include "{compile_cuda.sources()[op]}"', name, f"emulated-{op}", compile_cuda.sources()[op])
+
+
+def emulated(source, name, file, *read):
+    """The kernel `name` of some C++ as such a function; `file` begins the library's name, `read` are files of it."""
     source = f"""
     #include "{EMULATOR}"
-    #include "{compile_cuda.sources()[op]}"
+    {source}
     extern "C" void run(long long grid, int block, void** arguments) {{
       emulator::launch([](void** a) {{ emulator::apply({name}, a); }}, grid, block, arguments);
     }}
+    extern "C" void share(char* begin, size_t size) {{ emulator::shared_memory.emplace_back(begin, size); }}
     """
-    key = hashlib.sha256(f"{source}{compile_cuda.MACROS}".encode())
-    for path in (EMULATOR, compile_cuda.sources()[op], *sorted(compile_cpu.OPS.glob("*.cuh"))):
+    command = [compile_cpu.find_compiler(), "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-fno-gnu-unique"]
+    command += [f"-I{compile_cpu.OPS}", *(f"-D{name}={value}" for name, value in compile_cuda.MACROS.items())]
+    key = hashlib.sha256(f"{source}{command}".encode())
+    for path in (EMULATOR, *read, *sorted(compile_cpu.OPS.glob("*.cuh"))):
         key.update(path.read_bytes())
-    library = kernel_cache.cache_dir() / f"emulated-{op}-{key.hexdigest()[:16]}.so"
-    if not library.exists():
-        partial = library.with_suffix(f".{os.getpid()}.partial")
-        command = [compile_cpu.find_compiler(), "-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{compile_cpu.OPS}"]
-        command += [f"-D{name}={value}" for name, value in compile_cuda.MACROS.items()]
+    path = kernel_cache.cache_dir() / f"{file}-{key.hexdigest()[:16]}.so"
+    if not path.exists():
+        partial = path.with_suffix(f".{os.getpid()}.partial")
         command += ["-x", "c++", "-", "-o", str(partial)]
-        subprocess.run(command, input=source, text=True, check=True, capture_output=True)
-        partial.rename(library)
-    run = ctypes.CDLL(str(library)).run
+        done = subprocess.run(command, input=source, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr[:4000]
+        partial.rename(path)
+    library = ctypes.CDLL(str(path))
+    run = library.run
     run.argtypes = (ctypes.c_longlong, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
+    listed = subprocess.run(
+        ["nm", "-S", "--defined-only", str(path)], text=True, check=True, capture_output=True
+    ).stdout
+    symbols = re.findall(r"^(\w+) (\w+) (\w) (\w+)$", listed, re.M)
+    base = ctypes.cast(run, ctypes.c_void_p).value - next(
+        int(at, 16) for at, _, _, symbol in symbols if symbol == "run"
+    )
+    for at, size, kind, symbol in symbols:
+        if kind in "VbB" and symbol.startswith("_ZZ") and not symbol.startswith("_ZZN8emulator"):  # statics of kernels
+            library.share(ctypes.c_void_p(base + int(at, 16)), ctypes.c_size_t(int(size, 16)))
     return run
 
 

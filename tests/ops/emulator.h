@@ -1,13 +1,15 @@
 // Runs the CUDA kernels on the CPU, to check their values where there is no GPU. The threads of a block are coroutines
 // that take turns: each runs until it meets a barrier or a shuffle, then the next one. Every thread of a block must
 // therefore meet the same barriers and shuffles, which is what the kernels promise anyway; where one does not, the run
-// aborts.
+// aborts. Between two barriers the threads run in an order of its own, so that a missing barrier shows. Each block
+// begins with shared memory that is not a number.
 
 #pragma once
 
 #include <ucontext.h>
 
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -34,7 +36,8 @@ static ucontext_t scheduler, threads[kMaxThreads];
 static bool finished[kMaxThreads];
 static int meeting[kMaxThreads];  // what the thread waits at
 static double exchange[2][kMaxThreads];
-static int parity[kMaxThreads], current;
+static int parity[kMaxThreads], current, turn[kMaxThreads];
+static std::vector<std::pair<char*, size_t>> shared_memory;  // whoever loads the library says where it lies
 
 inline void wait_at(int what) {
   meeting[current] = what;
@@ -59,8 +62,18 @@ inline void body() {
   swapcontext(&threads[current], &scheduler);
 }
 
+inline void shuffle_turns(int count) {
+  static unsigned random = 1;
+  for (int i = count - 1; i > 0; --i) {
+    random = random * 1664525u + 1013904223u;
+    std::swap(turn[i], turn[(random >> 8) % (i + 1)]);
+  }
+}
+
 inline void run_block(std::vector<char>& stacks) {
   const int count = blockDim.x;
+  for (const auto& [begin, size] : shared_memory) std::memset(begin, 0xff, size);
+  for (int i = 0; i < count; ++i) turn[i] = i;
   for (int i = 0; i < count; ++i) {
     finished[i] = false;
     parity[i] = 0;
@@ -73,7 +86,9 @@ inline void run_block(std::vector<char>& stacks) {
   for (int running = count; running > 0;) {
     running = 0;
     int met = 0;
-    for (int i = 0; i < count; ++i) {
+    shuffle_turns(count);
+    for (int k = 0; k < count; ++k) {
+      const int i = turn[k];
       if (finished[i]) continue;
       current = i;
       threadIdx.x = i;
@@ -125,6 +140,26 @@ T atomicAdd(T* p, T x) {
 }
 
 #include "device.cuh"
+
+template <int V, class S>
+Pack<S, V> read(const S* p) {
+  if (reinterpret_cast<std::uintptr_t>(p) % alignof(Pack<S, V>)) std::fprintf(stderr, "misaligned\n"), std::abort();
+  return *reinterpret_cast<const Pack<S, V>*>(p);
+}
+template <class S, class T, int V>
+void write(S* p, const T (&x)[V]) {
+  if (reinterpret_cast<std::uintptr_t>(p) % alignof(Pack<S, V>)) std::fprintf(stderr, "misaligned\n"), std::abort();
+  *reinterpret_cast<Pack<S, V>*>(p) = packed<S>(x);
+}
+template <class T, int V>
+void add(T* p, const T (&x)[V]) {
+  for (int v = 0; v < V; ++v) atomicAdd(p + v, x[v]);
+}
+template <class S>
+S* advance(S* p, int row, unsigned bytes) {
+  const auto offset = static_cast<unsigned long long>(static_cast<unsigned>(row)) * bytes;
+  return reinterpret_cast<S*>(reinterpret_cast<std::uintptr_t>(p) + offset);
+}
 
 inline float widen(bfloat16 x) {
   const unsigned bits = static_cast<unsigned>(x.bits) << 16;

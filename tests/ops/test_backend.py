@@ -11,7 +11,7 @@ import textwrap
 import pytest
 import torch
 
-from linzoo.ops import backend_info, compile_cpu, kernel_cache, selective_scan, use_backend
+from linzoo.ops import backend_info, compile_cpu, compile_cuda, kernel_cache, selective_scan, use_backend
 from linzoo.ops.backend import resolve
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_device_without_a_kernel(monkeypatch):
 def test_backend_info():
     info = backend_info()
     assert info["selective_scan"]["cpu"] is None and info["selective_scan"]["reference"] is None
-    assert "no CUDA kernel" in info["ssm_kernel"]["cuda"]
+    assert "ssd has no CUDA kernel" in compile_cuda.unavailable("ssd")
     reason = info["selective_scan"]["cuda"]
     if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.core"):
         assert reason is None

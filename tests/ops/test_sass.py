@@ -1,0 +1,160 @@
+"""What the CUDA kernels cost, read from their machine code: budgets of a step, of registers, of the widths of accesses.
+
+The cubins are those of `test_cuda.py`, from the cache.
+"""
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+
+from linzoo.ops import compile_cuda
+from linzoo.ops.compile_cuda import template
+from linzoo.ops.selective_scan import cuda
+from linzoo.tools import sass
+
+COMPILER = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.core") is not None
+F, H = torch.float32, torch.bfloat16
+
+
+def _disassembles():
+    try:
+        return bool(sass.disassembler())
+    except FileNotFoundError:
+        return False
+
+
+needs_tools = pytest.mark.skipif(not (COMPILER and _disassembles()), reason=f"needs NVRTC and nvdisasm: {sass.REMEDY}")
+
+LISTING = """
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0020*/              @!P0 MUFU.EX2 R5, R5 ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*0050*/                   BRA `(.L_x_0) ;
+        /*0060*/                   STS [R2], R4 ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_a_listing_is_read():
+    code = sass.parse(LISTING)
+    assert [i.name.split(".")[0] for i in code] == ["LDC", "LDG", "MUFU", "BRA", "STG", "BRA", "STS", "EXIT"]
+    assert code[3].target == 0x20 and code[5].target == 0x10
+    kernel = sass.Sass(code, registers=32, spills=0, shared=0)
+    assert [len(body) for body in kernel.loops()] == [5, 2] and len(kernel.loop()) == 5
+    assert [n for _, n in kernel.executed((3,))] == [1, 3, 3, 1, 1]
+    assert sass.widths(code, "LDG") == [16] and sass.widths(code, "STG") == [2] and sass.count(code, "MUFU") == 1
+    with pytest.raises(ValueError, match="expected one for each of 1 loops"):
+        kernel.executed((3, 4))
+
+
+def test_resident_warps_of_an_h100():
+    assert sass.resident_warps(80, 7552, 128) == 24 and sass.resident_warps(128, 0, 128) == 16
+    assert sass.resident_warps(32, 0, 128) == 64 and sass.resident_warps(32, 100 * 1024, 128) == 8
+
+
+def test_without_a_disassembler_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(sass.sys, "path", [])
+    assert sass.main([]) == 2
+    assert "nvdisasm is not installed: install the CUDA toolkit" in capsys.readouterr().err
+
+
+def check(kernel, instructions, registers, spills, warps):
+    figures = sass.row(kernel)
+    limits = dict(instr=instructions, regs=registers, spills=spills)
+    exceeded = {name: (figures[name], limit) for name, limit in limits.items() if figures[name] > limit}
+    assert not exceeded and figures["warps"] >= warps, figures
+
+
+# Rank and lanes; instructions of a step forward and backward.
+ONE_STATE = ((F, 6, 8, 50, 122), (H, 6, 8, 53, 126), (H, 12, 16, 58, 152), (H, 24, 32, 69, 214), (H, 48, 32, 98, 450))
+
+
+@needs_tools
+@pytest.mark.parametrize(("dtype", "rank", "lanes", "forward", "backward"), ONE_STATE, ids=str)
+def test_budget_of_the_scan_with_one_state(dtype, rank, lanes, forward, backward):
+    check(sass.one_state("forward", dtype, rank, lanes), forward, 80, 0, 24)
+    check(sass.one_state("backward", dtype, rank, lanes), backward, 128, 384, 16)
+
+
+@needs_tools
+@pytest.mark.parametrize(("dtype", "wide"), ((F, 16), (H, 8)), ids=str)
+def test_activations_are_read_and_written_four_at_a_time(dtype, wide):
+    """In one access for each of four steps; forward, also an alternative that merges groups, in float32."""
+    loop = sass.read("selective_scan", sass.one_state("forward", dtype, 6, 8).name).loop()
+    assert sass.widths(loop, "LDG").count(wide) >= 4 and sass.widths(loop, "STG").count(wide) == 4
+    assert sass.widths(loop, "RED", "REDG") == [16] * 4
+    first_barrier = next(i.address for i in loop if i.name.startswith("BAR"))
+    assert sum(i.address < first_barrier for i in loop if i.name.startswith("LDG")) >= 9  # all of them at once
+    loop = sass.read("selective_scan", sass.one_state("backward", dtype, 6, 8).name).loop()
+    assert sass.widths(loop, "LDG").count(wide) >= 8 and sass.widths(loop, "STG").count(wide) == 4
+
+
+@needs_tools
+def test_budget_of_the_scan_with_sixteen_states():
+    kernels = {k.name: k for k in sass.KERNELS if k.op == "selective_scan"}
+    check(kernels[template("forward", F, F, 16, 12, True, False)], 160, 128, 0, 16)
+    check(kernels[template("forward", F, F, 16, 12, True, True)], 112, 128, 0, 16)
+    check(kernels[template("backward", F, F, 16, 12, True)], 680, 168, 512, 12)
+
+
+# Operator, instance, instructions of an element, bytes of every access of activations.
+OTHERS = (
+    ("rational", template("forward", F, F, 4), 23, 16),
+    ("rational", template("forward", H, F, 4), 25, 8),
+    ("rational", template("backward", F, F, 4), 56, 16),
+    ("diagonal_scan", template("scan", F, F, F, True, False), 29, 8),
+    ("causal_conv1d", template("forward", F, F, 4, True), 51, 4),
+    ("deform_conv", template("forward", F, F, 3, 4), 40, 16),
+    ("wkv", template("bi_sweep", F, False), 190, 4),
+    ("wkv", template("bi_sweep", F, True), 260, 4),
+)
+
+
+@needs_tools
+@pytest.mark.parametrize(("op", "name", "instructions", "wide"), OTHERS, ids=str)
+def test_budget_of_other_kernels(op, name, instructions, wide):
+    kernel = next(k for k in sass.KERNELS if (k.op, k.name) == (op, name))
+    check(kernel, instructions, 216, 0, 8)
+    assert set(sass.widths(sass.read(op, name).loop(), *sass.STORES)) == {wide}
+
+
+@needs_tools
+def test_the_model_predicts_what_the_kernels_aim_at():
+    """The larger of its bounds, at 80 % of the hardware; HBM if the cache keeps what groups share."""
+    shape = sass.SHAPES[0]
+    assert sass.predict(shape, "forward")["low"] <= 0.2
+    assert sass.predict(shape, "backward")["low"] <= 0.65
+    sixteen = sass.predict(sass.SHAPES[-1], "forward")
+    assert sixteen["issue"] <= 1.5 * sixteen["mufu"]
+
+
+@needs_tools
+@pytest.mark.parametrize(
+    ("channels", "states", "rank", "name"),
+    (
+        (96, 1, 6, sass.one_state("backward", F, 6, 8).name),
+        (768, 1, 48, sass.one_state("backward", H, 48, 32).name),
+        (192, 16, 12, template("backward", F, F, 16, 12, True)),
+    ),
+    ids=str,
+)
+def test_shared_memory_is_known_before_a_kernel_is_compiled(channels, states, rank, name):
+    """What decides whether the kernels can take a scan at all."""
+    used, bound = sass.read("selective_scan", name).shared, cuda.shared_memory(channels, states, rank, 4, 4)
+    assert bound - 1024 <= used <= bound
+
+
+def test_lanes_leave_few_threads_idle():
+    assert [cuda.lanes(d) for d in (16, 32, 87, 96, 112, 192, 384, 768)] == [4, 8, 32, 8, 32, 16, 32, 32]
+    for channels in range(1, 300):
+        units = channels if channels % 4 else channels // 4
+        n = cuda.lanes(channels)
+        assert -(-units // n) * n < 2 * units + 4 and cuda.chunk(channels, 1) == compile_cuda.MAX_THREADS // n * 4

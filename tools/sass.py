@@ -1,0 +1,388 @@
+#!/usr/bin/env python
+"""Reads the machine code of the CUDA kernels, without a GPU: what NVRTC made of them, and what a step costs.
+
+A line is a template instance. `instr` (instructions), `mufu` (special functions), `lds` (shared memory), `shfl` are
+those of the hot loop, the largest one that writes, per element: a step of a channel. Every branch counts, so they are
+upper bounds; loops inside count as often as KERNELS below says, else once. `load` and `store` are the narrowest and
+widest accesses of global memory in it, in bytes; `warps` are those that fit a multiprocessor of an H100.
+
+With --model, what the figures predict for an H100, by bound: nothing that was measured.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from linzoo.ops import compile_cuda
+from linzoo.ops.compile_cuda import template
+from linzoo.ops.selective_scan import cuda
+
+REMEDY = "install the CUDA toolkit, `pip install nvidia-cuda-nvdisasm`, or PyTorch's triton, which has it, too"
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);")
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "F32x4": 16}
+
+
+class Instruction(NamedTuple):
+    """An instruction of SASS: its address, name with modifiers, operands, and the address it may jump to."""
+
+    address: int
+    name: str
+    operands: str
+    target: int | None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that a thread reads or writes, if it is a memory access."""
+        parts = self.name.split(".")
+        return next((n for key, n in _BYTES.items() if key in parts), 4)
+
+
+class Sass(NamedTuple):
+    """A kernel's machine code and resources; spills are bytes of stores and loads together."""
+
+    code: list[Instruction]
+    registers: int
+    spills: int
+    shared: int
+
+    def loops(self) -> list[list[Instruction]]:
+        """The bodies of all loops, by where they begin: the code between a jump back and its target."""
+        last = {}
+        for jump in self.code:
+            if jump.target is not None and jump.target < jump.address:  # behind the end there is one to itself
+                last[jump.target] = jump.address
+        return [[i for i in self.code if first <= i.address <= last[first]] for first in sorted(last)]
+
+    def loop(self) -> list[Instruction]:
+        """The largest loop that writes to global memory, or the largest, or all of the code if there is none."""
+        bodies = self.loops()
+        bodies = [b for b in bodies if any(_is(i, *STORES) for i in b)] or bodies or [self.code]
+        return max(bodies, key=len)
+
+    def executed(self, trips: tuple[float, ...] = ()) -> list[tuple[Instruction, float]]:
+        """The hot loop, each instruction with how often an iteration runs it.
+
+        Args:
+            trips: How often each loop inside runs, by where they begin; once if there are none.
+
+        Raises:
+            ValueError: there are more or fewer loops inside.
+        """
+        loop = self.loop()
+        inside = [b for b in self.loops() if loop[0].address <= b[0].address and b[-1].address <= loop[-1].address]
+        inside = [b for b in inside if len(b) < len(loop)]
+        if trips and len(trips) != len(inside):
+            sizes = ", ".join(str(len(b)) for b in inside)
+            raise ValueError(
+                f"trips: expected one for each of {len(inside)} loops (of {sizes} instructions), got {trips}"
+            )
+        times = dict.fromkeys((i.address for i in loop), 1.0)
+        for body, n in zip(inside, trips, strict=False):
+            for i in body:
+                times[i.address] *= n
+        return [(i, times[i.address]) for i in loop]
+
+
+STORES = ("STG", "RED", "ATOMG", "ATOM")
+
+
+def _is(instruction: Instruction, *names: str) -> bool:
+    return instruction.name.split(".")[0] in names
+
+
+def count(code: list[Instruction], *names: str) -> int:
+    """Instructions of these names; all for none."""
+    return sum(_is(i, *names) for i in code) if names else len(code)
+
+
+def widths(code: list[Instruction], *names: str) -> list[int]:
+    """Bytes a thread, of every access of these names."""
+    return [i.bytes for i in code if _is(i, *names)]
+
+
+def disassembler() -> str:
+    """Path of nvdisasm: on PATH, of the CUDA packages of PyPI, or of triton, which PyTorch for CUDA brings.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folders = [Path(p) for p in sys.path if p]
+    found = [shutil.which("nvdisasm")]
+    for pattern in ("nvidia/*/bin/nvdisasm", "triton/backends/nvidia/bin/nvdisasm"):
+        found += [str(path) for folder in folders for path in sorted(folder.glob(pattern))]
+    for path in found:
+        if path and os.access(path, os.X_OK):
+            return path
+    raise FileNotFoundError(f"nvdisasm is not installed: {REMEDY}")
+
+
+def resources(report: str) -> dict[str, int]:
+    """Registers, spills and shared memory of the compiler's report."""
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, report)
+        return int(found[1]) if found else 0
+
+    spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    return dict(registers=number(r"Used (\d+) registers"), spills=spills, shared=number(r"(\d+) bytes smem"))
+
+
+def read(op: str, name: str, arch: str = "sm_90") -> Sass:
+    """Compiles template instance `name` of operator `op`, unless the cache has it, and disassembles it."""
+    cubin = compile_cuda.cubin(op, name, arch)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin.code)
+        file.flush()
+        text = subprocess.run([disassembler(), "-c", file.name], capture_output=True, text=True, check=True).stdout
+    return Sass(parse(text), **resources(cubin.report))
+
+
+def parse(text: str) -> list[Instruction]:
+    """The instructions of nvdisasm's listing; a jump's target is the address of its label."""
+    labels, lines, waiting = {}, [], []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            waiting.append(label[1])
+        elif match := _LINE.search(line):
+            address = int(match[1], 16)
+            labels |= dict.fromkeys(waiting, address)
+            waiting = []
+            lines.append((address, match[3], match[4].strip()))
+    out = []
+    for address, name, operands in lines:
+        jump = re.search(r"\((\.L_\w+)\)", operands) if name.split(".")[0] == "BRA" else None
+        out.append(Instruction(address, name, operands, labels.get(jump[1]) if jump else None))
+    return out
+
+
+def resident_warps(registers: int, shared: int, threads: int) -> int:
+    """Warps that a multiprocessor of an H100 holds: 65536 registers, 227 KiB of shared memory, 64 warps, 32 blocks."""
+    warps = threads // 32
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32) // warps
+    by_shared = 227 * 1024 // (shared + 1024)
+    return min(by_registers, by_shared, 64 // warps, 32) * warps
+
+
+F, H = torch.float32, torch.bfloat16
+
+
+class Kernel(NamedTuple):
+    """A template instance to report on."""
+
+    op: str
+    name: str
+    elements: int  # steps of a channel that a thread computes in an iteration of the hot loop
+    threads: int = 128  # of a block
+    trips: tuple[float, ...] = ()  # of the loops inside the hot loop
+
+
+def one_state(kernel: str, dtype: torch.dtype, rank: int, lanes: int, ends: bool = False) -> Kernel:
+    """A kernel of the selective scan for one state."""
+    slices = compile_cuda.MAX_THREADS // lanes
+    rows = (rank + 1) / slices  # of the gradient of the weights, for each slice
+    trips = ()
+    if kernel == "backward" and not ends:
+        trips = (lanes / 2, rows, slices) if rank >= slices else (lanes / 2, rows * slices)
+        trips = (rank / 2, *trips) if rank > 24 else trips  # weights that shared memory does not hold
+    name = template(f"{kernel}_one", dtype, F, rank, 4, lanes, True, ends)
+    return Kernel("selective_scan", name, 16, trips=trips)
+
+
+KERNELS = (
+    *(one_state(k, dtype, rank, lanes) for k in ("forward", "backward") for dtype, rank, lanes in
+      ((F, 6, 8), (H, 6, 8), (H, 12, 16), (H, 24, 32), (H, 48, 32))),
+    *(one_state(k, F, 6, 8, True) for k in ("forward", "backward")),
+    Kernel("selective_scan", template("forward", F, F, 16, 12, True, False), 16),
+    Kernel("selective_scan", template("forward", F, F, 16, 12, True, True), 16),
+    Kernel("selective_scan", template("backward", F, F, 16, 12, True), 16, trips=(2, 2, 1.5, 16, 5.5)),
+    Kernel("selective_scan", template("adjoint_ends", F, F, 16, 12, True), 16),
+    Kernel("wkv", template("bi_sweep", F, False), 16),
+    Kernel("wkv", template("bi_sweep", F, True), 16),
+    Kernel("wkv", template("forward", F, 64, False), 1, 64),
+    Kernel("wkv", template("forward", F, 64, True), 1, 64),
+    Kernel("wkv", template("backward", F, 64, False), 1, 64),
+    Kernel("wkv", template("backward", F, 64, True), 1, 64),
+    Kernel("rational", template("forward", F, F, 4), 16),
+    Kernel("rational", template("forward", H, F, 4), 16),
+    Kernel("rational", template("backward", F, F, 4), 16),
+    Kernel("rational", template("backward", H, F, 4), 16),
+    Kernel("causal_conv1d", template("forward", F, F, 4, True), 8),
+    Kernel("causal_conv1d", template("backward", F, F, 4, True), 8),
+    Kernel("diagonal_scan", template("scan", F, F, F, True, False), 8),
+    Kernel("deform_conv", template("forward", F, F, 3, 4), 36),  # taps of channels: all nine, without a loop
+    Kernel("deform_conv", template("backward", F, F, 3, 4, 4), 4),
+)  # fmt: skip
+COLUMNS = ("kernel", "instr", "mufu", "lds", "shfl", "load", "store", "regs", "spills", "shared", "warps")
+
+
+def row(kernel: Kernel, arch: str = "sm_90") -> dict:
+    """The columns of a kernel."""
+    sass = read(kernel.op, kernel.name, arch)
+    executed = sass.executed(kernel.trips)
+
+    def each(*names):
+        return round(sum(n for i, n in executed if not names or _is(i, *names)) / kernel.elements, 1)
+
+    def width(*names):
+        all_of = widths([i for i, _ in executed], *names)
+        return f"{min(all_of)}-{max(all_of)}" if len(set(all_of)) > 1 else str(all_of[0]) if all_of else "-"
+
+    out = dict(kernel=f"{kernel.op} {kernel.name}", instr=each(), mufu=each("MUFU"), lds=each("LDS"), shfl=each("SHFL"))
+    out |= dict(load=width("LDG"), store=width(*STORES), regs=sass.registers, spills=sass.spills, shared=sass.shared)
+    return out | dict(warps=resident_warps(sass.registers, sass.shared, kernel.threads))
+
+
+# An H100: multiprocessors, clock, bytes a second that a copy reaches, bytes of its L2 cache that a kernel may count on.
+# Each of four schedulers starts an instruction a cycle, a special function in 8; an access of 16 bytes of shared memory
+# takes 2 cycles of the multiprocessor.
+SMS, CLOCK, BANDWIDTH, CACHE = 132, 1.7e9, 2.95e12, 40e6
+ROUND_TRIP, BARRIER = 700, 40  # cycles that a warp waits for global memory (twice an iteration), and at a barrier
+BOUNDS = ("issue", "mufu", "shared", "latency")
+
+
+class Scan(NamedTuple):
+    """A shape of the selective scan: groups share u, and their outputs are merged."""
+
+    batch: int
+    steps: int
+    groups: int
+    channels: int
+    states: int
+    rank: int
+    dtype: torch.dtype
+
+
+SHAPES = (
+    Scan(64, 3136, 4, 96, 1, 6, F),
+    *(Scan(128, steps, 4, channels, 1, rank, H)
+      for steps, channels, rank in ((3136, 96, 6), (784, 192, 12), (196, 384, 24), (49, 768, 48))),
+    Scan(8, 3136, 4, 192, 16, 12, F),
+)  # fmt: skip
+
+
+def predict(x: Scan, kernel: str) -> dict:
+    """Milliseconds of "forward" or "backward" on an H100, by bound; `low` and `high` are the prediction.
+
+    The largest bound, at 80 % of what each promises: once as if the cache kept what groups share, once as if each group
+    had to fetch and merge for itself.
+    """
+    one = x.states == 1
+    width = 4 * cuda.lanes(x.channels)
+    per_item, threads = (-(-x.channels // width), 128) if one else compile_cuda.channel_blocks(x.channels)
+    blocks = x.batch * x.groups * per_item
+    chunk = cuda.chunk(x.channels, x.states)
+    segments, _ = compile_cuda.segments(x.steps, 4 * blocks * threads, torch.device("cpu"), 256, chunk)
+    if one:
+        passes = [one_state(kernel, x.dtype, x.rank, width // 4, ends) for ends in (False, True)]
+    else:
+        ends = "forward" if kernel == "forward" else "adjoint_ends"
+        found = [k for k in KERNELS if k.op == "selective_scan" and k.name.startswith((f"{kernel}<", f"{ends}<"))]
+        passes = [k._replace(threads=threads) for k in found]
+    ms = dict.fromkeys(BOUNDS, 0.0)
+    for k in passes[: 1 + (segments > 1)]:
+        ms = {name: ms[name] + n for name, n in _pass(k, x, blocks * segments).items()}
+    size, tokens = x.dtype.itemsize, x.batch * x.steps
+    u, merged = tokens * x.channels * size, tokens * x.channels * 4
+    rows = tokens * x.groups * (x.rank + 2 * x.states)
+    if kernel == "forward":
+        once, each = u + merged + rows * size, x.groups * (u + 2 * merged) + rows * size
+    else:  # du of every group is written, and the gradients of rows by every block of channels
+        du = x.groups * u + rows * 4 * per_item
+        once, each = 2 * u + du + rows * size, 2 * x.groups * u + du + rows * size
+    ms |= dict(hbm=1e3 * once / BANDWIDTH, hbm_each=1e3 * (once if u + merged < CACHE else each) / BANDWIDTH)
+    inner = max(ms[name] for name in BOUNDS)
+    return ms | dict(low=max(inner, ms["hbm"]) / 0.8, high=max(inner, ms["hbm_each"]) / 0.8)
+
+
+def _pass(kernel: Kernel, x: Scan, blocks: int) -> dict:
+    sass = read(kernel.op, kernel.name)
+    executed = sass.executed(kernel.trips)
+    chunk = cuda.chunk(x.channels, x.states)
+    steps = -(-x.steps // chunk) * chunk  # those behind the last are computed, too
+    iterations = x.batch * steps * x.groups * x.channels / (kernel.elements * 32)  # of all warps
+    warps = resident_warps(sass.registers, sass.shared, kernel.threads)
+    slots = SMS * warps // (kernel.threads // 32)
+    tail = -(-blocks // slots) * slots / blocks if blocks > slots else 1
+    schedulers = 4 * min(SMS, blocks)
+
+    def cycles(cost):
+        return sum(n * cost(i) for i, n in executed)
+
+    waits = 2 * ROUND_TRIP + BARRIER * cycles(lambda i: _is(i, "BAR")) + 2 * cycles(lambda i: 1)
+    out = dict(
+        issue=cycles(lambda i: 1) / schedulers,
+        mufu=cycles(lambda i: 8 * _is(i, "MUFU")) / schedulers,
+        shared=cycles(lambda i: 4 * max(i.bytes // 8, 1) * _is(i, "LDS", "STS")) / schedulers,
+        latency=waits / min(SMS * warps, blocks * kernel.threads // 32),
+    )
+    return {name: 1e3 * n * iterations * tail / CLOCK for name, n in out.items()}
+
+
+MODEL = """# What the selective scan should take on an H100
+
+Predicted by `python tools/sass.py --model` from the machine code that NVRTC makes for sm_90. **Nothing here is
+measured**: the kernels have not run on a GPU yet, and their first run tests this table. Milliseconds, by bound:
+instructions issued, special functions, shared memory, latency of what a warp waits for, and HBM: `hbm` if the cache
+keeps what the four groups share, `hbm each` if every group fetches and merges for itself. `low` and `high` are the
+largest bound in either case at 80 % of what the hardware promises. The forward pass merges the groups, the backward
+pass writes du for each.
+
+| pass | B | L | G | D | N | R | dtype | issue | mufu | shared | latency | hbm | hbm each | low | high |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def model() -> str:
+    """The performance model's table, as Markdown."""
+    lines = []
+    for x in SHAPES:
+        for kernel in ("forward", "backward"):
+            cells = [kernel, *x[:-1], str(x.dtype).removeprefix("torch.")]
+            lines.append(
+                "| " + " | ".join([*map(str, cells), *(f"{n:.3f}" for n in predict(x, kernel).values())]) + " |"
+            )
+    return MODEL + "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; 2 if a tool is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="sm_90", help="architecture to compile for (%(default)s)")
+    parser.add_argument("--op", help="of this operator alone")
+    parser.add_argument("--dump", metavar="NAME", help="print the hot loop of this template instance of --op")
+    parser.add_argument("--model", action="store_true", help="print the performance model as Markdown")
+    args = parser.parse_args(argv)
+    if args.dump and not args.op:
+        parser.error("--dump needs --op")
+    try:
+        disassembler()
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.dump:
+        for i in read(args.op, args.dump, args.arch).loop():
+            print(f"{i.address:5x}  {i.name} {i.operands}")
+        return 0
+    if args.model:
+        print(model(), end="")
+        return 0
+    table = Table(*COLUMNS, box=None)
+    for kernel in KERNELS:
+        if args.op in (None, kernel.op):
+            table.add_row(*(str(x) for x in row(kernel, args.arch).values()))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
