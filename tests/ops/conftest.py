@@ -85,3 +85,9 @@ def emulated_cuda(monkeypatch):
         monkeypatch.setitem(operator.CHUNK, "cpu", operator.CHUNK["cuda"])
 
     return emulate
+
+
+@pytest.fixture(name="emulated")
+def emulated_source():
+    """The function `emulated`, for kernels that a test writes itself."""
+    return emulated

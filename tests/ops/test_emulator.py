@@ -4,7 +4,6 @@ import ctypes
 
 import pytest
 import torch
-from conftest import emulated
 
 KERNEL = """
 template <class T>
@@ -18,7 +17,7 @@ void neighbour(const T* x, T* y) {{
 WRITE, BARRIER = "row[threadIdx.x] = x[blockIdx.x * 64 + threadIdx.x];", "__syncthreads();"
 
 
-def run(write, barrier):
+def run(emulated, write, barrier):
     x, y = torch.randn(3, 64), torch.zeros(3, 64)
     kernel = emulated(KERNEL.format(write=write, barrier=barrier), "neighbour<float>", "emulated-test")
     values = [ctypes.c_void_p(t.data_ptr()) for t in (x, y)]
@@ -26,13 +25,13 @@ def run(write, barrier):
     return x.flip(1), y
 
 
-def test_emulator_runs_a_block():
-    expected, y = run(WRITE, BARRIER)
+def test_emulator_runs_a_block(emulated):
+    expected, y = run(emulated, WRITE, BARRIER)
     assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize(("write", "barrier"), ((WRITE, ""), (f"if (blockIdx.x == 0) {WRITE}", BARRIER)), ids=str)
-def test_emulator_shows_what_no_thread_wrote_before(write, barrier):
+def test_emulator_shows_what_no_thread_wrote_before(emulated, write, barrier):
     """A missing barrier, and shared memory that another block has left."""
-    expected, y = run(write, barrier)
+    expected, y = run(emulated, write, barrier)
     assert y.isnan().any() and not torch.equal(y, expected)
