@@ -227,12 +227,7 @@ def noisy(out: str | os.PathLike) -> None:
         held_out = {
             name: np.asarray(Image.fromarray(getattr(data, name)()).convert("L")) for name in ("camera", "chelsea")
         }
-        crops = {}
-        for name, photo in held_out.items():
-            for y in range(0, photo.shape[0] - 127, 160):
-                for x in range(0, photo.shape[1] - 127, 160):
-                    crops[f"{name}_{y:03d}_{x:03d}"] = photo[y : y + 128, x : x + 128]
-        for part, targets in (("train", photos), ("val", crops)):
+        for part, targets in (("train", photos), ("val", crops(held_out))):
             for kind in ("input", "target"):
                 (folder / part / kind).mkdir(parents=True)
             for name, target in targets.items():
@@ -253,12 +248,7 @@ def photos(out: str | os.PathLike) -> None:
 
     def write(folder: Path) -> None:
         train, held_out = photographs()
-        crops = {}
-        for name, photo in held_out.items():
-            for y in range(0, photo.shape[0] - 127, 160):
-                for x in range(0, photo.shape[1] - 127, 160):
-                    crops[f"{name}_{y:03d}_{x:03d}"] = photo[y : y + 128, x : x + 128]
-        for part, pictures in (("train", train), ("val", crops)):
+        for part, pictures in (("train", train), ("val", crops(held_out))):
             (folder / part / "target").mkdir(parents=True)
             for name, photo in pictures.items():
                 Image.fromarray(photo).save(folder / part / "target" / f"{name}.png")
@@ -274,6 +264,16 @@ def photographs() -> "tuple[dict[str, np.ndarray], dict[str, np.ndarray]]":
     china, flower = load_sample_images().images
     train = {"china": china, "flower": flower, "astronaut": data.astronaut(), "rocket": data.rocket()}
     return train, {"coffee": data.coffee(), "chelsea": data.chelsea()}
+
+
+def crops(photos: "dict[str, np.ndarray]") -> "dict[str, np.ndarray]":
+    """All crops of 128 px at distances of 160, by the photograph's name and their place."""
+    return {
+        f"{name}_{y:03d}_{x:03d}": photo[y : y + 128, x : x + 128]
+        for name, photo in photos.items()
+        for y in range(0, photo.shape[0] - 127, 160)
+        for x in range(0, photo.shape[1] - 127, 160)
+    }
 
 
 def lumps(out: str | os.PathLike) -> None:

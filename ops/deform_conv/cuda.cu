@@ -10,6 +10,14 @@
 struct Sizes {
   int H, W, stride, dilation, centre, first;
   double scale;
+  __device__ __forceinline__ Sizes(i64 H, i64 W, i64 stride, i64 dilation, i64 centre, i64 first, double scale)
+      : H(static_cast<int>(H)),
+        W(static_cast<int>(W)),
+        stride(static_cast<int>(stride)),
+        dilation(static_cast<int>(dilation)),
+        centre(static_cast<int>(centre)),
+        first(static_cast<int>(first)),
+        scale(scale) {}
 };
 
 // A sampling point and the four pixels around it: corner n is (y + n / 2, x + n % 2).
@@ -62,13 +70,7 @@ __global__ void __launch_bounds__(kThreads)
             const T* weight_, i64 weight_batch, i64 weight_row, i64 weight_column, i64 weight_group, i64 B, i64 H,
             i64 W, i64 C, i64 rows, i64 columns, i64 G, i64 stride, i64 dilation, i64 centre, i64 first, double scale,
             S* y) {
-  const Sizes s{static_cast<int>(H),
-                static_cast<int>(W),
-                static_cast<int>(stride),
-                static_cast<int>(dilation),
-                static_cast<int>(centre),
-                static_cast<int>(first),
-                scale};
+  const Sizes s(H, W, stride, dilation, centre, first, scale);
   const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= B * rows * columns * (C / V)) return;
   const i64 channel = i % (C / V) * V, g = channel / (C / G), pixel = i / (C / V);
@@ -99,13 +101,7 @@ __global__ void __launch_bounds__(kThreads)
              i64 offset_group, const T* weight_, i64 weight_batch, i64 weight_row, i64 weight_column, i64 weight_group,
              i64 B, i64 H, i64 W, i64 C, i64 rows, i64 columns, i64 G, i64 stride, i64 dilation, i64 centre, i64 first,
              double scale, T* dx, T* doffset, T* dweight) {
-  const Sizes s{static_cast<int>(H),
-                static_cast<int>(W),
-                static_cast<int>(stride),
-                static_cast<int>(dilation),
-                static_cast<int>(centre),
-                static_cast<int>(first),
-                scale};
+  const Sizes s(H, W, stride, dilation, centre, first, scale);
   const int lane = threadIdx.x % kLanes;
   const i64 D = C / G, own = static_cast<i64>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
   const bool active = own < B * rows * columns * G;

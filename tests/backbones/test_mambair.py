@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_parity import PARITY, error, synth
+from test_parity import PARITY, error, restored, synth
 
 from linzoo.backbones import list_models, mambair_opensr
 from linzoo.backbones.layers.checkpoint import rename, reshape_as
@@ -46,19 +46,9 @@ def model(request):
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["model"].startswith("mambair")])
 def test_parity(name, tmp_path):
-    case, file = CASES[name], tmp_path / "reference.pth"
-    state = {k: torch.from_numpy(v) for k, v in synth.state_dict(case).items()}
-    torch.save({"params": state}, file)  # as BasicSR saves them
-    overlay = {"file": str(file)}
-    model = timm.create_model(case["model"], pretrained=True, pretrained_cfg_overlay=overlay, **case["kwargs"]).eval()
-    assert sum(p.numel() for p in model.parameters()) == case["num_params"]
-    images, found = inputs_of(case), {}
-    for j, block in enumerate(model.stages[0].blocks[:2]):
-        block.register_forward_hook(lambda m, args, y, j=j: found.update({f"block{j}": y.permute(0, 3, 1, 2)}))
-    with torch.inference_mode():
-        found["out"] = model(*images)
-        maps = model.forward_intermediates(*images, intermediates_only=True)
-    found |= {f"group{i}": y for i, y in enumerate(maps)}
+    case = CASES[name]
+    y, maps = restored(case, inputs_of(case), tmp_path)
+    found = maps | {"out": y}
     for out in case["outputs"]:
         assert error(found[out["name"]], out) <= 2e-4, out["name"]
 

@@ -38,6 +38,24 @@ def error(ours, out):
     return float(np.abs(got - np.asarray(out["value"])).max() / out["std"])
 
 
+def restored(case, images, folder):
+    """What a restoration model makes of images, its weights read from a file as BasicSR saves them; by name the maps of
+    its groups and of the first one's blocks.
+    """
+    file = folder / "reference.pth"
+    torch.save({"params": {k: torch.from_numpy(v) for k, v in synth.state_dict(case).items()}}, file)
+    overlay = {"file": str(file)}
+    model = timm.create_model(case["model"], pretrained=True, pretrained_cfg_overlay=overlay, **case["kwargs"]).eval()
+    assert sum(p.numel() for p in model.parameters()) == case["num_params"]
+    maps = {}
+    for j, block in enumerate(model.stages[0].blocks):
+        block.register_forward_hook(lambda m, args, y, j=j: maps.update({f"block{j}": y.permute(0, 3, 1, 2)}))
+    with torch.inference_mode():
+        y = model(*images)
+        groups = model.forward_intermediates(*images, intermediates_only=True)
+    return y, maps | {f"group{i}": y for i, y in enumerate(groups)}
+
+
 def record_maps(model):
     """What stages, their blocks and parallel branches put out, or an isotropic model's blocks take in and put out."""
     maps = []

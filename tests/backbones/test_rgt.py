@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from test_parity import PARITY, error, synth
+from test_parity import PARITY, error, restored, synth
 
 from linzoo.backbones import list_models
 from linzoo.backbones.layers.checkpoint import rename, reshape_as
@@ -28,21 +28,10 @@ def model():
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("rgt")])
 def test_parity(name, tmp_path):
-    case, file = CASES[name], tmp_path / "reference.pth"
-    state = {k: torch.from_numpy(v) for k, v in synth.state_dict(case).items()}
-    torch.save({"params": state}, file)  # as BasicSR saves them
-    overlay = {"file": str(file)}
-    model = timm.create_model(case["model"], pretrained=True, pretrained_cfg_overlay=overlay, **case["kwargs"]).eval()
-    assert sum(p.numel() for p in model.parameters()) == case["num_params"]
+    case = CASES[name]
     images = [(0.5 + 0.25 * torch.from_numpy(synth.image(i["shape"], i["seed"]))).clamp(0, 1) for i in case["inputs"]]
-    found, names = {}, {out["name"] for out in case["outputs"]}
-    for j, block in enumerate(model.stages[0].blocks):
-        block.register_forward_hook(lambda m, args, y, j=j: found.update({f"block{j}": y.permute(0, 3, 1, 2)}))
-    with torch.inference_mode():
-        found["sr"] = model(*images)
-        maps = model.forward_intermediates(*images, intermediates_only=True)
-    found |= {f"group{i}": y for i, y in enumerate(maps)}
-    assert names <= found.keys()
+    y, maps = restored(case, images, tmp_path)
+    found = maps | {"sr": y}
     for out in case["outputs"]:
         assert error(found[out["name"]], out) <= out.get("tolerance", 2e-4), out["name"]
 

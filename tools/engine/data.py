@@ -1,9 +1,9 @@
 """Data, made where a config says how, and checked before anything of a run is written."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS
@@ -59,6 +59,19 @@ def pair_files(
                 f"expected a file named {alone[0]!r} in {str(root / folder)!r}"
             )
     return [(first[stem], second[stem]) for stem in first]
+
+
+Item = TypeVar("Item", bound=Sized)
+
+
+def in_layout(layouts: dict[str, Callable[[Path, str], Item]], data_root: str | Path, part: str, layout: str) -> Item:
+    """What the reader of a layout finds of a part of a data set; InputError without such a layout, or without files."""
+    if layout not in layouts:
+        raise InputError(f"layout={layout!r}; expected one of {', '.join(layouts)}")
+    found = layouts[layout](Path(data_root), part)
+    if not found:
+        raise InputError(f"data folder {str(data_root)!r} holds no clip of part {part!r}; expected layout {layout!r}")
+    return found
 
 
 def existing_folder(folder: str | Path, expected: str, root: str | Path) -> Path:

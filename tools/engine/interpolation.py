@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .clips import ENDINGS, find_readable, stream_frames, stream_timed
-from .data import existing_folder
+from .data import existing_folder, in_layout
 from .errors import InputError
 from .files import save_image, whole
 from .images import find_files, image_size, read_rgb
@@ -55,12 +55,7 @@ LAYOUTS: dict[str, Callable[[Path, str], list[list[Path]]]] = {"vimeo90k": _vime
 
 def find_triplets(data_root: str | Path, part: str, layout: str) -> list[list[Path]]:
     """The clips of a part of a data set, three frames and more each; InputError where files are missing."""
-    if layout not in LAYOUTS:
-        raise InputError(f"layout={layout!r}; expected one of {', '.join(LAYOUTS)}")
-    found = LAYOUTS[layout](Path(data_root), part)
-    if not found:
-        raise InputError(f"data folder {str(data_root)!r} holds no clip of part {part!r}; expected layout {layout!r}")
-    return found
+    return in_layout(LAYOUTS, data_root, part, layout)
 
 
 @mmengine.registry.DATASETS.register_module()

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from .clips import ENDINGS, find_readable, read_clip, stream_frames
-from .data import existing_folder
+from .data import existing_folder, in_layout
 from .errors import InputError
 from .files import save_image
 from .images import find_files, read_labels, read_rgb
@@ -169,12 +169,7 @@ LAYOUTS: dict[str, Callable[[Path, str], dict[str, Reader]]] = {
 
 def find_masked_clips(data_root: str | Path, part: str, layout: str) -> dict[str, Reader]:
     """The clips of a part of a data set, by name; InputError where files are missing."""
-    if layout not in LAYOUTS:
-        raise InputError(f"layout={layout!r}; expected one of {', '.join(LAYOUTS)}")
-    found = LAYOUTS[layout](Path(data_root), part)
-    if not found:
-        raise InputError(f"data folder {str(data_root)!r} holds no clip of part {part!r}; expected layout {layout!r}")
-    return found
+    return in_layout(LAYOUTS, data_root, part, layout)
 
 
 @mmengine.registry.DATASETS.register_module()
