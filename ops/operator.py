@@ -33,6 +33,7 @@ class Operator:
             whether it will want them; `Operator` passes it.
         kernel: The folder of its kernels, ``ops/<kernel>``; None where `reference` is fast and serves every device.
         reference: The operator in plain PyTorch, of the same arguments and results.
+        devices: The types of devices that have kernels; on others `reference` is as it should be.
         forward: ``forward(backend, *arguments)``: the results, by the kernels of "cpu" or "cuda", where there are any.
         backward: ``backward(backend, dy, *arguments, *results)``, without `save`, the first result and what `drop`
             names: the gradients, in order, of every tensor that is differentiated and not None.
@@ -52,6 +53,7 @@ class Operator:
         schema: str,
         *,
         kernel: str | None,
+        devices: Sequence[str] = ("cpu", "cuda"),
         reference: Callable,
         forward: Callable | None = None,
         backward: Callable | None = None,
@@ -66,6 +68,7 @@ class Operator:
         parsed = torch._C.parse_schema(f"linzoo::{name}{schema}")
         types = {a.name: str(a.type) for a in parsed.arguments}
         self.name, self.kernel, self.reference, self.drop, self.limit = name, kernel, reference, drop or {}, limit
+        self.devices = devices
         self.arguments = list(types)
         self.saves = "save" in types
         self.export = export or reference
@@ -133,6 +136,8 @@ class Operator:
         if self.kernel is None:
             return "reference"
         tensors = [x for x in inputs if isinstance(x, Tensor)]
+        if tensors[0].device.type not in self.devices:
+            return "reference"
         backend, reason = resolve(self.kernel, tensors[0].device), None
         if backend == "cuda":
             reason = compile_cuda.unsupported(tensors[0].device, *tensors)

@@ -6,6 +6,7 @@ from .backend import use_backend
 from .causal_conv1d import causal_conv1d
 from .deform_conv import deform_conv
 from .diagonal_scan import diagonal_scan
+from .gated_delta import gated_delta
 from .rational import rational
 from .scan_order import cross
 from .selective_scan import selective_scan
@@ -43,6 +44,18 @@ def _diagonal_scan(normal):
     return lambda **x: diagonal_scan(**x, reverse=True), inputs
 
 
+def _gated_delta(normal):
+    B, L, H, K, P = 2, 37, 3, 7, 19
+    inputs = dict(q=normal(B, L, H, K), k=normal(B, L, H, K) / K**0.5, v=normal(B, L, H, P))
+    inputs |= dict(g=-normal(B, L, H).abs(), beta=normal(B, L, H), initial=normal(B, H, K, P))
+
+    def run(beta, **x):
+        y, state = gated_delta(beta=beta.sigmoid(), **x)
+        return torch.cat([y.flatten(), state.flatten()])
+
+    return run, inputs
+
+
 def _ssm_kernel(normal):
     A = normal(3, 9, 2) * torch.tensor([0.3, 5.0]) - torch.tensor([1.0, 0.0])
     inputs = dict(A=A, B=normal(3, 9, 2), C=normal(2, 3, 9, 2), dt=0.1 * normal(3).exp(), P=0.3 * normal(1, 3, 9, 2))
@@ -70,6 +83,7 @@ EXAMPLES = {
     "causal_conv1d": _causal_conv1d,
     "deform_conv": _deform_conv,
     "diagonal_scan": _diagonal_scan,
+    "gated_delta": _gated_delta,
     "rational": _rational,
     "selective_scan": _selective_scan,
     "ssm_kernel": _ssm_kernel,

@@ -12,7 +12,7 @@ import torch
 
 import linzoo.backbones
 from linzoo.backbones.openmmlab_ops import stand_in
-from linzoo.ops import backend_info, compile_cpu, kernel_cache
+from linzoo.ops import backend_info, compile_cpu, compile_cuda, kernel_cache
 from linzoo.ops.backend import resolve
 from linzoo.ops.self_check import self_check
 
@@ -21,6 +21,7 @@ PACKAGES = (
     *("onedl-mmengine", "onedl-mmcv", "onedl-mmpretrain", "onedl-mmsegmentation", "onedl-mmdetection"),
     *("onnx", "onnxscript", "onnxruntime"),
 )
+KERNELS = {"cpu": compile_cpu.sources, "cuda": compile_cuda.sources}  # the operators that have some
 TOLERANCE = 1e-4  # of the largest value, in float32
 
 
@@ -83,14 +84,14 @@ def main(argv=None):
     healthy = True
     for op, reasons in backend_info().items():
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            if device == "cpu" and op not in compile_cpu.sources():
-                table.add_row(op, "cpu", "torch", "-", "")  # PyTorch's own operators serve it
+            if op not in KERNELS[device]():
+                table.add_row(op, device, "torch", "-", "")  # PyTorch's own operators serve it
                 continue
             backend, result, good = check(op, device)
             healthy &= good
             why = "" if backend == device else reasons[device] or f"{backend} is forced"
             table.add_row(op, device, backend, result, why)
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() and op in KERNELS["cuda"]():
             table.add_row(op, "cuda", "-", "-", f"no CUDA device; {reasons['cuda'] or 'kernel ready'}")
     console.print(table)
     return 0 if healthy else 1

@@ -1,10 +1,10 @@
-"""Gated delta rule: a matrix memory that corrects what it holds under a key, as matrix products."""
+"""Gated delta rule: a matrix memory that corrects what it holds under a key."""
 
 import torch
 from torch import Tensor
 
 from ..backend import forced_backend
-from ..operator import Operator
+from ..operator import CHUNK, Operator
 from ..tensors import check, promote, state_dtype
 from . import reference
 
@@ -26,9 +26,9 @@ def gated_delta(
         S_t = exp(g_t) S_{t-1} + k_t beta_t (v_t - exp(g_t) S_{t-1}^T k_t)^T
         y_t = S_t^T q_t
 
-    computed chunk by chunk in the WY form: within a chunk the corrections of all steps solve one triangular system,
-    between chunks the states are carried. There is no kernel; the same matrix products serve every device. Clips are
-    streamed by passing the last state of one as the first of the next.
+    On the CPU a kernel takes step by step. Elsewhere it is computed chunk by chunk in the WY form, as matrix products:
+    within a chunk the corrections of all steps solve one triangular system, between chunks the states are carried.
+    Clips are streamed by passing the last state of one as the first of the next.
 
     Args:
         q, k: Queries and keys ``(B, L, H, K)``: H heads. Keys have length 1 at most where beta is 1, else states may
@@ -37,7 +37,7 @@ def gated_delta(
         g: Logarithms of the decays ``(B, L, H)``, mostly negative.
         beta: How much of the value under a key is replaced ``(B, L, H)``, mostly in (0, 1).
         initial: The state in front of the first step ``(B, H, K, P)``; None for 0.
-        chunk_size: Steps in a chunk: any gives the same result.
+        chunk_size: Steps in a chunk of the WY form: any gives the same result.
 
     Returns:
         y ``(B, L, H, P)`` in the widest dtype of `q`, `k` and `v`, and the last state ``(B, H, K, P)``; states and sums
@@ -51,8 +51,7 @@ def gated_delta(
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     dtype = promote(q, k, v)
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    g, beta = (x.to(state_dtype(dtype)) for x in (g, beta))
+    q, k, v, g, beta = (x.to(state_dtype(dtype)) for x in (q, k, v, g, beta))
     initial = None if initial is None else initial.to(state_dtype(dtype))
     if forced_backend() == "reference":
         packed = reference.gated_delta(q, k, v, g, beta, initial)
@@ -62,21 +61,54 @@ def gated_delta(
     return y.to(dtype), state.transpose(1, 2)
 
 
-# Results and states are one tensor here, (B, L + K, H, P): an operator has one result that is differentiated.
+# Output and last state are one tensor here, (B, L + K, H, P): an operator has one result that is differentiated.
+# The second result is the states before each chunk of CHUNK steps, from which the kernel's backward pass recomputes the
+# others; without them it runs the forward pass again. The WY form needs none.
 
 
-def _chunked(q, k, v, g, beta, initial, chunk_size):
+def _chunked(q, k, v, g, beta, initial, chunk_size, save):
     with torch.autocast(q.device.type, enabled=False):  # the states stay in float32
-        return reference.chunked(q, k, v, g, beta, initial, chunk_size)
+        packed = reference.chunked(q, k, v, g, beta, initial, chunk_size)
+    return packed, _states(k, v, save)
 
 
-def _export(q, k, v, g, beta, initial, chunk_size):
-    return reference.gated_delta(q, k, v, g, beta, initial, use_scan=True)
+def _export(q, k, v, g, beta, initial, chunk_size, save):
+    return reference.gated_delta(q, k, v, g, beta, initial, use_scan=True), _states(k, v, save)
 
 
-def _fake(q, k, v, *_):
-    batch, length, heads, width = v.shape
-    return v.new_empty(batch, length + k.shape[3], heads, width, dtype=state_dtype(q.dtype))
+def _states(k, v, save):
+    """Where the kernel puts its states ``(B, H, chunks, K, P)``; empty where none are kept."""
+    (batch, length, heads, keys), values = k.shape, v.shape[3]
+    chunks = (length + CHUNK["cpu"] - 1) // CHUNK["cpu"]
+    return k.new_empty((batch, heads, chunks, keys, values) if save and k.device.type == "cpu" else (0,))
+
+
+def _empty(q, k, v, g, beta, initial, chunk_size, save):
+    batch, length, heads, values = v.shape
+    return v.new_empty(batch, length + k.shape[3], heads, values), _states(k, v, save)
+
+
+def _kernel_inputs(**tensors):
+    """All contiguous, but for the rows of heads in `q`, `k` and `v`, which may lie anywhere."""
+    rows = {name: tensors.pop(name) for name in "qkv"}
+    named = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in rows.items()}
+    return named | {name: None if x is None else x.contiguous() for name, x in tensors.items()}
+
+
+def _forward(backend, q, k, v, g, beta, initial, chunk_size, save):
+    packed, states = _empty(q, k, v, g, beta, initial, chunk_size, save)
+    inputs = _kernel_inputs(q=q, k=k, v=v, g=g, beta=beta, initial=initial)
+    torch.ops.linzoo_cpu.gated_delta_forward(**inputs, packed=packed, states=states)
+    return packed, states
+
+
+def _backward(backend, dpacked, q, k, v, g, beta, initial, chunk_size, states):
+    if states.dim() == 1:
+        states = _forward(backend, q, k, v, g, beta, initial, chunk_size, True)[1]
+    inputs = _kernel_inputs(q=q, k=k, v=v, g=g, beta=beta, initial=initial)
+    grads = {f"d{name}": None if x is None else x.new_empty(x.shape) for name, x in inputs.items()}
+    torch.ops.linzoo_cpu.gated_delta_backward(dpacked=dpacked.contiguous(), **inputs, states=states, **grads)
+    return [x for x in grads.values() if x is not None]
 
 
 def _flops(q, v, chunk_size, **_):
@@ -88,10 +120,14 @@ def _flops(q, v, chunk_size, **_):
 
 _operator = Operator(
     "gated_delta",
-    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial, int chunk_size) -> Tensor packed",
-    kernel=None,
+    "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial, int chunk_size, bool save) "
+    "-> (Tensor packed, Tensor states)",
+    kernel="gated_delta",
+    devices=("cpu",),
     reference=_chunked,
     export=_export,
-    fake=_fake,
+    forward=_forward,
+    backward=_backward,
+    fake=_empty,
     flops=_flops,
 )

@@ -2,18 +2,13 @@
 // results do not depend on the number of threads. Activations come in the state's dtype, with any strides but the last,
 // which is 1; `order` gives the token of each step.
 
-#include "../kernel.h"
+#include "../matrix_state.h"
 
 namespace linzoo {
 namespace {
 
 constexpr int kChunk = LINZOO_CHUNK;
 constexpr int kFewHeads = 16;
-
-template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.data_ptr());
-}
 
 // The token of each step: (T) or (B, T), or none for 0 .. L-1.
 struct Order {
@@ -29,16 +24,6 @@ struct Order {
                       " at flat index ", i);
   }
   int64_t token(int64_t b, int64_t t) const { return tokens ? tokens[b * batch + t] : t; }
-};
-
-template <class T>
-struct Activation {  // (batch, token, head, channel), or without heads
-  T* rows = nullptr;
-  int64_t batch = 0, token = 0, head = 0;
-  Activation() = default;
-  explicit Activation(const Tensor& x)
-      : rows(data<T>(x)), batch(x.stride(0)), token(x.stride(1)), head(x.dim() == 4 ? x.stride(2) : 0) {}
-  T* at(int64_t b, int64_t l, int64_t h = 0) const { return rows + b * batch + l * token + h * head; }
 };
 
 // --- bi_wkv ---------------------------------------------------------------------------------------------------------
@@ -329,65 +314,10 @@ struct Steps {
   }
 };
 
-// K vectors of value channels, from column `first` on: `count` of them, or fewer than fit.
-template <class T, int K>
-struct Wide {
-  using V = typename Simd<T>::vec;
-  V v[K];
-  Wide() : v{} {}
-  Wide(const T* row, int64_t count) {
-    for (int j = 0; j < K; ++j) v[j] = load<T>(row + j * Simd<T>::width, lanes(count, j));
-  }
-  void put(T* row, int64_t count) const {
-    for (int j = 0; j < K; ++j) store<T>(row + j * Simd<T>::width, v[j], lanes(count, j));
-  }
-  static int lanes(int64_t count, int j) {
-    return static_cast<int>(std::max<int64_t>(std::min<int64_t>(count - j * Simd<T>::width, Simd<T>::width), 0));
-  }
-  Wide& operator+=(const Wide& other) {
-    for (int j = 0; j < K; ++j) v[j] += other.v[j];
-    return *this;
-  }
-  Wide operator*(T x) const {
-    Wide out;
-    for (int j = 0; j < K; ++j) out.v[j] = v[j] * x;
-    return out;
-  }
-  Wide& add(const Wide& other, T x) {  // += other * x
-    for (int j = 0; j < K; ++j) v[j] += other.v[j] * x;
-    return *this;
-  }
-  V dot(const Wide& other) const {  // lane by lane
-    V sum = v[0] * other.v[0];
-    for (int j = 1; j < K; ++j) sum += v[j] * other.v[j];
-    return sum;
-  }
-};
-
-// Sums over the rows, several at once so that additions need not wait for each other.
-template <class T, int K>
-struct Sum {
-  static constexpr int kWays = 4 / K;
-  Wide<T, K> ways[kWays];
-  void add(int64_t n, const Wide<T, K>& row, T x) { ways[n % kWays].add(row, x); }
-  Wide<T, K> total() {
-    for (int i = 1; i < kWays; ++i) ways[0] += ways[i];
-    return ways[0];
-  }
-};
-
-// Calls f(n) for 0 .. N - 1, four at a time as far as they go: n % 4 is then known when it is compiled.
-template <class F>
-inline void for_rows(int64_t N, F f) {
-  int64_t n = 0;
-  for (; n + 4 <= N; n += 4) f(n, 0), f(n + 1, 1), f(n + 2, 2), f(n + 3, 3);
-  for (; n < N; ++n) f(n, 0);
-}
-
 // sum_n row[n] S[n]
 template <class T, int K>
 Wide<T, K> read(const T* row, const Wide<T, K>* S, int64_t N) {
-  Sum<T, K> sum;
+  RowSum<T, K> sum;
   for_rows(N, [&](int64_t n, int way) { sum.add(way, S[n], row[n]); });
   return sum.total();
 }
@@ -405,7 +335,7 @@ void forward_columns(const Head<T>& head, const Steps<T>& steps, int64_t start, 
     const int64_t l = head.token(t);
     const T *r = head.row(p.r, l), *k = head.row(p.k, l), *decay = steps.factor(t - start);
     const Row v(head.row(p.v, l) + first, count);
-    Sum<T, 1> sum;
+    RowSum<T, 1> sum;
     if (kDelta) {
       const T* b = head.row(p.b, l);
       const Row erased = read(head.row(p.a, l), S, N);
@@ -477,10 +407,10 @@ void backward_columns(const Head<T>& head, const Gradients<T>& o, int64_t first)
       const T *r = head.row(p.r, l), *k = head.row(p.k, l), *decay = steps.factor(t);
       const Wide<T, K> v(head.row(p.v, l) + first, count), g(o.dy.at(head.b, l, head.h) + first, count);
       const Wide<T, K>* before = states.data() + t * N;
-      Sum<T, K> dv;
+      RowSum<T, K> dv;
       if (kDelta) {
         const T *a = head.row(p.a, l), *b = head.row(p.b, l);
-        Sum<T, K> sum;
+        RowSum<T, K> sum;
         for_rows(N, [&](int64_t n, int way) {
           product[n] = before[N + n].dot(g);
           G[n].add(g, r[n]);

@@ -1,4 +1,6 @@
-"""Gated delta rule: the WY form against the recurrence; states, gradients, precision, programs, bad input."""
+"""Gated delta rule: kernel and WY form against the recurrence; states, gradients, precision, programs, bad input."""
+
+import importlib
 
 import pytest
 import torch
@@ -6,6 +8,8 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from linzoo.ops import gated_delta, use_backend
+
+gated_delta_module = importlib.import_module("linzoo.ops.gated_delta")  # the function has its folder's name
 
 
 def make_inputs(B=2, L=37, H=3, K=4, P=5, dtype=torch.float64, initial=True):
@@ -24,10 +28,17 @@ def results(inputs, backend, **options):
         return [y, state, *torch.autograd.grad(y.square().sum() + state.pow(3).sum(), list(inputs.values()))]
 
 
-@pytest.mark.parametrize("L", (1, 7, 16, 37))
+@pytest.fixture(params=("kernel", "products"))
+def way(request, monkeypatch):
+    """By the CPU's kernel, and by what serves devices without one."""
+    if request.param == "products":
+        monkeypatch.setattr(gated_delta_module._operator, "devices", ())
+
+
+@pytest.mark.parametrize("L", (1, 7, 16, 37, 64))
 @pytest.mark.parametrize("chunk_size", (1, 8, 64))
 @pytest.mark.parametrize("initial", (True, False))
-def test_chunks_equal_the_recurrence(L, chunk_size, initial):
+def test_equals_the_recurrence(L, chunk_size, initial, way):
     inputs = make_inputs(L=L, initial=initial)
     ours, expected = results(inputs, None, chunk_size=chunk_size), results(inputs, "reference")
     torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-9)
@@ -43,7 +54,7 @@ def test_by_hand():
     assert state.flatten().tolist() == pytest.approx([2, 4])
 
 
-def test_states_join_parts():
+def test_states_join_parts(way):
     """Two halves, the state of the first handed to the second, are the whole: streaming."""
     inputs = make_inputs(L=50)
     whole, state = gated_delta(**inputs, chunk_size=8)
@@ -55,7 +66,7 @@ def test_states_join_parts():
     torch.testing.assert_close(last, state)
 
 
-def test_state_alone_and_output_alone_have_gradients():
+def test_state_alone_and_output_alone_have_gradients(way):
     inputs = make_inputs()
     y, state = gated_delta(**inputs)
     with use_backend("reference"):
@@ -77,7 +88,7 @@ def test_the_future_is_not_seen():
     )
 
 
-def test_strong_decays_neither_overflow_nor_turn_nan():
+def test_strong_decays_neither_overflow_nor_turn_nan(way):
     inputs = {name: x.detach() for name, x in make_inputs(L=300, dtype=torch.float32).items()}
     for scale in (1e-6, 1, 1e3):
         leaves = {name: x.requires_grad_() for name, x in (inputs | {"g": scale * inputs["g"]}).items()}
@@ -86,7 +97,7 @@ def test_strong_decays_neither_overflow_nor_turn_nan():
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-def test_gradcheck():
+def test_gradcheck(way):
     inputs = tuple(make_inputs(B=1, L=6, H=2, K=2, P=3).values())
     assert gradcheck(lambda *a: gated_delta(*a, chunk_size=4), inputs)
 
@@ -119,10 +130,26 @@ def test_empty_batch():
     assert y.shape == (0, 37, 3, 5) and state.shape == (0, 3, 4, 5)
 
 
-def test_opcheck():
-    for L in (1, 11):
+def test_any_number_of_threads_gives_the_same_bits():
+    """More heads than a thread takes together; few of them, whose columns are split; columns that fill no vector."""
+    threads = torch.get_num_threads()
+    for sizes in (dict(B=5, H=5, P=21), dict(B=1, H=3, P=80)):
+        inputs, found = make_inputs(**sizes, L=70, K=6, dtype=torch.float32), []
+        try:
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                found.append(results(inputs, None))
+        finally:
+            torch.set_num_threads(threads)
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+        torch.testing.assert_close(found[0], results(inputs, "reference"), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("save", (True, False))
+def test_opcheck(save):
+    for L in (1, 40):
         inputs = make_inputs(B=1, L=L, H=2, K=3, P=2)
-        torch.library.opcheck(torch.ops.linzoo.gated_delta.default, (*inputs.values(), 4))
+        torch.library.opcheck(torch.ops.linzoo.gated_delta.default, (*inputs.values(), 4, save))
 
 
 class Model(torch.nn.Module):
