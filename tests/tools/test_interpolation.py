@@ -149,7 +149,7 @@ def test_train_test_predict(tiny, tmp_path, capsys):
 def test_video_in_video_out(tiny, video, tmp_path):
     """Twice the frames; the new ones stand in the middle of uneven times."""
     weights = write_weights(tiny.config, tmp_path / "w.pth")
-    predict.main([tiny.config, str(weights), str(video), "--out", str(tmp_path / "out")])
+    predict.main([tiny.config, str(weights), str(video), "--gif", "--out", str(tmp_path / "out")])
     [result] = json.loads((tmp_path / "out/predictions.json").read_text())
     found = list(stream_timed(result["video"]))
     assert result["count"] == len(found) == 9
@@ -158,6 +158,10 @@ def test_video_in_video_out(tiny, video, tmp_path):
     for t in range(5):
         frame = found[2 * t][0]
         assert frame.shape == (40, 48, 3) and abs(frame.mean() - (20 + 40 * t)) < 4
+    with Image.open(result["gif"]) as moving:
+        assert moving.n_frames == 9 and moving.size == (48, 40) and moving.info["duration"] == 20
+        moving.seek(8)
+        assert abs(np.asarray(moving.convert("RGB")).mean() - 180) < 6
 
 
 def test_halves_and_tiles(monkeypatch):

@@ -1,6 +1,7 @@
 """Frames between frames: triplets to train on, a model, its metrics beside classical methods, videos of any length."""
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -13,6 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from mmengine.config import Config
 from mmengine.registry import METRICS, MODELS
+from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,7 +23,7 @@ from torch.utils.data import Dataset
 from .clips import ENDINGS, find_readable, stream_frames, stream_timed
 from .data import existing_folder, in_layout
 from .errors import InputError
-from .files import save_image, whole
+from .files import save_image, whole, write_atomically
 from .images import find_files, image_size, read_rgb
 from .restorer import RestorationMetric, restore_tiled
 from .task import Job, TimmModel
@@ -216,6 +218,7 @@ class Interpolator(TimmModel):
     def options(parser: argparse._ArgumentGroup) -> None:
         """How many frames, and the tiles of large ones."""
         parser.add_argument("--factor", type=int, default=2, help="2, 4 or 8 times as many frames")
+        parser.add_argument("--gif", action="store_true", help="write an animated GIF of each clip, too")
         parser.add_argument("--frame-tile", type=int, default=1280, help="side of the tiles of large frames")
 
     @classmethod
@@ -246,6 +249,10 @@ class Interpolator(TimmModel):
             else:
                 file = place.with_name(f"{place.name}.mp4")
                 results.append({"path": str(path), "video": str(file), "count": write_video(made, file)})
+            if job.options.gif:
+                source, gif = results[-1].get("video") or place, place.with_name(f"{place.name}.gif")
+                write_gif(stream_timed(Path(source)), gif)
+                results[-1]["gif"] = str(gif)
         return results
 
     def stream(self, path: Path, factor: int, tile: int) -> Iterator[tuple[np.ndarray, float]]:
@@ -287,6 +294,16 @@ class Interpolator(TimmModel):
 
 def _pixels(image: Tensor) -> np.ndarray:
     return (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
+
+
+def write_gif(frames: Iterator[tuple[np.ndarray, float]], file: Path) -> None:
+    """Frames with their times as an animated GIF that repeats; each is shown as long as the first one."""
+    head = list(itertools.islice(frames, 2))
+    duration = 1000 * (head[-1][1] - head[0][1])
+    first, *others = (Image.fromarray(pixels) for pixels, _ in head)
+    rest = itertools.chain(others, (Image.fromarray(pixels) for pixels, _ in frames))
+    options = dict(save_all=True, append_images=rest, duration=max(duration, 20), loop=0)
+    write_atomically(file, lambda partial: first.save(partial, format="gif", **options))
 
 
 def write_video(frames: Iterator[tuple[np.ndarray, float]], file: Path) -> int:
