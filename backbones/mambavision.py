@@ -51,9 +51,9 @@ class MambaVisionMixer(nn.Module):
     ``[x, z] = W_in u;  x, z = SiLU(conv(x)), SiLU(conv(z));  W_out [S6(x), z]``: the convolutions are centred, 3 taps
     along the tokens, and z is no gate.
 
-    With `reorder` (arXiv 2410.03292) the scan's tokens come in increasing order of ``k . (W_dt r + b)``, their step sizes
-    before the softplus: `soft` mixes them by a `SoftSort`, `hard` permutes them. Neither z is sorted, nor is what the
-    scan puts out turned back.
+    With `reorder` (arXiv 2410.03292) the scan's tokens come in increasing order of ``k . (W_dt r + b)``, of their step
+    sizes before the softplus: "soft" mixes them by a `SoftSort`, "hard" permutes them. z is not sorted, and what the
+    scan puts out is not turned back.
     """
 
     def __init__(self, dim: int, d_state: int = 8, reorder: str | None = None, device=None, dtype=None):

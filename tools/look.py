@@ -10,6 +10,7 @@ tokens of a deep model collapse to 0; where one is positive, they diverge, which
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -75,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         table.add_column(key, justify="left" if isinstance(value, str) else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    rich.console.Console(highlight=False, soft_wrap=True).print(table)
+    width = None if sys.stdout.isatty() else 160
+    rich.console.Console(highlight=False, width=width).print(table)
     print(summary)
 
 

@@ -11,7 +11,7 @@ SIGNS = ("positive", "negative", "mixed")
 
 
 class DefiniteProjection(nn.Module):
-    """A raw weight X ``(..., R + 2 N, I)``, rows as `S6` has them, to one whose ``S_C^T S_B`` has eigenvalues of one sign.
+    """A raw weight X ``(..., R + 2 N, I)`` of `S6` to one whose ``S_C^T S_B`` has eigenvalues of one sign.
 
     With U the strictly upper triangle of X's rows R to R + N, and 1 on the diagonal::
 
@@ -93,8 +93,8 @@ def state_eigenvalues(layer: S6) -> Tensor:
 class SoftSort(nn.Module):
     """A soft permutation into increasing order (SoftSort, arXiv 2006.16038).
 
-    ``P_{kl} = softmax_l(-|s_l - s_(k)| / tau)`` of scores s, with s_(k) the k-th smallest: row k is nearly one-hot at the
-    token of that rank where scores are farther apart than `tau`.
+    ``P_{kl} = softmax_l(-|s_l - s_(k)| / tau)`` of scores s, with s_(k) the k-th smallest: row k is nearly one-hot at
+    the token of that rank where scores are farther apart than `tau`.
 
     Args:
         tau: Temperature.
