@@ -208,7 +208,7 @@ def save(unet: nn.Module, folder: str | Path) -> None:
 
 def _mid(attn: Any, none: int) -> int:
     branch = attn.processor.to_q_
-    return branch[0].out_features if isinstance(branch, nn.Sequential) else none
+    return len(branch[0].weight) if isinstance(branch, nn.Sequential) else none
 
 
 def _read(weights: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
