@@ -27,7 +27,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,det,medical,video,export,cuda,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,det,medical,video,generate,export,cuda,dev]"
 	touch $@
 
 quickstart: setup

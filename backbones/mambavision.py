@@ -18,7 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
-from .layers import S6, Conv2dNHWC, Pyramid, Stage, zero_pad
+from .layers import S6, Conv2dNHWC, Pyramid, SoftSort, Stage, zero_pad
 from .layers.checkpoint import rename, unwrap_state_dict
 from .layers.norm import BatchNormNHWC
 from .layers.pretrained import imagenet_cfg
@@ -50,9 +50,13 @@ class MambaVisionMixer(nn.Module):
 
     ``[x, z] = W_in u;  x, z = SiLU(conv(x)), SiLU(conv(z));  W_out [S6(x), z]``: the convolutions are centred, 3 taps
     along the tokens, and z is no gate.
+
+    With `reorder` (arXiv 2410.03292) the scan's tokens come in increasing order of ``k . (W_dt r + b)``, of their step
+    sizes before the softplus: "soft" mixes them by a `SoftSort`, "hard" permutes them. z is not sorted, and what the
+    scan puts out is not turned back.
     """
 
-    def __init__(self, dim: int, d_state: int = 8, device=None, dtype=None):
+    def __init__(self, dim: int, d_state: int = 8, reorder: str | None = None, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         half = dim // 2
@@ -61,11 +65,29 @@ class MambaVisionMixer(nn.Module):
         self.conv_z = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False, **dd)
         self.s6 = S6(half, 1, d_state, dt_rank=-(-dim // 16), bias_twice=True, **dd)
         self.out_proj = nn.Linear(2 * half, dim, bias=False, **dd)
+        self.importance = nn.Linear(half, 1, bias=False, **dd) if reorder else None
+        self.sort = SoftSort(hard=reorder == "hard")
 
     def forward(self, u: Tensor) -> Tensor:
         x, z = self.in_proj(u).mT.chunk(2, dim=1)
         x, z = (F.silu(conv(part)).mT for conv, part in ((self.conv_x, x), (self.conv_z, z)))
-        return self.out_proj(torch.cat([self.s6(x.contiguous(), merge=True), z], dim=-1))
+        return self.out_proj(torch.cat([self.scan(x.contiguous()), z], dim=-1))
+
+    def scan(self, x: Tensor) -> Tensor:
+        """The scan of ``(B, L, C / 2)``; what it puts out is sorted as its tokens are."""
+        if self.importance is None:
+            return self.s6(x, merge=True)
+        scores = self.scores(x)
+        if torch.is_grad_enabled() or not self.sort.hard:
+            return self.s6(self.sort(scores) @ x, merge=True)
+        order = self.sort.order(scores.unsqueeze(1))
+        y = self.s6(x, order, merge=True)
+        return y.gather(1, order.mT.expand_as(y).long())
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The importance of each token ``(B, L)``."""
+        r = F.linear(x, self.s6.x_proj[0, : self.s6.dt_rank])
+        return self.importance(F.linear(r, self.s6.dt_weight[0], self.s6.dt_bias[0])).squeeze(-1)
 
 
 class Block(nn.Module):
@@ -133,11 +155,14 @@ class MambaVision(Pyramid):
         window_size: Sides of the windows of the last two stages. Windows larger than the map make attention global,
             and fill the map up with zeros that attention sees.
         init_values: What layer scales begin as; None for none.
+        reorder: "soft" or "hard" sorts the tokens of the first block of each windowed stage by importance; None for
+            none.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
 
     Raises:
-        ValueError: `window_size` is no pair of positive integers, or heads do not divide a stage's channels.
+        ValueError: `window_size` is no pair of positive integers, heads do not divide a stage's channels, or there is
+            no such `reorder`.
     """
 
     def __init__(
@@ -151,12 +176,15 @@ class MambaVision(Pyramid):
         num_heads: tuple[int, int] = (8, 16),
         window_size: tuple[int, int] = (14, 7),
         init_values: float | None = None,
+        reorder: str | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ):
         dd: dict = {"device": device, "dtype": dtype}
+        if reorder not in (None, "soft", "hard"):
+            raise ValueError(f"reorder: expected 'soft', 'hard' or None, got {reorder!r}")
         dims = [dim * 2**i for i in range(4)]
         super().__init__(tuple(dims), 4, in_chans, num_classes, drop_rate)
         sizes = tuple(window_size) if isinstance(window_size, (tuple, list)) else ()
@@ -180,7 +208,7 @@ class MambaVision(Pyramid):
             scans = depths[i] // 2 + depths[i] % 2
             blocks: list[nn.Module] = []
             for j, rate in enumerate(rates[i]):
-                mixer = MambaVisionMixer(width, **dd)
+                mixer = MambaVisionMixer(width, reorder=None if j else reorder, **dd)
                 if j >= scans:
                     mixer = Attention(width, num_heads[i - 2], qkv_bias=True, **dd)
                 blocks.append(Block(width, mixer, init_values, rate, **dd))
@@ -224,6 +252,7 @@ _RENAMES = [
     (r"\.mixer\.x_proj\.weight$", ".mixer.s6.x_proj"),
     (r"\.mixer\.dt_proj\.weight$", ".mixer.s6.dt_weight"),
     (r"\.mixer\.dt_proj\.bias$", ".mixer.s6.dt_bias"),
+    (r"\.mixer\.imporantness\.", ".mixer.importance."),
     (r"\.mixer\.(A_log|D)$", r".mixer.s6.\1"),
     (r"^head\.(?!fc\.)", "head.fc."),
 ]
@@ -239,19 +268,24 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
 
 def _cfg(**kwargs):
-    return imagenet_cfg(
-        first_conv="stem.0.conv",
-        classifier="head.fc",
+    cfg = dict(
+        crop_pct=1.0,
         license="nvidia-source-code-license-nc (non-commercial)",
         origin_url="https://github.com/NVlabs/MambaVision",
         paper_ids="arXiv:2407.08083",
-        **{"crop_pct": 1.0, **kwargs},
     )
+    return imagenet_cfg(first_conv="stem.0.conv", classifier="head.fc", **{**cfg, **kwargs})
 
 
 default_cfgs = generate_default_cfgs(
     {
         "mambavision_t.in1k": _cfg(),
+        "mambavision_t_reorder.in1k": _cfg(
+            crop_pct=0.875,
+            license="cc-by-nc-sa-4.0 (non-commercial)",
+            origin_url="https://github.com/Fsoft-AIC/Mamba-token-dynamic",
+            paper_ids="arXiv:2410.03292",
+        ),
         "mambavision_t2.in1k": _cfg(crop_pct=0.98),
         "mambavision_s.in1k": _cfg(crop_pct=0.93),
         "mambavision_b.in1k": _cfg(),
@@ -276,6 +310,12 @@ def _create_mambavision(variant: str, pretrained: bool = False, **kwargs) -> Mam
 def mambavision_t(pretrained: bool = False, **kwargs) -> MambaVision:
     """MambaVision-T."""
     return _create_mambavision("mambavision_t", pretrained, **kwargs)
+
+
+@register_model
+def mambavision_t_reorder(pretrained: bool = False, **kwargs) -> MambaVision:
+    """MambaVision-T whose scans in the first block of each windowed stage take tokens by importance (2410.03292)."""
+    return _create_mambavision("mambavision_t_reorder", pretrained, **dict(dict(reorder="soft"), **kwargs))
 
 
 @register_model

@@ -23,6 +23,7 @@ from .layers import ChannelMix, Isotropic, RWKVBlock, SpatialMix, q_shift, resiz
 from .layers.checkpoint import rename, reshape_as
 from .layers.pretrained import imagenet_cfg
 from .layers.rwkv import RWKV_NAMES, channel_ramp, decay_ramp, stack_mixes, zigzag
+from .layers.state_tuning import load_states, save_states, tune_states
 
 __all__ = ["VRWKV", "VRWKV6"]
 
@@ -42,6 +43,7 @@ class VRWKV(Isotropic):
         init_values: Layer scales to begin with; None for none.
         inner_norm: LayerNorms inside the mixers, as the large model has them.
         head_hidden: Width of a layer with tanh before the classifier; None for none.
+        state_tuning: Call `state_tuning` at the end.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
     """
@@ -62,6 +64,7 @@ class VRWKV(Isotropic):
         init_values: float | None = None,
         inner_norm: bool = False,
         head_hidden: int | None = None,
+        state_tuning: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
@@ -95,6 +98,27 @@ class VRWKV(Isotropic):
             self.pre_head = nn.Sequential(nn.Linear(dim, head_hidden, **dd), nn.Tanh())
             self.reset_classifier(num_classes)
         self.init_weights(needs_reset=False)
+        if state_tuning:
+            self.state_tuning()
+
+    def state_tuning(self, head: bool = True) -> None:
+        """From here on only the states learn that its scans start from and, with `head`, the classifier.
+
+        `save_states` writes these few numbers to a file, and `load_states` reads them; see
+        `linzoo.backbones.layers.state_tuning`.
+
+        Raises:
+            ValueError: the model mixes tokens by BiWKV, which has no matrix states.
+        """
+        tune_states(self, head)
+
+    def save_states(self, path) -> None:
+        """Writes what `state_tuning` leaves to learn."""
+        save_states(self, path)
+
+    def load_states(self, states) -> None:
+        """Reads what `save_states` wrote: a file or a state dict."""
+        load_states(self, states)
 
     @staticmethod
     def mixers(dim, layer, layers, inner_norm, device=None, dtype=None):
@@ -142,6 +166,8 @@ class SpatialMix6(nn.Module):
 
         w = decay + tanh(z_w D_1) D_2;   y = wkv6(r, k, v, w, bonus);   W_o (GroupNorm(y) * SiLU(g))
 
+    With a `time_state` ``(2, H, 64, 64)`` the scans start from it; see `linzoo.backbones.layers.state_tuning`.
+
     Args:
         dim: Channels; every 64 of them are a head.
         layer, layers: As in `SpatialMix`.
@@ -179,7 +205,17 @@ class SpatialMix6(nn.Module):
         self.gate = nn.Linear(dim, dim, bias=False, **dd)
         self.norm = nn.GroupNorm(self.heads, dim, eps=1e-5, **dd)
         self.output = nn.Linear(dim, dim, bias=False, **dd)
+        self.register_parameter("time_state", None)
         self.reset_parameters()
+
+    @property
+    def state_shape(self):
+        """Of the state before the first token and of that behind the last one."""
+        return 2, self.heads, self.head_dim, self.head_dim
+
+    def add_state(self):
+        """Gives the scans states of 0 to start from; in float32 whatever the weights."""
+        self.time_state = nn.Parameter(torch.zeros(self.state_shape, device=self.mix.device))
 
     @torch.no_grad()
     def reset_parameters(self):
@@ -202,7 +238,7 @@ class SpatialMix6(nn.Module):
         w, k, v, r, g = (z + d * (mix + x @ up) for mix, x, up in zip(self.mix, low, self.mix_w2.unbind(), strict=True))
         w = self.decay + torch.tanh(w @ self.decay_w1) @ self.decay_w2
         heads = [x.unflatten(-1, (self.heads, -1)) for x in (self.receptance(r), self.key(k), self.value(v), w)]
-        y = wkv6(*heads, self.bonus).flatten(-2)
+        y = wkv6(*heads, self.bonus, initial=self.time_state).flatten(-2)
         y = self.norm(y.flatten(0, 1).to(self.norm.weight.dtype)).unflatten(0, y.shape[:2])
         return self.output(y * F.silu(self.gate(g)))
 
@@ -245,6 +281,9 @@ def checkpoint_filter_fn(state_dict, model):
     if table is not None and table.shape != model.pos_embed.shape:
         side = math.isqrt(table.shape[1])
         out["pos_embed"] = resize_pos_embed(table, (side, side), model.grid_size, False, model.antialias_pos_embed)
+    for key, value in model.state_dict().items():
+        if key.endswith(".time_state"):  # which weights of before the tuning do not have
+            out.setdefault(key, torch.zeros(value.shape))
     return reshape_as(out, model)
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Times the zoo: `ops` its operators, backend against backend, `models` whole networks beside the usual baselines.
+"""Times the zoo: `ops` its operators, backend against backend, `models` whole networks beside the usual baselines,
+`linfusion` linear against softmax attention.
 
 Whatever is compared is timed in turns within one run, so that a busy moment of the machine hits all alike, and the
 median counts. The first line says what was timed on what.
@@ -8,6 +9,7 @@ median counts. The first line says what was timed on what.
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -643,6 +645,71 @@ def run_models(args):
     print_rows("models", facts, rows, model_columns(rows), args.json)
 
 
+# --- LinFusion ------------------------------------------------------------------------------------------------------
+
+LARGEST_SCORES = 2**30  # bytes of a matrix of attention scores that is still made
+
+
+def peak_bytes(call, device):
+    """Peak bytes that PyTorch allocated during a call, beside what was there before."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        return peak_memory(call) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        call()
+    results = profile.profiler.kineto_results.events()
+    events = sorted((e for e in results if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events))
+
+
+def attention_calls(tokens, args):
+    """Ways through one self-attention of a UNet, without gradient: by name, its call on that many tokens."""
+    try:
+        from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+    except ImportError as e:
+        raise SystemExit(f"error: linfusion needs diffusers: pip install 'linzoo[generate]' ({e})") from e
+    from linzoo.generate.linfusion import LinearAttention
+
+    x = torch.randn(args.batch, tokens, args.dim, device=args.device)
+    processors = {"linear": LinearAttention(args.dim, args.dim), "softmax": AttnProcessor2_0()}
+    if 4 * args.batch * args.heads * tokens**2 <= LARGEST_SCORES:
+        processors["scores"] = AttnProcessor()
+    sizes = dict(heads=args.heads, dim_head=args.dim // args.heads)
+    layers = {name: Attention(args.dim, **sizes, processor=p).to(args.device) for name, p in processors.items()}
+    return {name: functools.partial(torch.no_grad()(layer), x) for name, layer in layers.items()}
+
+
+ATTENTION_COLUMNS = {
+    "tokens": lambda r: f"{r['tokens']}",
+    "linear ms": lambda r: f"{r['linear_ms']:.1f}",
+    "~ L^": lambda r: f"{r['linear_exponent']:.2f}",
+    "softmax ms": lambda r: f"{r['softmax_ms']:.1f}",
+    "~ L^ ": lambda r: f"{r['softmax_exponent']:.2f}",
+    "softmax / linear": lambda r: f"{r['softmax_ms'] / r['linear_ms']:.1f}x",
+    "linear MiB": lambda r: f"{r['linear_bytes'] / 2**20:.0f}",
+    "softmax MiB": lambda r: f"{r['softmax_bytes'] / 2**20:.0f}",
+    "with scores MiB": lambda r: f"{r['scores_bytes'] / 2**20:.0f}" if "scores_bytes" in r else "-",
+}
+
+
+def run_linfusion(args):
+    """The `linfusion` part: softmax is PyTorch's fused attention, "with scores" the one that makes the L x L matrix."""
+    calls = {n: attention_calls(n, args) for n in args.tokens}
+    timed = {(name, n): call for n, ways in calls.items() for name, call in ways.items() if name != "scores"}
+    times = medians(timed, args.device, args.budget)
+    rows = []
+    for n, ways in calls.items():
+        row = {"tokens": n} | {f"{name}_ms": times[name, n] * 1e3 for name in ("linear", "softmax")}
+        rows.append(row | {f"{name}_bytes": peak_bytes(call, args.device) for name, call in ways.items()})
+    for name in ("linear", "softmax"):
+        slope = exponent(args.tokens, [times[name, n] for n in args.tokens])
+        for row in rows:
+            row[f"{name}_exponent"] = slope
+    facts = environment(args.device) | {"batch": args.batch, "dim": args.dim, "heads": args.heads}
+    print_rows("linfusion: one self-attention, forward", facts, rows, ATTENTION_COLUMNS, args.json)
+
+
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -661,7 +728,12 @@ def parse(argv):
     models.add_argument("--dtype", choices=list(DTYPES), help="autocast to it (default: float32; on CUDA bfloat16)")
     models.add_argument("--train", action="store_true", help="forward and backward in training mode")
     models.add_argument("--compile", action="store_true", help="also time what torch.compile makes of each")
-    for part in (ops, models):
+    linfusion = parts.add_parser("linfusion", help="LinFusion's attention against softmax, by the number of tokens")
+    linfusion.add_argument("--tokens", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 16384])
+    linfusion.add_argument("--batch", type=int, default=1)
+    linfusion.add_argument("--dim", type=int, default=320, help="channels (default: of Stable Diffusion's first level)")
+    linfusion.add_argument("--heads", type=int, default=8)
+    for part in (ops, models, linfusion):
         part.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
         part.add_argument("--budget", type=float, default=2.0, metavar="S", help="seconds that each timing may take")
         part.add_argument("--json", type=Path, metavar="FILE", help="add the results to this JSON file")
@@ -685,6 +757,9 @@ def parse(argv):
         if args.batch < 1 or min(args.sizes) < 1:
             parser.error("--batch and --sizes must be positive")
         args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    elif args.part == "linfusion":
+        if len(set(args.tokens)) < 2 or min(*args.tokens, args.batch, args.heads) < 1 or args.dim % args.heads:
+            parser.error("expected two numbers of --tokens, positive sizes, and --heads that divide --dim")
     elif args.device == "cpu" and (alien := set(args.op or ()) - OPS.keys()):
         parser.error(f"--op: {', '.join(sorted(alien))} has a kernel on CUDA alone; add --device cuda")
     return args
@@ -693,7 +768,7 @@ def parse(argv):
 def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler calls a machine without a GPU an error
     args = parse(argv)
-    {"ops": run_ops, "models": run_models}[args.part](args)
+    {"ops": run_ops, "models": run_models, "linfusion": run_linfusion}[args.part](args)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ COMMANDS = {
     "test": "evaluate a checkpoint",
     "predict": "label, segment, restore or find objects in files",
     "export": "write a model for ONNX Runtime or torch.export",
+    "look": "what a trained model has learnt: the dynamics of its scans",
     "benchmark": "time operators and models on this machine",
     "build": "compile the CPU kernels ahead",
     "make_data": "write the data sets of the examples",
     "quickstart": "train on handwritten digits and label others",
     "scenes": "segment or find digits on photographs, from the quickstart's weights",
     "denoise": "remove noise from photographs",
+    "state_tuning": "tune the states of a trained Vision-RWKV-6, beside a probe and fine-tuning",
     "ptd": "states of perturbed diagonal matrices, as S4 and S5 start from",
 }
 MODULES = {"build": "linzoo.ops.compile_cpu"}  # of other names than their commands
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> int | None:
             print(f"linzoo: unknown command {argv[0]!r}; usage: linzoo {{{','.join(COMMANDS)}}} ...", file=sys.stderr)
             return 2
         print("usage: linzoo COMMAND ...; `linzoo COMMAND --help` says more\n")
-        print("\n".join(f"  {name:11}{description}" for name, description in COMMANDS.items()))
+        print("\n".join(f"  {name:13}{description}" for name, description in COMMANDS.items()))
         print('\nlinzoo --version; in a shell: eval "$(linzoo completion bash)" (or zsh)')
         return 0
     try:

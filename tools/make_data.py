@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def digits(out: str | os.PathLike) -> None:
-    """scikit-learn's handwritten digits as `out/{train,val}/<digit>/<index>.png`, 8x8 grey.
+def digits(out: str | os.PathLike, kept: range = range(10)) -> None:
+    """scikit-learn's handwritten digits as `out/{train,val}/<digit>/<index>.png`, 8x8 grey; those of `kept`.
 
     1,797 scans (UCI Optical Recognition of Handwritten Digits, test part); a fixed stratified split of 1,437 and 360.
     The folder appears whole or not at all; an existing one is left as it is.
@@ -28,12 +28,22 @@ def digits(out: str | os.PathLike) -> None:
         images, labels = load_digits(return_X_y=True)
         parts = train_test_split(range(len(labels)), test_size=360, stratify=labels, random_state=0)
         for part, indices in zip(("train", "val"), parts, strict=True):
-            for i in indices:
+            for i in (i for i in indices if labels[i] in kept):
                 file = folder / part / str(labels[i]) / f"{i:04d}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray((images[i].reshape(8, 8) * 255 / 16).round().astype("uint8")).save(file)
 
     _write_whole(Path(out), write)
+
+
+def low_digits(out: str | os.PathLike) -> None:
+    """The `digits` 0 to 4, 721 and 180 of them."""
+    digits(out, range(5))
+
+
+def high_digits(out: str | os.PathLike) -> None:
+    """The `digits` 5 to 9, 716 and 180 of them."""
+    digits(out, range(5, 10))
 
 
 def inked(out: str | os.PathLike) -> None:
@@ -422,7 +432,8 @@ def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
         temporary.rename(out)
 
 
-MAKERS = {make.__name__: make for make in (beating, bouncing, digits, inked, lumps, moving, noisy, photos, scenes)}
+_MAKES = (beating, bouncing, digits, high_digits, inked, low_digits, lumps, moving, noisy, photos, scenes)
+MAKERS = {make.__name__: make for make in _MAKES}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from .channel_gate import ChannelGate
 from .checkpoint import unwrap_state_dict
 from .conv import Conv2dNHWC, ConvDownsample
+from .dynamics import DefiniteProjection, SoftSort, definite_projection
 from .fdconv import FDConv
 from .fuse import fuse_for_inference
 from .grkan import GRKAN, GroupRational
@@ -49,6 +50,7 @@ __all__ = [
     "ConvDownsample",
     "ConvS5",
     "ConvS5Layer",
+    "DefiniteProjection",
     "FDConv",
     "GroupRational",
     "GroupedLayerNorm",
@@ -59,6 +61,7 @@ __all__ = [
     "RMSNorm",
     "RWKVBlock",
     "S5Mixer",
+    "SoftSort",
     "SpatialMix",
     "Stage",
     "TVConv",
@@ -69,6 +72,7 @@ __all__ = [
     "WeightedConv2d",
     "WeightedConv3d",
     "channel_mixer",
+    "definite_projection",
     "fuse_for_inference",
     "grouped_linear",
     "q_shift",

@@ -77,7 +77,7 @@ class S6(nn.Module):
 
         Args:
             u: ``(B, L, D)``, read by every group, or ``(B, L, G, D)``.
-            order: ``(G, T)`` integer scan orders; see `linzoo.ops.selective_scan`.
+            order: ``(G, T)`` or ``(B, G, T)`` integer scan orders; see `linzoo.ops.selective_scan`.
             merge: Sum the groups' outputs.
 
         Returns:

@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..operator import CHUNK, Operator
@@ -71,6 +72,7 @@ def wkv6(
     *,
     order: Tensor | None = None,
     bidirectional: bool = True,
+    initial: Tensor | None = None,
 ) -> Tensor:
     """WKV of RWKV-6 (arXiv 2404.05892, section 4), in both directions as in Vision-RWKV-6.
 
@@ -91,6 +93,9 @@ def wkv6(
         u: Bonus ``(H, N)`` of a token for itself, counted once.
         order: As `bi_wkv`.
         bidirectional: Whether steps see those after them.
+        initial: The state before the first step and, where `bidirectional`, that behind the last one, values before
+            keys: ``(2, H, P, N)`` for all samples alike or ``(B, 2, H, P, N)``, with 1 in place of 2 for one direction;
+            None for 0. It has a gradient.
 
     Returns:
         ``(B, L, H, P)`` in the widest dtype of `r`, `k`, `v` and `w`; states are float32, float64 for float64.
@@ -98,9 +103,13 @@ def wkv6(
     Raises:
         As `bi_wkv`.
     """
-    check(r=(r, "BLHN"), k=(k, "BLHN"), v=(v, "BLHP"), w=(w, "BLHN"), u=(u, "HN"), order=(order, "T"))
+    ends = f"{1 + bidirectional}HPN"
+    ends = ends if isinstance(initial, Tensor) and initial.dim() == 4 else f"B{ends}"
+    matrices = dict(r=(r, "BLHN"), k=(k, "BLHN"), v=(v, "BLHP"), w=(w, "BLHN"))
+    check(**matrices, u=(u, "HN"), initial=(initial, ends), order=(order, "T"))
     dtype, (r, k, v, w, u) = _promote((r, k, v, w), (u,))
-    return _wkv6(r, k, v, w, u, order, bidirectional).to(dtype)
+    y = _wkv6(r, k, v, w, u, order, bidirectional)
+    return (y if initial is None else y + _of_ends(initial.to(y.dtype), r, w, order)).to(dtype)
 
 
 def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, *, order: Tensor | None = None) -> Tensor:
@@ -136,7 +145,14 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, *, or
 
 
 def wkv6_state(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial: Tensor | None = None
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    initial: Tensor | None = None,
+    *,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`wkv6` in one direction, from a state to a state: a sequence can be cut, and each part goes on from the last.
 
@@ -146,6 +162,7 @@ def wkv6_state(
     Args:
         r, k, v, w, u: As in `wkv6`.
         initial: S_0 ``(B, H, P, N)``, values before keys, or ``(H, P, N)`` for all samples alike; None for 0.
+        order: As `bi_wkv`: the first step is at token ``order[0]``.
 
     Returns:
         y ``(B, L, H, P)``, and the state behind the last step ``(B, H, P, N)`` in float32 (float64 for float64).
@@ -153,21 +170,33 @@ def wkv6_state(
     Raises:
         As `wkv6`.
     """
-    check(r=(r, "BLHN"), k=(k, "BLHN"), v=(v, "BLHP"), w=(w, "BLHN"), u=(u, "HN"), **_named(initial))
+    check(
+        r=(r, "BLHN"), k=(k, "BLHN"), v=(v, "BLHP"), w=(w, "BLHN"), u=(u, "HN"), **_named(initial), order=(order, "T")
+    )
     dtype, (r, k, v, w, u) = _promote((r, k, v, w), (u,))
     front, back = _writes(initial, k, v), _reads(k, v)
     parts = [_joined(f, x, b) for f, x, b in zip(front, (r, k, v, w), back, strict=True)]
-    return _split(_wkv6(*parts, u, None, False), front[0], back[0], dtype)
+    order = _between(order, front[0], r, back[0])
+    return _split(_wkv6(*parts, u, order, False), front[0], back[0], dtype)
 
 
 def wkv7_state(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, initial: Tensor | None = None
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial: Tensor | None = None,
+    *,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`wkv7` from a state to a state; see `wkv6_state`.
 
     Args:
         r, w, k, v, a, b: As in `wkv7`.
         initial: S_0 ``(B, H, P, N)``, or ``(H, P, N)`` for all samples alike; None for 0.
+        order: As `bi_wkv`.
 
     Returns:
         y ``(B, L, H, P)``, and the state behind the last step ``(B, H, P, N)`` in float32 (float64 for float64).
@@ -176,7 +205,7 @@ def wkv7_state(
         As `wkv7`.
     """
     matrices = dict(w=(w, "BLHN"), k=(k, "BLHN"), v=(v, "BLHP"), a=(a, "BLHN"), b=(b, "BLHN"))
-    check(r=(r, "BLHN"), **matrices, **_named(initial))
+    check(r=(r, "BLHN"), **matrices, **_named(initial), order=(order, "T"))
     dtype, (r, w, k, v, a, b) = _promote((r, w, k, v, a, b))
     front, back = _writes(initial, k, v), _reads(k, v)
     parts = [_joined(f, x, b) for f, x, b in zip(front, (r, k, v, w), back, strict=True)]
@@ -185,10 +214,30 @@ def wkv7_state(
         torch.cat([zero.expand(-1, front[0].shape[1], -1, -1), x, zero.expand(-1, back[0].shape[1], -1, -1)], 1)
         for zero, x in zip(none, (a, b), strict=True)
     )
+    order = _between(order, front[0], r, back[0])
     r, k, v, w = parts
-    return _split(_wkv7(r, w, k, v, a, b, None), front[0], back[0], dtype)
+    return _split(_wkv7(r, w, k, v, a, b, order), front[0], back[0], dtype)
 
 
+def _of_ends(initial, r, w, order):
+    """What the states at the ends add to the output of `wkv6`: ``initial (r_t * product of the decays between)``."""
+    place, length = None, r.shape[1]
+    if order is not None:
+        place = order.long().expand(len(r), -1)[..., None, None].expand(-1, -1, *r.shape[2:])
+        r, w = r.gather(1, place), w.gather(1, place)
+    decay = -w.clamp(max=LARGEST).exp()
+    shape = "hpn" if initial.dim() == 4 else "bhpn"
+    y = 0
+    for end, state in enumerate(initial.unbind(-4)):  # the second at the last step, from which decays run backwards
+        past = (decay.flip(1) if end else decay)[:, :-1].cumsum(1)
+        past = F.pad(past, (0, 0, 0, 0, 1, 0)).exp()
+        y = y + torch.einsum(f"bthn,{shape}->bthp", r * (past.flip(1) if end else past), state)
+    if place is None:
+        return y
+    return y.new_zeros(len(y), length, *y.shape[2:]).scatter(1, place[..., :1].expand_as(y), y)
+
+
+LARGEST = 80.0  # a decay before the exponentials that is 0 in any dtype
 STILL = -100.0  # a decay before the exponentials that is 1 in any dtype
 
 
@@ -221,6 +270,17 @@ def _reads(k, v):
 
 def _joined(front, x, back):
     return torch.cat([front, x, back], 1)
+
+
+def _between(order, front, x, back):
+    """The order of joined parts: those at the ends step by step, the middle by `order`."""
+    if order is None:
+        return None
+    first, last = front.shape[1], front.shape[1] + x.shape[1]
+    at = torch.arange(last + back.shape[1], dtype=order.dtype, device=order.device)
+    return torch.cat(
+        [at[:first].expand(*order.shape[:-1], -1), order + first, at[last:].expand(*order.shape[:-1], -1)], -1
+    )
 
 
 def _split(y, front, back, dtype):

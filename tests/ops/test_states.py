@@ -110,6 +110,68 @@ def test_parts_of_ssd_join(backend):
         run(*leaves[:-1], initial.mT)
 
 
+def both_ends(shared, **sizes):
+    x = inputs6(**sizes)
+    shape = x.pop("initial").shape
+    lead = () if shared else shape[:1]
+    return x | dict(initial=torch.randn(*lead, 2, *shape[1:], dtype=x["r"].dtype))
+
+
+@pytest.mark.parametrize("shared", (True, False))
+@pytest.mark.parametrize("order", (None, "one", "each"))
+def test_states_at_both_ends(shared, order):
+    """`wkv6` from two states is a scan forwards from the one, and one backwards from the other without the bonus."""
+    x = both_ends(shared, P=3)
+    order = {"one": torch.randperm(11)[:8], "each": torch.stack([torch.randperm(11)[:8] for _ in range(2)])}.get(order)
+    walk = torch.arange(11).expand(2, -1) if order is None else order.expand(2, -1)
+    place = walk[..., None, None].expand(-1, -1, 2, 4)
+    u, ends = x["u"], x["initial"].unbind(-4)
+    parts = {
+        name: value.gather(1, place[..., : value.shape[-1]])
+        for name, value in x.items()
+        if value.dim() == 4 and name != "initial"
+    }
+    forth = wkv6_state(**parts, u=u, initial=ends[0])[0]
+    back = wkv6_state(**{n: value.flip(1) for n, value in parts.items()}, u=0 * u, initial=ends[1])[0].flip(1)
+    expected = torch.zeros_like(x["v"]).scatter(1, place[..., :3], forth + back)
+    torch.testing.assert_close(wkv6(**x, order=order), expected)
+    x["initial"] = x["initial"][..., :1, :, :, :]
+    expected = torch.zeros_like(x["v"]).scatter(1, place[..., :3], forth)
+    torch.testing.assert_close(wkv6(**x, order=order, bidirectional=False), expected)
+
+
+def test_derivatives_of_states_at_both_ends():
+    x = both_ends(True, B=2, L=4, H=1, N=2, P=2)
+    leaves = tuple(value.requires_grad_() for value in x.values())
+    assert gradcheck(lambda *v: wkv6(**dict(zip(x, v, strict=True))), leaves)
+    x["w"] = (200 * torch.ones_like(x["w"])).detach().requires_grad_()  # decays of 0
+    y = wkv6(**x)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), list(x.values())))
+
+
+def test_steep_decays_at_the_ends():
+    """The far end's state is read as precisely as the near one's, behind whatever decays."""
+    x = both_ends(True, B=1, L=50, H=1, N=4)
+    x["w"] = torch.where(torch.rand_like(x["w"]) < 0.3, 9.0, -5.0).double()
+    low = {name: value.float() for name, value in x.items()}
+    torch.testing.assert_close(wkv6(**low).double(), wkv6(**x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("op", "make"), [(wkv6_state, inputs6), (wkv7_state, inputs7)])
+def test_states_along_an_order(op, make):
+    x = make(P=3)
+    order = torch.stack([torch.randperm(11)[:9] for _ in range(2)])
+    place = order[..., None, None]
+    parts = {
+        n: v.gather(1, place.expand(-1, -1, *v.shape[2:])) if n not in ("u", "initial") else v for n, v in x.items()
+    }
+    expected, state = op(**parts)
+    y, last = op(**x, order=order)
+    torch.testing.assert_close(last, state)
+    torch.testing.assert_close(y.gather(1, place.expand(-1, -1, 2, 3)), expected)
+    torch.testing.assert_close(op(**x, order=order[0])[1][0], state[0])
+
+
 def test_by_hand():
     """One step: what the state held decays, is erased along `a`, and is written to; then it is read."""
     x = inputs7(B=1, L=1, H=1, N=3, P=2)
@@ -171,3 +233,8 @@ def test_bad_states():
         wkv7_state(**{**x, "initial": x["initial"][0, :1]})
     with pytest.raises(TypeError, match="initial: expected float64, float32, bfloat16 or float16, got torch.int64"):
         wkv7_state(**{**x, "initial": x["initial"].long()})
+    x = both_ends(True, P=3)
+    with pytest.raises(ValueError, match=r"initial: expected \(2, H, P, N\) = \(2, 2, 3, 4\), got \(1, 2, 3, 4\)"):
+        wkv6(**{**x, "initial": x["initial"][:1]})
+    with pytest.raises(ValueError, match=r"initial: expected \(B, 1, H, P, N\)"):
+        wkv6(**{**x, "initial": x["initial"][0]}, bidirectional=False)

@@ -214,3 +214,20 @@ def test_cuda_without_a_device(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["ops", "--device", "cuda"])
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_linfusion_part(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    file = tmp_path / "linfusion.json"
+    sizes = ["--tokens", "64", "256", "--dim", "32", "--heads", "4"]
+    benchmark.main(["linfusion", *sizes, "--budget", "0", "--json", str(file)])
+    (written,) = json.loads(file.read_text())
+    assert [row["tokens"] for row in written["rows"]] == [64, 256]
+    for row in written["rows"]:
+        assert row["scores_bytes"] > 4 * 4 * row["tokens"] ** 2  # scores of four heads in float32
+        assert 0 < row["linear_bytes"] < row["scores_bytes"]
+        assert row["linear_ms"] > 0 and row["softmax_ms"] > 0
+    for wrong in (["--tokens", "64", "64"], ["--dim", "30", "--heads", "4"], ["--batch", "0"]):
+        with pytest.raises(SystemExit):
+            benchmark.main(["linfusion", *wrong])
+        assert "expected two numbers of --tokens" in capsys.readouterr().err.splitlines()[-1]

@@ -18,6 +18,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from linzoo.backbones import kind_of, list_models
+from linzoo.backbones.layers.state_tuning import tuned_states
 
 from .errors import InputError
 from .files import place, whole, write_atomically
@@ -188,6 +189,8 @@ class TimmModel(Task, BaseModel):
             data_config: timm's preprocessing keys (input_size, mean, std ...). None for a model of no images, which
                 timm has no words for: then the weights alone are written.
             facts: further entries of config.json.
+
+        Where states were tuned, `folder/states.safetensors` holds what was learnt alone.
         """
         with whole(folder) as partial:
             if data_config is None:
@@ -196,6 +199,8 @@ class TimmModel(Task, BaseModel):
             else:
                 settings = dict(model_config=facts, data_config=data_config, safe_serialization=True)
                 save_for_hf(self.model, str(partial), **settings)
+            if states := tuned_states(self.model):
+                save_file(states, partial / "states.safetensors")
             folder.mkdir(exist_ok=True)
             for file in partial.iterdir():
                 file.replace(folder / file.name)

@@ -1,0 +1,1 @@
+"""Generative models and what they share; the optional part `generate`."""
