@@ -53,7 +53,7 @@ test-newest: $(VENV)-newest/.installed
 
 $(VENV)-newest/.installed: pyproject.toml constraints-newest.txt
 	$(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[train,det,medical,video,export,dev]"
+	$(VENV)-newest/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[train,det,medical,video,generate,export,dev]"
 	touch $@
 
 test-clients: setup

@@ -27,10 +27,10 @@ RUNS = {"linear probe": "probe", "state tuning": "states", "all weights": "full"
 def learning(config: str) -> int:
     """How many numbers learn under a config."""
     cfg = load_config(config)
-    model: nn.Module = build(cfg).model
-    if any(hook.type == "FreezeHook" for hook in cfg.get("custom_hooks", ())):
-        model = model.get_classifier()
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model = build(cfg).model
+    frozen = any(hook.type == "FreezeHook" for hook in cfg.get("custom_hooks", ()))
+    learns: nn.Module = model.get_classifier() if frozen else model
+    return sum(p.numel() for p in learns.parameters() if p.requires_grad)
 
 
 def run(config: str, work_dir: Path) -> tuple[float, float | None]:

@@ -227,7 +227,7 @@ def _of_ends(initial, r, w, order):
         r, w = r.gather(1, place), w.gather(1, place)
     decay = -w.clamp(max=LARGEST).exp()
     shape = "hpn" if initial.dim() == 4 else "bhpn"
-    y = 0
+    y = r.new_zeros(())
     for end, state in enumerate(initial.unbind(-4)):  # the second at the last step, from which decays run backwards
         past = (decay.flip(1) if end else decay)[:, :-1].cumsum(1)
         past = F.pad(past, (0, 0, 0, 0, 1, 0)).exp()
