@@ -20,6 +20,7 @@ from .mambair_v2 import MambaIRv2
 from .mambavision import MambaVision
 from .mila import MILA
 from .occrwkv import OccRWKV
+from .plain import PlainMixer
 from .plainmamba import PlainMamba
 from .restore_rwkv import RestoreRWKV
 from .rgt import RGT
@@ -70,6 +71,7 @@ __all__ = [
     "PixelS4D",
     "PixelS5",
     "PlainMamba",
+    "PlainMixer",
     "RWKVSAMBackbone",
     "RestoreRWKV",
     "S4NDConvNeXt",
@@ -116,6 +118,7 @@ _FAMILIES: dict[Kind, tuple[str, ...]] = {
         "localmamba",
         "mambavision",
         "mila",
+        "plain",
         "plainmamba",
         "rwkvsam_backbone",
         "s4",

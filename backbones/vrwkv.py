@@ -11,18 +11,14 @@ every token with its four neighbours. Vision-RWKV mixes by bidirectional means w
 import math
 
 import torch
-import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features_fx import register_notrace_module
 from torch import nn
 
-from linzoo.ops import wkv6
-
-from .layers import ChannelMix, Isotropic, RWKVBlock, SpatialMix, q_shift, resize_pos_embed, unwrap_state_dict
+from .layers import ChannelMix, Isotropic, RWKVBlock, SpatialMix, SpatialMix6, resize_pos_embed, unwrap_state_dict
 from .layers.checkpoint import rename, reshape_as
 from .layers.pretrained import imagenet_cfg
-from .layers.rwkv import RWKV_NAMES, channel_ramp, decay_ramp, stack_mixes, zigzag
+from .layers.rwkv import RWKV_NAMES, stack_mixes
 from .layers.state_tuning import load_states, save_states, tune_states
 
 __all__ = ["VRWKV", "VRWKV6"]
@@ -155,92 +151,6 @@ class VRWKV(Isotropic):
         if prune_head:
             self.pre_head, self.pre_head_size = nn.Identity(), self.num_features
         return super().prune_intermediate_layers(indices, prune_norm, prune_head)
-
-
-@register_notrace_module  # FX cannot follow the operator's checks of shapes
-class SpatialMix6(nn.Module):
-    """RWKV-6's token mixer (arXiv 2404.05892, section 4) with shift and scans in both directions of an image.
-
-    With ``d = shift(z) - z``, inputs of decay, key, value, receptance and gate are ``z + d (mix_j + lora_j)``, where
-    ``lora_j = tanh((z + d mix_x) W_1)_j W_2j``; then::
-
-        w = decay + tanh(z_w D_1) D_2;   y = wkv6(r, k, v, w, bonus);   W_o (GroupNorm(y) * SiLU(g))
-
-    With a `time_state` ``(2, H, 64, 64)`` the scans start from it; see `linzoo.backbones.layers.state_tuning`.
-
-    Args:
-        dim: Channels; every 64 of them are a head.
-        layer, layers: As in `SpatialMix`.
-        mix_rank, decay_rank: Ranks of lora and of the decay's dependence on the token.
-    """
-
-    head_dim = 64
-
-    def __init__(
-        self,
-        dim: int,
-        layer: int = 0,
-        layers: int = 12,
-        mix_rank: int = 32,
-        decay_rank: int = 64,
-        device=None,
-        dtype=None,
-    ):
-        dd: dict = {"device": device, "dtype": dtype}
-        super().__init__()
-        if dim % self.head_dim:
-            raise ValueError(f"dim: expected a multiple of {self.head_dim}, got {dim}")
-        self.layer, self.layers, self.heads = layer, layers, dim // self.head_dim
-        self.mix_x = nn.Parameter(torch.empty(1, dim, **dd))
-        self.mix = nn.Parameter(torch.empty(5, dim, **dd))  # of w, k, v, r, g
-        self.mix_w1 = nn.Parameter(torch.empty(dim, 5 * mix_rank, **dd))
-        self.mix_w2 = nn.Parameter(torch.empty(5, mix_rank, dim, **dd))
-        self.decay = nn.Parameter(torch.empty(1, dim, **dd))
-        self.decay_w1 = nn.Parameter(torch.empty(dim, decay_rank, **dd))
-        self.decay_w2 = nn.Parameter(torch.empty(decay_rank, dim, **dd))
-        self.bonus = nn.Parameter(torch.empty(self.heads, self.head_dim, **dd))
-        self.key = nn.Linear(dim, dim, bias=False, **dd)
-        self.value = nn.Linear(dim, dim, bias=False, **dd)
-        self.receptance = nn.Linear(dim, dim, bias=False, **dd)
-        self.gate = nn.Linear(dim, dim, bias=False, **dd)
-        self.norm = nn.GroupNorm(self.heads, dim, eps=1e-5, **dd)
-        self.output = nn.Linear(dim, dim, bias=False, **dd)
-        self.register_parameter("time_state", None)
-        self.reset_parameters()
-
-    @property
-    def state_shape(self):
-        """Of the state before the first token and of that behind the last one."""
-        return 2, self.heads, self.head_dim, self.head_dim
-
-    def add_state(self):
-        """Gives the scans states of 0 to start from; in float32 whatever the weights."""
-        self.time_state = nn.Parameter(torch.zeros(self.state_shape, device=self.mix.device))
-
-    @torch.no_grad()
-    def reset_parameters(self):
-        dim, device = self.mix.shape[1], self.mix.device
-        later = self.layer / max(self.layers - 1, 1)
-        near = channel_ramp(dim, device) ** (1 - self.layer / self.layers)
-        far = 1 - near
-        self.mix_x.copy_(far.unsqueeze(0))
-        self.mix.copy_(torch.stack([far, far, far - 0.3 * later, 1 - near.sqrt(), 1 - near.sqrt()]))
-        for weight in (self.mix_w1, self.mix_w2, self.decay_w1, self.decay_w2):
-            nn.init.uniform_(weight, -1e-4, 1e-4)
-        self.decay.copy_(decay_ramp(dim, -6, -1, self.layer, self.layers, device).unsqueeze(0))
-        ramp = torch.arange(dim, dtype=torch.float32, device=device) / (dim - 1)
-        self.bonus.copy_((later * (1 - ramp) + 0.1 * zigzag(dim, device)).view_as(self.bonus))
-
-    def forward(self, z, grid):
-        """Tokens ``(B, H * W, C)`` and their grid ``(H, W)``."""
-        d = q_shift(z, grid, self.heads) - z
-        low = torch.tanh((z + d * self.mix_x) @ self.mix_w1).unflatten(-1, (5, -1)).unbind(-2)
-        w, k, v, r, g = (z + d * (mix + x @ up) for mix, x, up in zip(self.mix, low, self.mix_w2.unbind(), strict=True))
-        w = self.decay + torch.tanh(w @ self.decay_w1) @ self.decay_w2
-        heads = [x.unflatten(-1, (self.heads, -1)) for x in (self.receptance(r), self.key(k), self.value(v), w)]
-        y = wkv6(*heads, self.bonus, initial=self.time_state).flatten(-2)
-        y = self.norm(y.flatten(0, 1).to(self.norm.weight.dtype)).unflatten(0, y.shape[:2])
-        return self.output(y * F.silu(self.gate(g)))
 
 
 class VRWKV6(VRWKV):

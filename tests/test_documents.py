@@ -25,11 +25,13 @@ SHARED_CARDS |= {"mambair_v2": "mambair", "mambair_opensr": "mambair", "umamba_3
 
 PIXELS = "a classifier of pixel sequences: it has no maps"
 MAPS = "it gives maps and no classes"
+COMPARED = "it is there to compare mixers on one task; one config trains each"
 NO_DENSE = "the authors publish no results of this task"
 ONE_SIZE = "the authors publish dense results of other sizes; their config with this name trains it"
 # Why a variant has no config of a task: {task: {wildcard: reason}}; the first that fits counts.
 WITHOUT = {
     "cls": {
+        "plain_*": COMPARED,
         "vrwkv_*_adapter_*": MAPS,
         "rwkvsam_backbone_l": "the paper names it and gives no recipe",
         "mambavision_l*": "its recipe is not known to us",
@@ -40,6 +42,7 @@ WITHOUT = {
         "s5_pixel_*": PIXELS,
         "*_adapter_det": "the adapter of detection",
         "videomamba_*": NO_DENSE,
+        "plain_*": COMPARED,
         "*": ONE_SIZE,
     },
     "det": {
@@ -48,6 +51,7 @@ WITHOUT = {
         "*_adapter_seg": "the adapter of segmentation",
         "videomamba_*": NO_DENSE,
         "vil_*": NO_DENSE,
+        "plain_*": COMPARED,
         "*": ONE_SIZE,
     },
 }

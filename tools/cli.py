@@ -21,6 +21,7 @@ COMMANDS = {
     "scenes": "segment or find digits on photographs, from the quickstart's weights",
     "denoise": "remove noise from photographs",
     "state_tuning": "tune the states of a trained Vision-RWKV-6, beside a probe and fine-tuning",
+    "mixers": "token mixers side by side, in plain ViTs",
     "ptd": "states of perturbed diagonal matrices, as S4 and S5 start from",
 }
 MODULES = {"build": "linzoo.ops.compile_cpu"}  # of other names than their commands

@@ -8,12 +8,12 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import rich.box
 import rich.console
 import rich.table
 import torch
-from torch import nn
 
 from linzoo.tools import train
 from linzoo.tools.configs import shipped_configs
@@ -29,7 +29,7 @@ def learning(config: str) -> int:
     cfg = load_config(config)
     model = build(cfg).model
     frozen = any(hook.type == "FreezeHook" for hook in cfg.get("custom_hooks", ()))
-    learns: nn.Module = model.get_classifier() if frozen else model
+    learns: Any = model.get_classifier() if frozen else model
     return sum(p.numel() for p in learns.parameters() if p.requires_grad)
 
 

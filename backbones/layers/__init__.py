@@ -10,6 +10,8 @@ from .grkan import GRKAN, GroupRational
 from .grouped_linear import GroupedLinear, grouped_linear
 from .isotropic import Isotropic, resize_pos_embed
 from .kan import KAN, channel_mixer
+from .mlstm import MLSTMMixer
+from .nc_ssd import NCSSD
 from .norm import GroupedLayerNorm, RMSNorm
 from .omni_shift import OmniShift
 from .padding import zero_pad
@@ -24,17 +26,19 @@ from .plugins import (
     sample_channels,
 )
 from .pyramid import Pyramid, Stage
-from .rwkv import ChannelMix, RWKVBlock, SpatialMix, q_shift
+from .rwkv import ChannelMix, RWKVBlock, SpatialMix, SpatialMix6, SpatialMix7, q_shift
 from .s4 import LSSL, S4, S4D, S4ND
 from .s5 import S5, ConvS5, ConvS5Layer, S5Mixer
 from .s6 import S6
 from .ss2d import SS2D
+from .token_mixer import TokenMixer
 from .vim_mixer import CausalConv, VimBlock, VimMixer
 
 __all__ = [
     "GRKAN",
     "KAN",
     "LSSL",
+    "NCSSD",
     "S4",
     "S4D",
     "S4ND",
@@ -63,6 +67,10 @@ __all__ = [
     "S5Mixer",
     "SoftSort",
     "SpatialMix",
+    "SpatialMix6",
+    "SpatialMix7",
+    "TokenMixer",
+    "MLSTMMixer",
     "Stage",
     "TVConv",
     "VimBlock",

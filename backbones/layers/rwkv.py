@@ -8,7 +8,7 @@ from timm.layers import DropPath, LayerScale
 from timm.models._features_fx import register_notrace_function, register_notrace_module
 from torch import nn
 
-from linzoo.ops import bi_wkv, scan_order
+from linzoo.ops import bi_wkv, scan_order, wkv6, wkv7, wkv7_state
 
 
 @register_notrace_function  # FX cannot follow what depends on the map's size
@@ -115,6 +115,197 @@ class SpatialMix(nn.Module):
             order = scan_order.column(*grid, device=k.device) if i % 2 else None
             v = bi_wkv(k, v, decay, bonus, order=order, divide_by_length=True)
         return v
+
+
+class StateMixer(nn.Module):
+    """A mixer of H heads of 64 channels whose scans in both directions may start from learnt states, `time_state`; see
+    `linzoo.backbones.layers.state_tuning`.
+    """
+
+    head_dim = 64
+
+    def __init__(self, dim: int):
+        super().__init__()
+        if dim % self.head_dim:
+            raise ValueError(f"dim: expected a multiple of {self.head_dim}, got {dim}")
+        self.heads = dim // self.head_dim
+        self.register_parameter("time_state", None)
+
+    @property
+    def state_shape(self):
+        """Of the state before the first token and of that behind the last one."""
+        return 2, self.heads, self.head_dim, self.head_dim
+
+    def add_state(self):
+        """Gives the scans states of 0 to start from; in float32 whatever the weights."""
+        self.time_state = nn.Parameter(torch.zeros(self.state_shape, device=self.mix.device))
+
+
+@register_notrace_module  # FX cannot follow the operator's checks of shapes
+class SpatialMix6(StateMixer):
+    """RWKV-6's token mixer (arXiv 2404.05892, section 4) with shift and scans in both directions of an image.
+
+    With ``d = shift(z) - z``, inputs of decay, key, value, receptance and gate are ``z + d (mix_j + lora_j)``, where
+    ``lora_j = tanh((z + d mix_x) W_1)_j W_2j``; then::
+
+        w = decay + tanh(z_w D_1) D_2;   y = wkv6(r, k, v, w, bonus);   W_o (GroupNorm(y) * SiLU(g))
+
+    Args:
+        dim: Channels; every 64 of them are a head.
+        layer, layers: As in `SpatialMix`.
+        mix_rank, decay_rank: Ranks of lora and of the decay's dependence on the token.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        layer: int = 0,
+        layers: int = 12,
+        mix_rank: int = 32,
+        decay_rank: int = 64,
+        device=None,
+        dtype=None,
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
+        super().__init__(dim)
+        self.layer, self.layers = layer, layers
+        self.mix_x = nn.Parameter(torch.empty(1, dim, **dd))
+        self.mix = nn.Parameter(torch.empty(5, dim, **dd))  # of w, k, v, r, g
+        self.mix_w1 = nn.Parameter(torch.empty(dim, 5 * mix_rank, **dd))
+        self.mix_w2 = nn.Parameter(torch.empty(5, mix_rank, dim, **dd))
+        self.decay = nn.Parameter(torch.empty(1, dim, **dd))
+        self.decay_w1 = nn.Parameter(torch.empty(dim, decay_rank, **dd))
+        self.decay_w2 = nn.Parameter(torch.empty(decay_rank, dim, **dd))
+        self.bonus = nn.Parameter(torch.empty(self.heads, self.head_dim, **dd))
+        self.key = nn.Linear(dim, dim, bias=False, **dd)
+        self.value = nn.Linear(dim, dim, bias=False, **dd)
+        self.receptance = nn.Linear(dim, dim, bias=False, **dd)
+        self.gate = nn.Linear(dim, dim, bias=False, **dd)
+        self.norm = nn.GroupNorm(self.heads, dim, eps=1e-5, **dd)
+        self.output = nn.Linear(dim, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        dim, device = self.mix.shape[1], self.mix.device
+        later = self.layer / max(self.layers - 1, 1)
+        near = channel_ramp(dim, device) ** (1 - self.layer / self.layers)
+        far = 1 - near
+        self.mix_x.copy_(far.unsqueeze(0))
+        self.mix.copy_(torch.stack([far, far, far - 0.3 * later, 1 - near.sqrt(), 1 - near.sqrt()]))
+        for weight in (self.mix_w1, self.mix_w2, self.decay_w1, self.decay_w2):
+            nn.init.uniform_(weight, -1e-4, 1e-4)
+        self.decay.copy_(decay_ramp(dim, -6, -1, self.layer, self.layers, device).unsqueeze(0))
+        ramp = torch.arange(dim, dtype=torch.float32, device=device) / (dim - 1)
+        self.bonus.copy_((later * (1 - ramp) + 0.1 * zigzag(dim, device)).view_as(self.bonus))
+
+    def forward(self, z, grid):
+        """Tokens ``(B, H * W, C)`` and their grid ``(H, W)``."""
+        d = q_shift(z, grid, self.heads) - z
+        low = torch.tanh((z + d * self.mix_x) @ self.mix_w1).unflatten(-1, (5, -1)).unbind(-2)
+        w, k, v, r, g = (z + d * (mix + x @ up) for mix, x, up in zip(self.mix, low, self.mix_w2.unbind(), strict=True))
+        w = self.decay + torch.tanh(w @ self.decay_w1) @ self.decay_w2
+        heads = [x.unflatten(-1, (self.heads, -1)) for x in (self.receptance(r), self.key(k), self.value(v), w)]
+        y = wkv6(*heads, self.bonus, initial=self.time_state).flatten(-2)
+        y = self.norm(y.flatten(0, 1).to(self.norm.weight.dtype)).unflatten(0, y.shape[:2])
+        return self.output(y * F.silu(self.gate(g)))
+
+
+@register_notrace_module  # FX cannot follow the operator's checks of shapes
+class SpatialMix7(StateMixer):
+    """RWKV-7's token mixer (arXiv 2503.14456, section 4) with shift and scans in both directions of an image.
+
+    No vision model of RWKV-7 is published: the shift and both directions are as in `SpatialMix6`. With ``d = shift(z)
+    - z``, inputs are ``z + d mix_j``; `lora` is a product of two narrow matrices::
+
+        r, k, v = W_r z_r, W_k z_k, W_v z_v;    a = sigmoid(rate + lora_a(z_a));    g = lora_g(z_g), sigmoid inside
+        w = -softplus(-(decay + lora_w(z_w))) - 1/2, tanh inside: a step keeps exp(-exp(w)) > exp(-exp(-1/2))
+        e = k removal / |k removal| in each head;    k <- k (1 + (a - 1) write)
+        y = GroupNorm(both directions' wkv7(r, w, k, v, -e, a e)) + (r . bonus k) v;    W_o (y g)
+
+    The first layer's values, which later layers of the language model mix in, are left out: a mixer knows no other.
+
+    Args:
+        dim: Channels; every 64 of them are a head.
+        layer, layers: As in `SpatialMix`.
+        rank, gate_rank: Ranks of decay and rate, and of the gate; None for the published ones of this width.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        layer: int = 0,
+        layers: int = 12,
+        rank: int | None = None,
+        gate_rank: int | None = None,
+        device=None,
+        dtype=None,
+    ):
+        dd: dict = {"device": device, "dtype": dtype}
+        super().__init__(dim)
+        self.layer, self.layers = layer, layers
+        rank = rank or max(32, round(1.8 * dim**0.5 / 32) * 32)
+        gate_rank = gate_rank or max(32, round(0.6 * dim**0.8 / 32) * 32)
+        self.mix = nn.Parameter(torch.empty(6, dim, **dd))  # of r, w, k, v, a, g
+        for name, inner in (("decay", rank), ("rate", rank), ("gate", gate_rank)):
+            self.register_parameter(f"{name}_down", nn.Parameter(torch.empty(dim, inner, **dd)))
+            self.register_parameter(f"{name}_up", nn.Parameter(torch.empty(inner, dim, **dd)))
+        self.decay = nn.Parameter(torch.empty(dim, **dd))
+        self.rate = nn.Parameter(torch.empty(dim, **dd))
+        self.removal = nn.Parameter(torch.empty(dim, **dd))
+        self.write = nn.Parameter(torch.empty(dim, **dd))
+        self.bonus = nn.Parameter(torch.empty(self.heads, self.head_dim, **dd))
+        self.receptance = nn.Linear(dim, dim, bias=False, **dd)
+        self.key = nn.Linear(dim, dim, bias=False, **dd)
+        self.value = nn.Linear(dim, dim, bias=False, **dd)
+        self.norm = nn.GroupNorm(self.heads, dim, eps=1e-5 * self.head_dim, **dd)
+        self.output = nn.Linear(dim, dim, bias=False, **dd)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Decays from slow to fast over the channels; decay, rate and gate that depend on no token yet."""
+        dim, device = self.mix.shape[1], self.mix.device
+        ramp = channel_ramp(dim, device)
+        near, later = 1 - self.layer / self.layers, self.layer / max(self.layers - 1, 1)
+        key, value = ramp ** (0.9 * near) + 0.4 * later, ramp ** (0.4 * near) + 0.6 * later
+        flat = torch.ones_like(ramp)
+        self.mix.copy_(torch.stack([1 - ramp ** (0.2 * near), 0.9 * flat, 1 - key, 1 - value, 0.9 * flat, 0.2 * flat]))
+        for name in ("decay", "rate", "gate"):
+            nn.init.zeros_(getattr(self, f"{name}_down"))
+            nn.init.orthogonal_(getattr(self, f"{name}_up"), gain=0.1)
+        self.decay.copy_(decay_ramp(dim, -6.5, -1.5, self.layer, self.layers, device))
+        nn.init.zeros_(self.rate)
+        nn.init.constant_(self.removal, 0.85)
+        nn.init.ones_(self.write)
+        nn.init.zeros_(self.bonus)
+        for linear, scale in ((self.receptance, 0.5), (self.key, 0.05), (self.value, 0.5)):
+            nn.init.uniform_(linear.weight, -scale * dim**-0.5, scale * dim**-0.5)
+
+    def forward(self, z, grid):
+        """Tokens ``(B, H * W, C)`` and their grid ``(H, W)``."""
+        d = q_shift(z, grid, self.heads) - z
+        r, w, k, v, a, g = (z + d * mix for mix in self.mix)
+        w = self.decay + torch.tanh(w @ self.decay_down) @ self.decay_up
+        a = torch.sigmoid(self.rate + a @ self.rate_down @ self.rate_up)
+        g = torch.sigmoid(g @ self.gate_down) @ self.gate_up
+        r, k, v = self.receptance(r), self.key(k), self.value(v)
+        erased = k * self.removal
+        k = k * (1 + (a - 1) * self.write)
+        w = -F.softplus(-w) - 0.5
+        r, w, k, v, a, erased = (x.unflatten(-1, (self.heads, -1)) for x in (r, w, k, v, a, erased))
+        erased = F.normalize(erased, dim=-1)
+        back = torch.arange(z.shape[1] - 1, -1, -1, dtype=torch.int32, device=z.device)
+        y = torch.zeros_like(v)
+        for order, state in zip(
+            (None, back), (None, None) if self.time_state is None else self.time_state, strict=True
+        ):
+            inputs = r, w, k, v, -erased, a * erased
+            y = y + (wkv7(*inputs, order=order) if state is None else wkv7_state(*inputs, state, order=order)[0])
+        y = y.flatten(-2)
+        y = self.norm(y.flatten(0, 1).to(self.norm.weight.dtype)).unflatten(0, y.shape[:2])
+        own = (r * k * self.bonus).sum(-1, keepdim=True) * v
+        return self.output((y + own.flatten(-2)) * g)
 
 
 class ChannelMix(nn.Module):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
-from .clips import ENDINGS, find_readable, read_clip, stream_frames
+from .clips import ENDINGS, find_readable, stream_frames
 from .data import existing_folder, in_layout
 from .errors import InputError
 from .files import save_image
@@ -384,9 +384,13 @@ class ClipSegmenter(TimmModel):
 
     @staticmethod
     def draw(axis: Axes, result: dict) -> None:
-        """The middle frame with the outline of its mask."""
-        axis.imshow(read_clip(result["path"], 1)[0].permute(1, 2, 0))
-        draw_outline(axis, read_labels(Path(result["folder"], f"{result['count'] // 2:06d}.png")) > 0, "C1")
+        """The first, the middle and the last frame with the outlines of their masks."""
+        last, folder = result["count"] - 1, Path(result["folder"])
+        places = sorted({0, last // 2, last})
+        frames = [frame for t, frame in enumerate(stream_frames(result["path"])) if t in places]
+        masks = [read_labels(folder / f"{t:06d}.png") > 0 for t in places]
+        axis.imshow(np.vstack(frames))
+        draw_outline(axis, np.vstack(masks), "C1")
 
 
 @METRICS.register_module()

@@ -1,0 +1,70 @@
+"""Token mixers side by side: plain ViTs that differ in their mixer and in nothing else.
+
+Of every `plain_<mixer>_t`: parameters and MACs at 224 px, images a second at several sizes and how time grows with the
+tokens, all in turns in one run; and, after as many steps from the same seed, the accuracy of one of two blocks on
+held-out handwritten digits (`cls/plain_digits`). A training that was cut off continues.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import rich.box
+import rich.console
+import rich.table
+
+from linzoo.backbones.plain import MIXERS
+from linzoo.tools import benchmark, train
+from linzoo.tools.configs import shipped_configs
+
+WORK_DIR = Path("work_dirs/mixers")
+
+
+def digits(mixer: str) -> tuple[float, float | None]:
+    """Accuracy in percent of 360 held-out digits, and seconds of the training unless it was cut off before."""
+    work_dir = WORK_DIR / mixer
+    file, begun, start = work_dir / "seconds.json", any(work_dir.glob("*.pth")), time.perf_counter()
+    options = ["--cfg-options", f"model.model_name=plain_{mixer}_t"]
+    train.main([str(shipped_configs()["cls/plain_digits"]), "--work-dir", str(work_dir), "--resume", *options])
+    if not begun:
+        file.write_text(json.dumps(time.perf_counter() - start))
+    seconds = json.loads(file.read_text()) if file.exists() else None
+    return json.loads((work_dir / "export/config.json").read_text())["top1"], seconds
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `mixers`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), metavar="MIXER", help="some alone")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448, 896], help="sides of the images, in px")
+    parser.add_argument("--budget", type=float, default=3.0, help="seconds that each timing may take")
+    parser.add_argument("--no-training", action="store_true", help="leave the digits out")
+    args = parser.parse_args(argv)
+
+    found = {} if args.no_training else {mixer: digits(mixer) for mixer in args.mixers}
+    names = {f"plain_{mixer}_t": mixer for mixer in args.mixers}
+    options = ["models", "--models", *names, "--sizes", *map(str, args.sizes), "--batch", "1"]
+    options = benchmark.parse([*options, "--budget", str(args.budget)])
+    rows = [row for size in args.sizes for row in benchmark.model_rows(list(names), size, options)]
+
+    columns = ["mixer", "params M", "GMACs", *(f"images/s at {size}" for size in args.sizes)]
+    columns += ["time ~ tokens^"] * (len(args.sizes) > 1) + ["digits %", "seconds"] * bool(found)
+    table = rich.table.Table(*columns, box=rich.box.MARKDOWN)
+    for name, mixer in names.items():
+        own = [row for row in rows if row["model"] == name]
+        cells = [mixer, f"{own[0]['params'] / 1e6:.2f}", f"{own[0]['macs'] / 1e9:.2f}"]
+        cells += [f"{row['images_per_s']:.1f}" for row in own]
+        if len(own) > 1:
+            cells.append(f"{benchmark.exponent([r['tokens'] for r in own], [r['seconds'] for r in own]):.2f}")
+        if found:
+            accuracy, seconds = found[mixer]
+            cells += [f"{accuracy:.2f}", "-" if seconds is None else f"{seconds:.0f}"]
+        table.add_row(*cells)
+    facts = benchmark.environment(options.device)
+    print("  ".join(f"{key} {value}" for key, value in facts.items()))
+    rich.console.Console(highlight=False, width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
