@@ -13,7 +13,6 @@ import rich.box
 import rich.console
 import rich.table
 import torch
-from torch import nn
 
 from linzoo.tools import train
 from linzoo.tools.configs import shipped_configs
@@ -27,7 +26,7 @@ RUNS = {"linear probe": "probe", "state tuning": "states", "all weights": "full"
 def learning(config: str) -> int:
     """How many numbers learn under a config."""
     cfg = load_config(config)
-    model: nn.Module = build(cfg).model
+    model = build(cfg).get_submodule("model")
     if any(hook.type == "FreezeHook" for hook in cfg.get("custom_hooks", ())):
         model = model.get_classifier()
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
