@@ -32,6 +32,7 @@ from .segmamba import SegMamba
 from .spatialmamba import SpatialMamba
 from .swin_umamba import SwinUMamba, SwinUMambaD
 from .terminator import Terminator
+from .tsm2 import TSM2
 from .umamba import UMamba
 from .umamba_3d import umamba_bot_3d as _umamba_bot_3d  # noqa: F401  registers the 3-D ones
 from .vfimamba import VFIMamba
@@ -52,6 +53,7 @@ __all__ = [
     "MILA",
     "RGT",
     "RWKVSAM",
+    "TSM2",
     "VRWKV",
     "VRWKV6",
     "VRWKVAdapter",
@@ -107,6 +109,7 @@ Kind = Literal[
     "tracking",
     "interpolation",
     "fixed",
+    "forecasting",
 ]
 
 _FAMILIES: dict[Kind, tuple[str, ...]] = {
@@ -143,6 +146,7 @@ _FAMILIES: dict[Kind, tuple[str, ...]] = {
     "tracking": ("gdkvm",),
     "interpolation": ("vfimamba",),
     "fixed": ("terminator",),
+    "forecasting": ("tsm2",),
 }
 KINDS: tuple[Kind, ...] = tuple(_FAMILIES)
 
@@ -158,7 +162,8 @@ def list_models(filter: str | list[str] = "", kind: Kind | None = "backbone") ->
             "occupancy" for models of voxels; "video" for models of clips; "volume" for models that segment volumes;
             "tracking" for models that segment clips, frame by frame;
             "interpolation" for models that put frames between two;
-            "fixed" for classifiers of square images of one size, whose outputs depend on the batch.
+            "fixed" for classifiers of square images of one size, whose outputs depend on the batch;
+            "forecasting" for models of time series.
             None for all of them.
 
     Raises:

@@ -24,7 +24,7 @@ from torch import nn
 
 from linzoo.ops import scan_order, selective_scan
 
-from .layers import SS2D, Conv2dNHWC, Pyramid
+from .layers import SS2D, Conv2dNHWC, Pyramid, WeightedAverage
 from .layers.pretrained import imagenet_cfg
 from .layers.s6 import S6, init_step_bias
 
@@ -130,31 +130,6 @@ class ChannelMixer(nn.Module):
     def forward(self, x):
         v, gate = self.in_proj(x).chunk(2, dim=-1)
         return self.out_proj(self.out_norm(self.scan(F.silu(self.conv(v)))) * F.silu(gate))
-
-
-class WeightedAverage(nn.Module):
-    """``sum_i a_i T_i + sum_i b_i C_i`` of token mixers' outputs T and channel mixers' outputs C.
-
-    T_0 and C_0 both are the stage's input. All weights begin at 1, but b_0 at 0: every mixer then reads the stage's
-    input plus all outputs so far, as in a residual network.
-    """
-
-    def __init__(self, tokens: int, channels: int, learned: bool, device=None, dtype=None):
-        dd: dict = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.tokens = nn.Parameter(torch.empty(tokens, **dd), requires_grad=learned)
-        self.channels = nn.Parameter(torch.empty(channels, **dd), requires_grad=learned)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self):
-        nn.init.ones_(self.tokens)
-        nn.init.ones_(self.channels)
-        self.channels[0] = 0
-
-    def forward(self, tokens, channels):
-        terms = [self.tokens[i] * y for i, y in enumerate(tokens)]
-        return sum(terms + [self.channels[i] * y for i, y in enumerate(channels)])
 
 
 class Block(nn.Module):

@@ -9,6 +9,7 @@ median counts. The first line says what was timed on what.
 import argparse
 import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -665,10 +666,8 @@ def peak_bytes(call, device):
 
 def attention_calls(tokens, args):
     """Ways through one self-attention of a UNet, without gradient: by name, its call on that many tokens."""
-    try:
-        from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-    except ImportError as e:
-        raise SystemExit(f"error: linfusion needs diffusers: pip install 'linzoo[generate]' ({e})") from e
+    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+
     from linzoo.generate.linfusion import LinearAttention
 
     x = torch.randn(args.batch, tokens, args.dim, device=args.device)
@@ -758,6 +757,8 @@ def parse(argv):
             parser.error("--batch and --sizes must be positive")
         args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     elif args.part == "linfusion":
+        if importlib.util.find_spec("diffusers") is None:
+            parser.error("linfusion needs diffusers: pip install 'linzoo[generate]'")
         if len(set(args.tokens)) < 2 or min(*args.tokens, args.batch, args.heads) < 1 or args.dim % args.heads:
             parser.error("expected two numbers of --tokens, positive sizes, and --heads that divide --dim")
     elif args.device == "cpu" and (alien := set(args.op or ()) - OPS.keys()):

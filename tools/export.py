@@ -57,9 +57,6 @@ def load(name: str, weights: str | None) -> tuple[nn.Module, tuple[int, ...]]:
             note(f"no WEIGHTS: those of {name!r} are random")
         made = timm.create_model if ":" in name else create_model
         model = made(name, pretrained=True if own else weights or False)
-    kind = kind_of(model.pretrained_cfg["architecture"])
-    if kind in ("promptable", "occupancy", "video"):
-        raise InputError(f"MODEL {name!r} is of kind {kind!r}; expected one that takes images alone")
     return model.eval(), resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg))["input_size"]
 
 
@@ -128,6 +125,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.size and min(args.size) < 1:
         raise InputError(f"--size {args.size[0]} {args.size[1]}: expected positive numbers")
     model, (channels, *own) = load(args.model, args.weights)
+    kind = kind_of(model.pretrained_cfg["architecture"])
+    if kind in ("promptable", "occupancy", "video", "forecasting"):
+        raise InputError(f"MODEL {args.model!r} is of kind {kind!r}; expected one that takes images alone")
     height, width = args.size or own
     fixed = model.pretrained_cfg.get("fixed_input_size")
     if fixed and ([height, width] != own or {"height", "width"} & set(asked)):

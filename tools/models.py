@@ -43,7 +43,8 @@ def create(name: str, size: int, **kwargs) -> torch.nn.Module:
 def measure(name: str, size: int = 224) -> tuple[int, float | None]:
     """Parameters and multiply-accumulates of one image, of `size` x `size`.
 
-    Of a clip of the model's number of frames, where it has one, else of one frame; of a volume as deep as it is wide.
+    Of a clip of the model's number of frames, where it has one, else of one frame; of a volume as deep as it is wide;
+    of a series of seven variates.
 
     MACs are None where they depend on what is in the scene, as those of occupancy do.
     """
@@ -51,11 +52,14 @@ def measure(name: str, size: int = 224) -> tuple[int, float | None]:
     parameters = sum(p.numel() for p in model.parameters())
     if kind == "occupancy":
         return parameters, None
-    one = (1, model.in_chans)
-    depth = {"video": one, "tracking": one, "volume": (model.in_chans, size)}.get(kind, (model.in_chans,))
+    channels = getattr(model, "in_chans", 1)
+    one = (1, channels)
+    depth = {"video": one, "tracking": one, "volume": (channels, size)}.get(kind, (channels,))
     shape = (1, *depth, size, size)
+    if kind == "forecasting":
+        shape = (1, 7, model.context)
     if hasattr(model, "num_frames"):
-        shape = (1, model.in_chans, model.num_frames, size, size)
+        shape = (1, channels, model.num_frames, size, size)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(*[torch.empty(shape, device="meta")] * (2 if kind == "interpolation" else 1))

@@ -1,5 +1,6 @@
 """Layers that more than one family uses and timm does not have."""
 
+from .averaging import WeightedAverage
 from .channel_gate import ChannelGate
 from .checkpoint import unwrap_state_dict
 from .conv import Conv2dNHWC, ConvDownsample
@@ -76,6 +77,7 @@ __all__ = [
     "VimBlock",
     "VimMixer",
     "WaRA",
+    "WeightedAverage",
     "WeightedConv1d",
     "WeightedConv2d",
     "WeightedConv3d",

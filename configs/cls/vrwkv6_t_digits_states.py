@@ -9,5 +9,5 @@ model = dict(state_tuning=True)
 optim_wrapper = dict(
     _delete_=True,
     optimizer=dict(type="AdamW", lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0),
-    paramwise_cfg=dict(custom_keys=dict(time_state=dict(lr_mult=10.0))),
+    paramwise_cfg=dict(custom_keys=dict(time_state=dict(lr_mult=100.0))),
 )

@@ -227,11 +227,12 @@ def _of_ends(initial, r, w, order):
         r, w = r.gather(1, place), w.gather(1, place)
     decay = -w.clamp(max=LARGEST).exp()
     shape = "hpn" if initial.dim() == 4 else "bhpn"
-    y = r.new_zeros(())
+    added = []
     for end, state in enumerate(initial.unbind(-4)):  # the second at the last step, from which decays run backwards
         past = (decay.flip(1) if end else decay)[:, :-1].cumsum(1)
         past = F.pad(past, (0, 0, 0, 0, 1, 0)).exp()
-        y = y + torch.einsum(f"bthn,{shape}->bthp", r * (past.flip(1) if end else past), state)
+        added.append(torch.einsum(f"bthn,{shape}->bthp", r * (past.flip(1) if end else past), state))
+    y = torch.stack(added).sum(0)
     if place is None:
         return y
     return y.new_zeros(len(y), length, *y.shape[2:]).scatter(1, place[..., :1].expand_as(y), y)

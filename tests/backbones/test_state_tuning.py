@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import linzoo.backbones  # noqa: F401
 from linzoo.backbones.layers.state_tuning import tuned_states
+from linzoo.ops import use_backend
 
 SMALL = dict(dim=64, depth=2, img_size=32, patch_size=8, num_classes=3)
 
@@ -98,3 +99,23 @@ def test_bad_input(tmp_path):
     assert model.blocks[0].mixer.time_state is None
     with pytest.raises(ValueError, match="model: VRWKV6 has no tuned states; expected one after state_tuning"):
         model.save_states(tmp_path / "x.safetensors")
+
+
+@pytest.mark.slow
+def test_exports_with_states(tmp_path):
+    """To an archive of torch and to ONNX, at another size than traced."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = create(state_tuning=True)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.mixer.time_state)
+    x, other = torch.randn(1, 3, 40, 48), torch.randn(1, 3, 64, 56)
+    sides = ({2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
+    program = torch.export.export(model, (x,), dynamic_shapes=sides).module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(other), model(other), rtol=1e-4, atol=1e-4)
+        with use_backend("export"):
+            torch.onnx.export(model, (x,), dynamic_shapes=sides, dynamo=True, verbose=False).save(tmp_path / "m.onnx")
+        session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+        y = session.run(None, {session.get_inputs()[0].name: other.numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(y), model(other), rtol=1e-3, atol=1e-3)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from test_forecasting import write_series
 from test_occupancy import write_scenes
 from test_promptable import write_coco
 from test_volumes import write_volumes
@@ -108,6 +109,11 @@ CONFIGS["interpolation"] = (
     "model = dict(dim=4, depth=1)\n",
     'dict(data_root="{data}/triplets", part="{part}", make=None, crop=None, length=None)',
 )
+CONFIGS["forecasting"] = (
+    '["{configs}/forecast/tsm2_etth1.py"]',
+    "model = dict(context=16, horizon=4, patch_size=4, stride=2, dim=8, depth=1)\n",
+    'dict(data_root="{data}/ett", file="series.csv", part="{part}", context=16, horizon=4, rows=(60, 30, 30))',
+)
 OF_IMAGES = ("classification", "mmpretrain", "segmentation", "label maps", "restoration", "promptable", "detection")
 # Options of predict.
 ASKED = {"detection": ["--threshold", "0"], "promptable": ["--point", "20", "20"], "video": ["--frames", "2"]}
@@ -185,6 +191,8 @@ def write_task(task: str, folder: Path) -> Tiny:
                         grey = rng.integers(0, 255, (40, 48), dtype=np.uint8)
                         grey = grey if kind == "frames" else (grey * 0 + np.tri(40, 48, 3 * t, np.uint8) * 255)
                         Image.fromarray(grey).save(clip / f"{t}.png")
+        elif task == "forecasting":
+            write_series(data / "ett/series.csv", 120)
         elif task == "occupancy":
             write_scenes(data / "kitti", part, 2)
         elif task == "volume":
@@ -211,6 +219,7 @@ def write_task(task: str, folder: Path) -> Tiny:
         "clips": data / "actions/val",
         "tracking": data / "masked/val/frames",
         "interpolation": data / "triplets/sequences/val",
+        "forecasting": data / "ett",
     }
     if task in OF_IMAGES:
         inputs[task] = folder / "inputs"

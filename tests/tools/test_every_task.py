@@ -22,6 +22,7 @@ from linzoo.tools.engine.task import build
 from linzoo.tools.engine.weights import load_weights, read_checkpoint
 
 TASKS = list(CONFIGS)
+KEYS = ("mask", "drawn", "labels", "restored", "frames", "forecast")  # of results that name a file
 
 
 class NeedsCode:
@@ -48,7 +49,7 @@ def results(out: Path) -> list[dict]:
 def written(result: dict) -> list[str]:
     """The files that a result names."""
     masks = [found["mask"] for found in result.get("masks", [])]
-    return masks + [result[key] for key in ("mask", "drawn", "labels", "restored", "frames") if key in result]
+    return masks + [result[key] for key in KEYS if key in result]
 
 
 def run_predict(tiny, weights: Path, inputs: Path, out: Path) -> list[dict]:
@@ -236,7 +237,7 @@ def test_two_inputs_of_one_stem(tiny, tmp_path):
     if source.is_dir():
         return  # a folder of frames has no ending
     folder = tmp_path / "twins"
-    names = {Path(end).suffix: (f"a/{end}", f"b/{end}") for end in ("x.bin", "x.npy", "x.nii.gz")}
+    names = {Path(end).suffix: (f"a/{end}", f"b/{end}") for end in ("x.bin", "x.npy", "x.nii.gz", "x.csv")}
     for name in names.get(source.suffix, ("x.png", "x.bmp", "X.tif")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if source.suffix in names:

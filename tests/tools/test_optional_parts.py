@@ -26,6 +26,16 @@ def test_without_the_extra(tool):
     assert line.startswith(f"error: linzoo {tool}: ") and line.endswith('pip install "linzoo[train]"')
 
 
+def test_without_diffusers():
+    """The benchmark says what to install; the rest of `generate` imports without it."""
+    missing = "import sys; sys.modules['diffusers'] = None"
+    done = run(f"{missing}\nfrom linzoo.tools.cli import main; main(['benchmark', 'linfusion'])")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("linfusion needs diffusers: pip install 'linzoo[generate]'")
+    done = run(f"{missing}\nfrom linzoo.generate.linfusion import install; install(None)")
+    assert done.stderr.splitlines()[-1] == "ValueError: unet: expected a UNet of diffusers, got NoneType"
+
+
 def test_beside_a_new_transformers(tmp_path):
     """mmpretrain asks for names that later versions do not have; all three tools work without them."""
     (tmp_path / "transformers").mkdir()

@@ -16,6 +16,7 @@ from .curves import CurveHook  # noqa: E402
 from .dense import LabelMaps  # noqa: E402
 from .errors import InputError  # noqa: E402
 from .export import ExportHook  # noqa: E402
+from .forecasting import Forecaster, ForecastMetric, Series  # noqa: E402
 from .images import LoadImage  # noqa: E402
 from .interpolation import InterpolationMetric, Interpolator, Triplets  # noqa: E402
 from .next_frame import Clips, NextFrame, NextFrameMetric  # noqa: E402
@@ -41,6 +42,8 @@ __all__ = [
     "Clips",
     "CurveHook",
     "ExportHook",
+    "ForecastMetric",
+    "Forecaster",
     "ImageFolder",
     "InputError",
     "InterpolationMetric",
@@ -69,6 +72,7 @@ __all__ = [
     "Runner",
     "SceneCompleter",
     "Segmenter",
+    "Series",
     "Task",
     "TimmModel",
     "TimmWeightDecay",
