@@ -38,6 +38,19 @@ def test_broken_config(capsys, config, work_dir):
     assert "tiny.py" in line and "SyntaxError" in line
 
 
+def test_non_commercial_weights(capsys, config, work_dir, tmp_path):
+    """Refused where they are the published ones; a file may be one's own."""
+    more = "commercial = True\nmodel.update(model_name='mambavision_t', pretrained={})"
+    for start in (True, "https://example.org/mambavision.pth"):
+        line = refused(capsys, train.main, config(more.format(repr(start))), "--work-dir", work_dir)
+        assert f"model.pretrained={start!r}: the weights of 'mambavision_t' have the licence nvidia" in line
+        assert "expected others where commercial=True" in line
+    with pytest.raises(SystemExit):
+        train.main([config(more.format(repr(str(tmp_path / "own.pth")))), "--work-dir", str(work_dir)])
+    errors = capsys.readouterr().err
+    assert "own.pth' your own?" in errors and "own.pth" in errors.rpartition("error: ")[2]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -38,6 +38,7 @@ def _parameters(function: Callable) -> set[str]:
 # Keys that mmengine reads from the config itself, beside the arguments of its Runner.
 TOP_LEVEL = _parameters(Runner.__init__) - {"cfg"} | {
     "activation_checkpointing",
+    "commercial",
     "compile",
     "custom_imports",
     "efficient_conv_bn_eval",
@@ -296,6 +297,25 @@ def _without_lost_files(model: ConfigDict, resumed: Path) -> None:
             note(f"--resume: pretrained={file!r} is gone; the weights are those of {str(resumed)!r}")
 
 
+def _refuse_non_commercial(model: ConfigDict) -> None:
+    """InputError where published weights of a non-commercial licence are asked for; a file may be anybody's: a note."""
+    for key in ("model", "model.backbone", "model.teacher", "model.init_from"):
+        settings = model if key == "model" else model.get(key.removeprefix("model."))
+        start = settings.get("pretrained") if isinstance(settings, dict) else None
+        if not start or not settings.get("model_name"):
+            continue
+        name = settings["model_name"]
+        licence = getattr(timm.models.get_pretrained_cfg(name), "license", None) or ""
+        if "non-commercial" not in licence:
+            continue
+        if start is True or "://" in str(start):
+            raise InputError(
+                f"config key {key}.pretrained={start!r}: the weights of {name!r} have the licence {licence}; expected "
+                "others where commercial=True"
+            )
+        note(f"commercial=True: published weights of {name!r} have the licence {licence}; is {start!r} your own?")
+
+
 def check_start(cfg: Config) -> None:
     """Check what a run is to start from, before anything of it is written; a resumed one may have lost its start file.
 
@@ -307,6 +327,8 @@ def check_start(cfg: Config) -> None:
         refuse_what_cannot_be_resumed(cfg, resumed)
         _without_lost_files(cfg.model, resumed)
     backbone = cfg.model.get("backbone")
+    if cfg.get("commercial"):
+        _refuse_non_commercial(cfg.model)
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmengine")):
         if isinstance(backbone, dict) and backbone.get("type") == "LinZooBackbone":
             file = _file_of(backbone, "model.backbone")
