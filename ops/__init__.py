@@ -11,7 +11,7 @@ from .fft_conv import fft_conv
 from .gated_delta import gated_delta
 from .mlstm import mlstm
 from .rational import rational
-from .selective_scan import selective_scan, selective_states
+from .selective_scan import selective_scan, selective_scan_state, selective_states
 from .ssd import nc_ssd, ssd, ssd_state
 from .ssm_kernel import ssm_kernel
 from .wkv import bi_wkv, wkv6, wkv6_state, wkv7, wkv7_state
@@ -29,6 +29,7 @@ __all__ = [
     "rational",
     "scan_order",
     "selective_scan",
+    "selective_scan_state",
     "selective_states",
     "ssd",
     "ssd_state",

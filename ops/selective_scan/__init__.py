@@ -3,13 +3,14 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..operator import CHUNK, Operator
 from ..tensors import check, promote, state_dtype
 from . import cuda, reference
 
-__all__ = ["selective_scan", "selective_states"]
+__all__ = ["selective_scan", "selective_scan_state", "selective_states"]
 
 LANES = 16  # the CPU kernel walks this many channels at once
 PARALLEL_TASKS = 16  # the CPU kernel splits the channels until it has about so many tasks
@@ -80,6 +81,76 @@ def selective_scan(
     u, dt, B, C = (x.to(dtype) for x in (u, dt, B, C))
     D, dt_weight, dt_bias = (None if x is None else x.to(state_dtype(dtype)) for x in (D, dt_weight, dt_bias))
     return _operator(u, dt, A.to(state_dtype(dtype)), B, C, D, dt_weight, dt_bias, dt_softplus, order, merge)
+
+
+def selective_scan_state(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    initial: Tensor | None = None,
+    *,
+    dt_weight: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` from a state to a state: a sequence can be cut, and each part goes on from the last.
+
+    N steps in front write the given state, and N behind read the last one; they last 2^-40, in which no state decays.
+
+    Args:
+        u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order: As in `selective_scan`.
+        initial: h_0 of each group ``(B, G, D, N)``; None for 0. It has a gradient.
+
+    Returns:
+        y ``(B, L, G, D)`` in the widest dtype of the activations, and the state behind the last step
+        ``(B, G, D, N)`` in float32 (float64 for float64).
+
+    Raises:
+        As `selective_scan`.
+    """
+    check(
+        u=(u, "BLGD"),
+        A=(A, "GDN"),
+        B=(B, "BLGN"),
+        C=(C, "BLGN"),
+        D=(D, "GD"),
+        initial=(initial, "BGDN"),
+        dt_weight=(dt_weight, "GDR"),
+        dt=(dt, "BLGD" if dt_weight is None else "BLGR"),
+        dt_bias=(dt_bias, "GD"),
+        order=(order, "GT"),
+    )
+    dtype, states = promote(u, dt, B, C), A.shape[2]
+    u, dt, A, B, C = (x.to(state_dtype(dtype)) for x in (u, dt, A, B, C))
+    if dt_weight is not None:
+        dt = torch.einsum("blgr,gdr->blgd", dt, dt_weight.to(dt.dtype))
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    dt = F.softplus(dt) if dt_softplus else dt
+
+    length, front = u.shape[1], 0 if initial is None else states
+    one_hot = torch.eye(states, dtype=u.dtype, device=u.device)[None, :, None].expand(len(u), -1, u.shape[2], -1)
+
+    def constant(x: Tensor, steps: int, value: float) -> Tensor:
+        return x.new_full((len(x), steps, *x.shape[2:]), value)
+
+    written = constant(u, 0, 0) if initial is None else initial.to(u.dtype).movedim(3, 1)
+    u = torch.cat([written, u, constant(u, states, 0)], 1)
+    dt = torch.cat([constant(dt, front, INSTANT), dt, constant(dt, states, INSTANT)], 1)
+    B = torch.cat([one_hot[:, :front] / INSTANT, B, constant(B, states, 0)], 1)
+    C = torch.cat([constant(C, front, 0), C, one_hot], 1)
+    if order is not None:
+        at = torch.arange(u.shape[1], dtype=order.dtype, device=order.device).expand(*order.shape[:-1], -1)
+        order = torch.cat([at[..., :front], order + front, at[..., front + length :]], -1)
+    y = selective_scan(u, dt, A, B, C, D, dt_softplus=False, order=order)
+    return y[:, front : front + length].to(dtype), y[:, front + length :].movedim(1, 3)
+
+
+INSTANT = 2.0**-40  # a step size in which no state decays, and that its inverse makes 1 exactly
 
 
 def selective_states(

@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from linzoo.ops import ssd, ssd_state, use_backend, wkv6, wkv6_state, wkv7, wkv7_state
+from linzoo.ops import (
+    selective_scan,
+    selective_scan_state,
+    ssd,
+    ssd_state,
+    use_backend,
+    wkv6,
+    wkv6_state,
+    wkv7,
+    wkv7_state,
+)
 
 PARITY = Path(__file__).parents[1] / "parity"
 sys.path.insert(0, str(PARITY))
@@ -108,6 +118,72 @@ def test_parts_of_ssd_join(backend):
     assert gradcheck(run, leaves, fast_mode=True)
     with pytest.raises(ValueError, match=r"initial: expected \(B, H, P, N\) = \(2, 4, 3, 5\), got \(2, 4, 5, 3\)"):
         run(*leaves[:-1], initial.mT)
+
+
+def scanned(B=2, L=11, G=2, D=3, N=4, R=2):
+    """Arguments of a scan without and with an axis of tokens, in float64."""
+    tokens = dict(
+        u=torch.randn(B, L, G, D), dt=torch.randn(B, L, G, R), B=torch.randn(B, L, G, N), C=torch.randn(B, L, G, N)
+    )
+    rest = dict(
+        A=-torch.rand(G, D, N) - 0.1, D=torch.randn(G, D), dt_weight=torch.randn(G, D, R), dt_bias=torch.randn(G, D)
+    )
+    initial = torch.randn(B, G, D, N).double()
+    return *({name: x.double() for name, x in part.items()} for part in (tokens, rest)), initial
+
+
+@pytest.mark.parametrize("backend", (None, "reference"))
+def test_parts_of_a_selective_scan_join(backend):
+    """No state is a state of 0; parts hand their states on; a step by hand."""
+    tokens, rest, initial = scanned()
+    with use_backend(backend):
+        torch.testing.assert_close(selective_scan_state(**tokens, **rest)[0], selective_scan(**tokens, **rest))
+        whole, end = selective_scan_state(**tokens, **rest, initial=initial)
+        state, parts = initial, []
+        for rows in (slice(0, 1), slice(1, 7), slice(7, 11)):
+            y, state = selective_scan_state(**{k: v[:, rows] for k, v in tokens.items()}, **rest, initial=state)
+            parts.append(y)
+        torch.testing.assert_close(torch.cat(parts, 1), whole)
+        torch.testing.assert_close(state, end)
+        first = {k: v[:, 0] for k, v in tokens.items()}
+        y, after = selective_scan_state(**{k: v[:, None] for k, v in first.items()}, **rest, initial=initial)
+    step = F.softplus(torch.einsum("bgr,gdr->bgd", first["dt"], rest["dt_weight"]) + rest["dt_bias"]).unsqueeze(-1)
+    expected = torch.exp(step * rest["A"]) * initial + step * first["B"].unsqueeze(2) * first["u"].unsqueeze(3)
+    torch.testing.assert_close(after, expected)
+    read = (expected @ first["C"].unsqueeze(3)).squeeze(3) + rest["D"] * first["u"]
+    torch.testing.assert_close(y[:, 0], read)
+
+
+def test_states_of_a_selective_scan_along_an_order():
+    """The order of each group and item; tokens that no step visits stay 0."""
+    tokens, rest, initial = scanned()
+    order = torch.stack([torch.stack([torch.randperm(11)[:8] for _ in range(2)]) for _ in range(2)])
+    found, end = selective_scan_state(**tokens, **rest, initial=initial, order=order)
+    place = order.mT.unsqueeze(3)
+    moved = {k: v.gather(1, place.expand(-1, -1, -1, v.shape[3])) for k, v in tokens.items()}
+    y, last = selective_scan_state(**moved, **rest, initial=initial)
+    expected = torch.zeros_like(found).scatter(1, place.expand_as(y), y)
+    torch.testing.assert_close((found, end), (expected, last))
+
+
+def test_gradients_of_the_states_of_a_selective_scan():
+    tokens, rest, initial = scanned(B=1, L=4, D=2, N=3)
+    names = [*tokens, *rest, "initial"]
+    leaves = [x.requires_grad_() for x in (*tokens.values(), *rest.values(), initial)]
+    assert gradcheck(lambda *x: selective_scan_state(**dict(zip(names, x, strict=True))), leaves, fast_mode=True)
+
+
+def test_states_of_a_selective_scan_in_low_precision():
+    """The state stays in float32, the output has the dtype of the activations."""
+    tokens, rest, initial = scanned(L=50)
+    low = {k: x.bfloat16() for k, x in tokens.items()}
+    y, state = selective_scan_state(**low, **rest, initial=initial)
+    exact, last = selective_scan_state(**{k: x.double() for k, x in low.items()}, **rest, initial=initial)
+    assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
+    torch.testing.assert_close(state.double(), last, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2)
+    with pytest.raises(ValueError, match=r"initial: expected \(B, G, D, N\) = \(2, 2, 3, 4\), got \(2, 2, 4, 3\)"):
+        selective_scan_state(**tokens, **rest, initial=initial.mT)
 
 
 def both_ends(shared, **sizes):
