@@ -13,7 +13,7 @@ COMMANDS = {
     "test": "evaluate a checkpoint",
     "predict": "label, segment, restore or find objects in files",
     "export": "write a model for ONNX Runtime or torch.export",
-    "look": "what a trained model has learnt: the dynamics of its scans",
+    "look": "into a model: heat maps, receptive field, features, scan orders, dynamics",
     "benchmark": "time operators and models on this machine",
     "build": "compile the CPU kernels ahead",
     "make_data": "write the data sets of the examples",

@@ -1,8 +1,12 @@
-"""Look into a trained model: `linzoo look MODEL [WEIGHTS] --what dynamics`.
+"""Look into a trained model: `linzoo look MODEL [WEIGHTS] --what cam --images IMAGE... --out cam.png`.
 
 MODEL and WEIGHTS are those of `linzoo export`: a model's name, `local-dir:DIR` of a run's export, or a config of ours
 with its checkpoint.
 
+cam: where in each image the reasons for its first class lie (Grad-CAM of the last layer; `--class` for another class).
+erf: the effective receptive field of the last map's centre: how much each pixel of the images moves it.
+features: the maps of all stages; colours are the three principal components of their channels.
+orders: the ways along which the operators walk over the tokens, each once, from dark to light.
 dynamics: of each selective scan the signs of the eigenvalues of S_C^T S_B, by their real parts. Where all are negative,
 tokens of a deep model collapse to 0; where one is positive, they diverge, which serves a model better
 (arXiv 2410.03292). `linzoo.backbones.layers.definite_projection` makes all of them positive.
@@ -10,18 +14,29 @@ tokens of a deep model collapse to 0; where one is positive, they diverge, which
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import rich.box
 import rich.console
 import rich.table
-from torch import nn
+import timm.data
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linzoo.backbones.layers.dynamics import scans_of, state_eigenvalues
+from linzoo.backbones.layers.isotropic import token_place
 from linzoo.tools.engine.cli import command
 from linzoo.tools.engine.errors import InputError
+from linzoo.tools.engine.files import write_atomically
+from linzoo.tools.engine.images import read_rgb
 from linzoo.tools.export import load
 
 
@@ -52,6 +67,178 @@ def dynamics(model: nn.Module) -> View:
 LOOKS: dict[str, Callable[[nn.Module], View]] = {"dynamics": dynamics}
 
 
+class Picture(NamedTuple):
+    """One picture of a sheet: pixels, or the steps of a way over a grid of tokens ``(T, 2)`` of rows and columns."""
+
+    title: str
+    pixels: np.ndarray | None = None
+    way: np.ndarray | None = None
+    heat: np.ndarray | None = None  # drawn over the pixels
+
+
+def maps_of(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The maps ``(B, C, h, w)`` of a model's stages or blocks; InputError where it has none."""
+    if not hasattr(model, "forward_intermediates"):
+        raise InputError(f"MODEL {type(model).__name__} gives no maps; expected a backbone, such as vmamba_t")
+    return model.forward_intermediates(images, intermediates_only=True)
+
+
+def as_pixels(image: Tensor) -> np.ndarray:
+    """A normalised image ``(3, H, W)`` for the eye: from its darkest to its brightest value."""
+    low, high = image.min(), image.max()
+    return ((image - low) / (high - low).clamp(min=1e-9)).permute(1, 2, 0).numpy()
+
+
+def cam(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
+    """Grad-CAM (arXiv 1610.02391) of the last stage or block."""
+    try:
+        from pytorch_grad_cam import GradCAM
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    except ImportError as e:
+        raise InputError(f"--what cam needs grad-cam: pip install 'linzoo[look]' ({e})") from e
+    given: list[Any] = []
+    name = type(model).__name__
+    layer = model.neck if hasattr(model, "neck") else model.get_submodule(model.feature_info[-1]["module"])
+    hook = layer.register_forward_hook(lambda module, args, out: given.append(out))
+    with torch.no_grad():
+        maps, y = maps_of(model, images[:1]), model(images)
+    hook.remove()
+    if not isinstance(y, Tensor) or y.dim() != 2:
+        raise InputError(f"--what cam: {name} gives no classes; expected a classifier")
+    if not isinstance(given[-1], Tensor):
+        raise InputError(f"--what cam: the last stage of {name} gives several tensors; expected one map")
+    if target is not None and not 0 <= target < y.shape[1]:
+        raise InputError(f"--class {target}; expected a class from 0 to {y.shape[1] - 1} of MODEL")
+    classes = y.argmax(1).tolist() if target is None else [target] * len(images)
+    grid = maps[-1].shape[2:]
+
+    def reshape(x: Tensor) -> Tensor:
+        """What a layer gives, as maps ``(B, C, h, w)``."""
+        if x.dim() == 3:
+            x = model.without_token(x) if hasattr(model, "without_token") else x[:, -math.prod(grid) :]
+            x = x.unflatten(1, grid)
+        return x.permute(0, 3, 1, 2) if x.shape[1:3] == grid else x
+
+    targets = [ClassifierOutputTarget(c) for c in classes]
+    with GradCAM(model=model, target_layers=[layer], reshape_transform=reshape) as found:
+        heats = found(input_tensor=images, targets=targets)
+    return [
+        Picture(f"class {c}", as_pixels(image), heat=heat)
+        for image, heat, c in zip(images, heats, classes, strict=True)
+    ]
+
+
+def erf(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
+    """The effective receptive field (arXiv 1701.04128): the mean over images of ``|d sum_c y_c(centre) / d pixel|``.
+
+    Of values from 0 to 1 the fourth root is drawn, as the field does it: what is far is faint.
+    """
+    images = images.requires_grad_(True)
+    last = maps_of(model, images)[-1]
+    (grad,) = torch.autograd.grad(last[:, :, last.shape[2] // 2, last.shape[3] // 2].sum(), images)
+    field = grad.abs().sum(1).mean(0)
+    field = (field / field.max().clamp(min=1e-30)).numpy()
+    share = float((field > 0.01).mean())
+    return [Picture(f"{share:.0%} of the pixels above 1 % of the largest", field**0.25)]
+
+
+def features(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
+    """Each map's three principal components over its places, as red, green and blue."""
+    pictures = []
+    with torch.no_grad():
+        maps = maps_of(model, images)
+    for i, image in enumerate(images):
+        pictures.append(Picture("image", as_pixels(image)))
+        for j, y in enumerate(maps):
+            places = y[i].flatten(1).T.double()
+            places = places - places.mean(0)
+            axes = torch.linalg.svd(places, full_matrices=False).Vh[:3]
+            colours = (places @ axes.T).T.unflatten(1, y.shape[2:])
+            colours = torch.cat([colours, colours.new_zeros(3 - len(colours), *y.shape[2:])])
+            pictures.append(Picture(f"map {j}, {y.shape[2]} x {y.shape[3]}", as_pixels(colours)))
+    return pictures
+
+
+class Ways(TorchDispatchMode):
+    """Records the orders of LinZoo's operators: by operator, tokens and order, how often each was walked."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: dict[tuple[str, int, bytes], Tensor] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "linzoo":
+            names = [a.name for a in func._schema.arguments]
+            named = dict(zip(names, args, strict=False)) | (kwargs or {})
+            if isinstance(order := named.get("order"), Tensor):
+                length = next(x for x in args if isinstance(x, Tensor)).shape[1]
+                groups = func._opname in ("selective_scan", "causal_conv1d")  # each with a way of its own
+                first = order[0] if order.dim() == 2 + groups else order
+                for way in first.reshape(-1, order.shape[-1]).cpu():
+                    self.found[func._opname, length, way.numpy().tobytes()] = way
+        return func(*args, **(kwargs or {}))
+
+
+def orders(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
+    """The ways of the first image over maps of tokens, without class tokens; other steps are left out."""
+    with torch.no_grad():
+        grids = {math.prod(y.shape[2:]): y.shape[2:] for y in maps_of(model, images[:1])}
+        with Ways() as ways:
+            model(images[:1])
+    token = 1 if getattr(model, "cls_token", None) is not None else 0
+    pictures = []
+    for (name, length, _), way in ways.found.items():
+        if length - token in grids:
+            height, width = grids[length - token]
+            if token:
+                place = token_place(length, model.token_first)
+                way = way[way != place]
+                way = way - (way > place).to(way.dtype)
+            steps = np.stack(np.divmod(way.numpy(), width), 1)
+            pictures.append(Picture(f"{name}, {height} x {width}", way=steps))
+    if not pictures:
+        raise InputError(f"--what orders: {type(model).__name__} walks along no order over a map of tokens")
+    return pictures
+
+
+PICTURES: dict[str, Callable[[nn.Module, Tensor, int | None], list[Picture]]] = {
+    "cam": cam,
+    "erf": erf,
+    "features": features,
+    "orders": orders,
+}
+
+
+def draw(pictures: list[Picture], file: Path) -> None:
+    """All pictures side by side, eight in a row."""
+    columns = min(8, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(2.2 * columns, 2.4 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.axis("off")
+    for axis, picture in zip(axes, pictures, strict=False):
+        axis.set_title(picture.title, fontsize=7)
+        if picture.pixels is not None:
+            axis.imshow(picture.pixels, cmap="magma" if picture.pixels.ndim == 2 else None)
+        if picture.heat is not None:
+            axis.imshow(picture.heat, cmap="jet", alpha=0.45)
+        if picture.way is not None:
+            rows_, columns_ = picture.way.T
+            axis.plot(columns_, rows_, color="0.7", linewidth=0.6)
+            axis.scatter(columns_, rows_, c=np.arange(len(rows_)), cmap="viridis", s=6)
+            axis.set_aspect("equal")
+            axis.invert_yaxis()
+    write_atomically(file, lambda partial: figure.savefig(partial, format="png", dpi=120))
+
+
+def read_images(files: list[str], model: nn.Module) -> Tensor:
+    """Image files as the model was trained to see them ``(B, C, H, W)``."""
+    settings: Any = timm.data.resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg))
+    transform: Any = timm.data.create_transform(**settings)
+    return torch.stack([transform(Image.fromarray(read_rgb(file))) for file in files])
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     """Command line of `look`. Wrong input ends it with one line on stderr and status 2."""
@@ -60,10 +247,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("weights", metavar="WEIGHTS", nargs="?", help="a file of weights of any trainer")
-    parser.add_argument("--what", choices=LOOKS, required=True)
+    parser.add_argument("--what", choices=[*PICTURES, *LOOKS], required=True)
+    parser.add_argument("--images", nargs="+", metavar="IMAGE", help="files; what `dynamics` alone does without")
+    parser.add_argument(
+        "--class", type=int, dest="target", metavar="N", help="of cam; the model's first guess if left out"
+    )
+    parser.add_argument("--out", help="PNG file of the pictures; look_<what>.png if left out")
     parser.add_argument("--json", action="store_true", help="one line of JSON in place of the table")
     args = parser.parse_args(argv)
+    if args.what in PICTURES and not args.images:
+        raise InputError(f"--what {args.what}: --images is missing; expected image files")
     model, _ = load(args.model, args.weights)
+    if args.what in PICTURES:
+        out = Path(args.out or f"look_{args.what}.png")
+        draw(PICTURES[args.what](model, read_images(args.images, model), args.target), out)
+        print(out)
+        return
     try:
         rows, summary = LOOKS[args.what](model)
     except ValueError as e:  # the model has none of what is looked for

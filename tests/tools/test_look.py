@@ -1,9 +1,13 @@
-"""`linzoo look`: the signs of a model's scans, by layer; what is not there is said in one line."""
+"""`linzoo look`: dynamics, heat maps, receptive fields, features, orders; what is not there is said in one line."""
 
+import inspect
 import json
 
+import numpy as np
 import pytest
 import timm
+import torch
+from PIL import Image
 from safetensors.torch import save_file
 from test_bad_input import refused
 from torch.nn.utils import parametrize
@@ -40,6 +44,110 @@ def test_scans_of_several_routes(capsys):
     look.main(["tsm2", "--what", "dynamics", "--json"])
     rows = json.loads(capsys.readouterr().out)
     assert [row["scan"] for row in rows] == [0, 0, 1] * 2
+
+
+@pytest.fixture
+def image(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (80, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    return str(tmp_path / "image.png")
+
+
+SMALL = ("vmamba_t", "kat_tiny_patch16_224", "vim_t", "videomamba_t", "vrwkv_t", "hrvmamba_n")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_heat_of_every_layout(name):
+    """Maps of channels last and first, tokens with a class token in the middle, in front and without: the map's place
+    is the image's. A layer that sees only a corner has its heat there.
+    """
+    pytest.importorskip("pytorch_grad_cam")
+    few = {key: value for key, value in dict(depths=(1, 1, 1, 1), depth=2).items() if key in signature(name)}
+    model = timm.create_model(name, num_classes=4, **few).eval()
+    layer = model.neck if hasattr(model, "neck") else model.get_submodule(model.feature_info[-1]["module"])
+    with torch.no_grad():
+        grid = look.maps_of(model, torch.rand(1, 3, 224, 224))[-1].shape
+
+    def corner(module, args, y):
+        """Leaves the upper left place alone."""
+        keep = torch.zeros(grid[2:])
+        keep[0, 0] = 1
+        if y.dim() == 4:
+            return y * (keep.unsqueeze(-1) if y.shape[1:3] == grid[2:] else keep)
+        keep, extra = keep.flatten(), y.shape[1] - keep.numel()
+        if extra:
+            place = y.shape[1] // 2 if name == "vim_t" else 0
+            keep = torch.cat([keep[:place], torch.ones(1), keep[place:]])
+        return y * keep.unsqueeze(-1)
+
+    layer.register_forward_hook(corner)
+    [picture] = look.cam(model, torch.rand(1, 3, 224, 224), 1)
+    assert picture.heat.shape == (224, 224) and picture.title == "class 1"
+    heat = picture.heat
+    assert heat[150:, 150:].max() <= 1e-6
+
+
+def signature(name):
+    return inspect.signature(type(timm.create_model(name, device="meta"))).parameters
+
+
+def test_receptive_field_of_a_convolution():
+    """A pixel that the centre does not see has no part in it."""
+
+    class Stride(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1)
+
+        def forward_intermediates(self, x, intermediates_only):
+            return [self.conv(x)]
+
+    [picture] = look.erf(Stride(), torch.rand(2, 3, 32, 32), None)
+    assert set(zip(*np.nonzero(picture.pixels), strict=True)) == {(i, j) for i in (15, 16, 17) for j in (15, 16, 17)}
+
+
+def test_orders_are_those_of_the_operators():
+    """VMamba's four ways over each map; Vim's two, whose class token is left out."""
+    small = dict(dims=(16, 16, 16, 16)) if "dims" in signature("vmamba_t") else {}
+    pictures = look.orders(
+        timm.create_model("vmamba_t", depths=(1, 1, 1, 1), **small).eval(), torch.rand(1, 3, 64, 64), None
+    )
+    assert [p.title for p in pictures] == [f"selective_scan, {n} x {n}" for n in (16, 8, 4, 2) for _ in range(4)]
+    ways = [p.way.tolist() for p in pictures[-4:]]
+    rows = [[0, 0], [0, 1], [1, 0], [1, 1]]
+    columns = [[0, 0], [1, 0], [0, 1], [1, 1]]
+    assert sorted(ways) == sorted([rows, columns, rows[::-1], columns[::-1]])
+    pictures = look.orders(timm.create_model("vim_t", depth=1, img_size=48).eval(), torch.rand(1, 3, 48, 48), None)
+    found = [p for p in pictures if p.title.startswith("selective_scan")]
+    assert [p.way[:4].tolist() for p in found] == [[[0, 0], [0, 1], [0, 2], [1, 0]], [[2, 2], [2, 1], [2, 0], [1, 2]]]
+
+
+@pytest.mark.parametrize("what", ("erf", "features", "orders"))
+def test_pictures(what, image, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    look.main(["efficientvmamba_t", "--what", what, "--images", image, "--out", str(out)])
+    assert str(out) in capsys.readouterr().out
+    with Image.open(out) as picture:
+        assert picture.format == "PNG" and np.asarray(picture.convert("L")).std() > 1
+
+
+def test_pictures_that_cannot_be(image, capsys, tmp_path):
+    out = tmp_path / "out.png"
+
+    def said(*argv):
+        return refused(capsys, look.main, *argv, "--out", out)
+
+    assert "--what erf: --images is missing" in said("vmamba_t", "--what", "erf")
+    assert "walks along no order" in said("kat_tiny_patch16_224", "--what", "orders", "--images", image)
+    assert "gives no maps" in said("terminator", "--what", "features", "--images", image)
+    assert "cannot read image 'none.png'" in said("vmamba_t", "--what", "erf", "--images", "none.png")
+    pytest.importorskip("pytorch_grad_cam")
+    assert "--class 1000; expected a class from 0 to 999" in said(
+        "kat_tiny_patch16_224", "--what", "cam", "--class", 1000, "--images", image
+    )
+    assert "EfficientViM gives several tensors" in said("efficientvim_m1", "--what", "cam", "--images", image)
+    assert "RGT gives no classes" in said("rgt_s_x2", "--what", "cam", "--images", image)
+    assert not out.exists()
 
 
 def test_bad_input(capsys):
