@@ -19,7 +19,7 @@ from linzoo.ops.self_check import self_check
 PACKAGES = (
     *("linzoo", "torch", "torchvision", "timm", "triton", "cuda-core"),
     *("onedl-mmengine", "onedl-mmcv", "onedl-mmpretrain", "onedl-mmsegmentation", "onedl-mmdetection"),
-    *("onnx", "onnxscript", "onnxruntime"),
+    *("onnx", "onnxscript", "onnxruntime", "diffusers"),
 )
 KERNELS = {"cpu": compile_cpu.sources, "cuda": compile_cuda.sources}  # the operators that have some
 TOLERANCE = 1e-4  # of the largest value, in float32

@@ -64,6 +64,7 @@ def dynamics(model: nn.Module) -> View:
     )
 
 
+# What there is to see: a function of a model, which raises ValueError where the model has none of it.
 LOOKS: dict[str, Callable[[nn.Module], View]] = {"dynamics": dynamics}
 
 

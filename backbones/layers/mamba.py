@@ -25,7 +25,7 @@ class MambaMixer(VimMixer):
         super().__init__(dim, directions, expand, d_state, taps, device=device, dtype=dtype)
 
     def forward(self, u: Tensor, order: Tensor | None = None) -> Tensor:
-        """Tokens ``(B, L, C)`` and the scans' orders ``(G, L)``, None for raster order, to the same shape."""
+        """Tokens ``(B, L, C)`` and the scans' orders ``(G, L)`` or ``(B, G, L)``, None for raster order."""
         x, z = self.in_proj(u).chunk(2, dim=-1)
         x = x.unsqueeze(2).expand(-1, -1, self.s6.groups, -1)
         y = self.s6(self.conv(x, order), order, merge=True)

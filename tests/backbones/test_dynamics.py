@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 import linzoo.backbones  # noqa: F401
 from linzoo.backbones.layers import S6, SoftSort, definite_projection
 from linzoo.backbones.layers.dynamics import SIGNS, scans_of, state_eigenvalues
+from linzoo.backbones.layers.mamba import MambaMixer
 from linzoo.backbones.mambavision import MambaVisionMixer, checkpoint_filter_fn
 
 PARITY = Path(__file__).parents[1] / "parity"
@@ -69,6 +70,16 @@ def test_orders_of_each_image():
     with torch.no_grad():
         walked = layer(x, order, merge=True).gather(1, order.mT.expand_as(x).long())
         torch.testing.assert_close(layer(sharp, merge=True), walked, rtol=1e-3, atol=1e-3)
+
+
+def test_mixers_walk_each_image_by_its_own_order():
+    """Convolution and scan of Mamba's mixer by the importance of each image's tokens."""
+    mixer, x = MambaMixer(16, directions=2), torch.randn(3, 7, 16)
+    order = SoftSort.order(torch.randn(3, 2, 7))
+    with torch.no_grad():
+        parts = [mixer(x[i : i + 1], order[i]) for i in range(3)]
+        torch.testing.assert_close(mixer(x, order), torch.cat(parts))
+        assert not torch.allclose(parts[1], mixer(x[1:2], order[0]))
 
 
 @pytest.mark.parametrize("sign", SIGNS)

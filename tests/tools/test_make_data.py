@@ -28,6 +28,18 @@ def test_digits(tmp_path, capsys):
     assert np.abs(pixels * 16 / 255 - images[int(file.stem)].reshape(8, 8)).max() < 0.05
 
 
+def test_halves_of_the_digits(tmp_path):
+    """The same scans in the same parts."""
+    for name in ("digits", "low_digits", "high_digits"):
+        make_data.main([name, "--out", str(tmp_path / name)])
+    whole, low, high = (
+        {str(file.relative_to(tmp_path / name)) for file in (tmp_path / name).rglob("*.png")}
+        for name in ("digits", "low_digits", "high_digits")
+    )
+    assert low | high == whole and not low & high
+    assert sum(file.startswith("train") for file in low) == 721 and sum(file.startswith("val") for file in high) == 180
+
+
 def test_inked(tmp_path):
     """Images with masks of equal names, the ink alone in them, the same every time."""
     for name in ("one", "two"):
