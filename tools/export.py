@@ -29,7 +29,8 @@ from linzoo.tools.engine.files import write_atomically
 from linzoo.tools.engine.task import TimmModel, build
 from linzoo.tools.engine.weights import create_model, load_weights
 
-AXES = {"batch": 0, "height": 2, "width": 3}
+AXES = ("batch", "depth", "height", "width")  # depth of volumes alone
+VOLUME = 64  # side of the volumes that are written, if no size is asked for
 TOLERANCE = 1e-3  # of the outputs' standard deviation
 
 
@@ -115,39 +116,46 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("weights", metavar="WEIGHTS", nargs="?", help="a file of weights of any trainer")
     parser.add_argument("--format", choices=FORMATS, default="onnx")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: the model's own")
-    parser.add_argument("--dynamic", default="batch", help="axes of any length, of batch,height,width; default: batch")
+    parser.add_argument(
+        "--size", type=int, nargs="+", metavar="N", help="H W, or D H W of volumes; default: the model's own"
+    )
+    parser.add_argument(
+        "--dynamic", default="batch", help="axes of any length, of batch,depth,height,width; default: batch"
+    )
     parser.add_argument("--out", required=True, help="folder")
     args = parser.parse_args(argv)
-    asked = [axis for axis in args.dynamic.split(",") if axis]
-    if unknown := sorted(set(asked) - set(AXES)):
-        raise InputError(f"--dynamic {args.dynamic}: unknown axis {unknown[0]!r}; expected some of {','.join(AXES)}")
-    if args.size and min(args.size) < 1:
-        raise InputError(f"--size {args.size[0]} {args.size[1]}: expected positive numbers")
     model, (channels, *own) = load(args.model, args.weights)
     kind = kind_of(model.pretrained_cfg["architecture"])
     if kind in ("promptable", "occupancy", "video", "forecasting"):
-        raise InputError(f"MODEL {args.model!r} is of kind {kind!r}; expected one that takes images alone")
-    height, width = args.size or own
+        raise InputError(f"MODEL {args.model!r} is of kind {kind!r}; expected one that takes images or volumes alone")
+    if kind == "volume":
+        channels, own = model.in_chans, [VOLUME] * 3
+    axes = {"batch": 0} | {axis: 2 + i for i, axis in enumerate(AXES[-len(own) :])}
+    asked = [axis for axis in args.dynamic.split(",") if axis]
+    if unknown := sorted(set(asked) - set(axes)):
+        raise InputError(f"--dynamic {args.dynamic}: unknown axis {unknown[0]!r}; expected some of {','.join(axes)}")
+    size = args.size or own
+    if len(size) != len(own) or min(size) < 1:
+        raise InputError(f"--size {' '.join(map(str, size))}: expected {len(own)} positive numbers")
     fixed = model.pretrained_cfg.get("fixed_input_size")
-    if fixed and ([height, width] != own or {"height", "width"} & set(asked)):
+    if fixed and (size != own or {"height", "width"} & set(asked)):
         raise InputError(
             f"MODEL {args.model!r} takes {own[0]} x {own[1]} alone; expected that --size, and --dynamic batch"
         )
-    x = torch.randn(2, channels, height, width)
+    x = torch.randn(2, channels, *size)
     try:
         with torch.inference_mode():
             model(x)
     except (RuntimeError, ValueError, AssertionError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise InputError(f"--size {height} {width}: MODEL {args.model!r} does not take it ({reason})") from e
+        raise InputError(f"--size {' '.join(map(str, size))}: MODEL {args.model!r} does not take it ({reason})") from e
     write, file_name = FORMATS[args.format]
     file = Path(args.out, file_name)
     begin = time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            run = write(model, x, {AXES[axis]: torch.export.Dim.AUTO for axis in asked}, file)
+            run = write(model, x, {axes[axis]: torch.export.Dim.AUTO for axis in asked}, file)
     except ImportError as e:
         raise InputError(f"--format {args.format} needs the export part: `pip install 'linzoo[export]'` ({e})") from e
     except Exception as e:  # whatever a tracer finds in the way
@@ -159,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     seconds = time.perf_counter() - begin
     table = rich.table.Table("images", "max error / std", "file, s", "model, s", box=rich.box.SIMPLE)
     other = [3 if "batch" in asked else 2, channels]
-    other += [side + 64 if axis in asked else side for axis, side in (("height", height), ("width", width))]
+    other += [side + 64 if axis in asked else side for axis, side in zip(AXES[-len(size) :], size, strict=True)]
     wrong = []
     for images in [x, torch.randn(other)] if asked else [x]:
         try:

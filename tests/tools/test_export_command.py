@@ -53,11 +53,11 @@ def test_a_wrong_file_is_said(tmp_path, capsys, monkeypatch):
     [
         (["vssd"], "MODEL 'vssd': no such model in timm or LinZoo (did you mean 'vssd_"),
         (["test_byobnet", "--dynamic", "depth"], "unknown axis 'depth'; expected some of batch,height,width"),
-        (["test_byobnet", "--size", "0", "32"], "--size 0 32: expected positive numbers"),
+        (["test_byobnet", "--size", "0", "32"], "--size 0 32: expected 2 positive numbers"),
         (["test_vit", "--size", "33", "33"], "MODEL 'test_vit' takes 160 x 160 alone"),
         (["test_byobnet", "absent.pth"], "absent.pth"),
         (["vim2_t.untrained"], "no weights of 'vim2_t.untrained' are published"),
-        (["rwkvsam"], "MODEL 'rwkvsam' is of kind 'promptable'; expected one that takes images alone"),
+        (["rwkvsam"], "MODEL 'rwkvsam' is of kind 'promptable'; expected one that takes images or volumes alone"),
         (["cls/groupmamba_t_digits"], "is a config: WEIGHTS is missing; expected its checkpoint"),
     ],
 )
