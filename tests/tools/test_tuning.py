@@ -1,6 +1,8 @@
 """State tuning by a config: the states and the classifier alone learn, and are written to a file of their own."""
 
 import json
+import os
+import shutil
 
 import pytest
 import timm
@@ -10,6 +12,7 @@ from test_bad_input import refused
 
 import linzoo.backbones  # noqa: F401
 from linzoo.tools import state_tuning, test, train
+from linzoo.tools.engine.weights import read_checkpoint
 
 MODEL = 'model_name="vrwkv6_t", img_size=32, patch_size=8, dim=64, depth=2'
 TINY = dict(img_size=32, patch_size=8, dim=64, depth=2, num_classes=3)
@@ -50,6 +53,19 @@ def test_states_alone_learn(tuned, capsys):
     capsys.readouterr()
     test.main([path, str(work_dir / "export/model.safetensors")])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy/top1"] == pytest.approx(found[0])
+
+
+def test_a_killed_run_goes_on_exactly(tuned, tmp_path):
+    """States of a run that lost its last epoch and was resumed equal those of the whole run, bit by bit."""
+    path, _, work_dir = tuned
+    train.main([path, "--work-dir", str(work_dir)])
+    whole = read_checkpoint(work_dir / "epoch_3.pth").state
+    again = tmp_path / "again"
+    shutil.copytree(work_dir, again)
+    os.truncate(again / "epoch_3.pth", 1000)
+    train.main([path, "--work-dir", str(again), "--resume"])
+    resumed = read_checkpoint(again / "epoch_3.pth").state
+    assert all(torch.equal(value, whole[key]) for key, value in resumed.items())
 
 
 def test_seconds_of_a_whole_run(tuned):
