@@ -22,7 +22,7 @@ WORK_DIR = Path("work_dirs/mixers")
 
 
 def digits(mixer: str) -> tuple[float, float | None]:
-    """Accuracy in percent of 360 held-out digits, and the training's seconds of processor time unless it was cut off."""
+    """Accuracy in percent of 360 held-out digits, and the training's processor time in s unless it was cut off."""
     work_dir = WORK_DIR / mixer
     file, begun, start = work_dir / "seconds.json", any(work_dir.glob("*.pth")), time.process_time()
     options = ["--cfg-options", f"model.model_name=plain_{mixer}_t"]
