@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+TESTS ?= tests
 
 # One OpenMP thread per test process: oversubscribed OpenMP is many times slower than one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
@@ -43,13 +44,13 @@ detection: setup
 	$(BIN)/python tools/scenes.py detection --no-comparison
 
 test: setup
-	$(PYTEST) tests
+	$(PYTEST) $(TESTS)
 
 test-fast: setup
-	$(PYTEST) -m "not slow" tests
+	$(PYTEST) -m "not slow" $(TESTS)
 
 test-newest: $(VENV)-newest/.installed
-	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n $(WORKERS) -m "not slow" tests
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
 
 $(VENV)-newest/.installed: pyproject.toml constraints-newest.txt
 	$(PYTHON) -m venv $(VENV)-newest
