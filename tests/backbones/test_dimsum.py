@@ -34,15 +34,21 @@ def test_parity(name, tmp_path):
     x, t, y = (torch.from_numpy(synth.image(i["shape"], i["seed"])) for i in case["inputs"])
     t, y = t.sigmoid(), (y.sigmoid() * 1001).long()
     found = {}
+
+    def keep(name, pick):
+        def hook(module, args, out):
+            found.setdefault(name, pick(out))  # of the first call
+
+        return hook
+
     for i, block in enumerate(model.blocks):
-        block.register_forward_hook(
-            lambda m, args, out, i=i: found.update({f"hidden_block{i}": out[0], f"residual_block{i}": out[1]})
-        )
-    model.shared.register_forward_hook(lambda m, args, out: found.update({"attn_block_first": out, **found}))
+        block.register_forward_hook(keep(f"hidden_block{i}", lambda out: out[0]))
+        block.register_forward_hook(keep(f"residual_block{i}", lambda out: out[1]))
+    model.shared.register_forward_hook(keep("attn_block_first", lambda out: out))
     with torch.inference_mode():
         found["velocity"] = velocity = model(x, t, y)
         null = model(x, t)
-        found["cfg4"] = null + 4 * (velocity - null)
-    assert torch.equal(null, model(x, t, torch.full_like(y, model.null_class)))
+        assert torch.equal(null, model(x, t, torch.full_like(y, model.null_class)))
+    found["cfg4"] = null + 4 * (velocity - null)
     for out in case["outputs"]:
         assert error(found[out["name"]], out) <= out.get("tolerance", 2e-4), out["name"]
