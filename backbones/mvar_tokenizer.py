@@ -10,6 +10,7 @@ Images (B, 3, H, W) in [-1, 1] become features f (B, C, H / 16, W / 16), and the
 A decoder makes the image from f_hat.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,7 +26,6 @@ from .mvar import SIDES, check_sides
 __all__ = ["MVARTokenizer"]
 
 MULTIPLIERS = (1, 1, 2, 2, 4)
-STRIDE = 16
 REFINERS = 4
 COMMITMENT = 0.25
 
@@ -86,13 +86,15 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images ``(B, 3, H, W)`` to ``(B, out, H / 16, W / 16)``."""
+    """Images ``(B, in_chans, H, W)`` to ``(B, out, H / 16, W / 16)``; levels of `ch` times `multipliers` channels."""
 
-    def __init__(self, ch: int, out: int, in_chans: int = 3, device=None, dtype=None):
+    def __init__(
+        self, ch: int, out: int, in_chans: int = 3, multipliers: Sequence[int] = MULTIPLIERS, device=None, dtype=None
+    ):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
-        dims = [ch * m for m in (1, *MULTIPLIERS)]
-        last = len(MULTIPLIERS) - 1
+        dims = [ch * m for m in (1, *multipliers)]
+        last = len(multipliers) - 1
         self.stem = nn.Conv2d(in_chans, ch, 3, padding=1, **dd)
         pairs = list(zip(dims[:-1], dims[1:], strict=True))
         self.levels = nn.ModuleList(Level(a, b, 2, i == last, **dd) for i, (a, b) in enumerate(pairs))
@@ -109,12 +111,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features ``(B, C, h, w)`` to images ``(B, 3, 16 h, 16 w)``; `levels` stand in the order in which they run."""
+    """Features ``(B, C, h, w)`` to images ``(B, in_chans, 16 h, 16 w)``; `levels` stand in the order they run in."""
 
-    def __init__(self, ch: int, dim: int, in_chans: int = 3, device=None, dtype=None):
+    def __init__(
+        self, ch: int, dim: int, in_chans: int = 3, multipliers: Sequence[int] = MULTIPLIERS, device=None, dtype=None
+    ):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
-        dims = [ch * m for m in reversed((*MULTIPLIERS, MULTIPLIERS[-1]))]
+        dims = [ch * m for m in reversed((*multipliers, multipliers[-1]))]
         pairs = list(zip(dims[:-1], dims[1:], strict=True))
         self.stem = nn.Conv2d(dim, dims[0], 3, padding=1, **dd)
         self.middle = middle(dims[0], **dd)
@@ -136,12 +140,10 @@ class Quantized(NamedTuple):
     Attributes:
         indices: codes of each map ``(B, p_k^2)``.
         f_hat: their sum ``(B, C, p_K, p_K)``.
-        sums: the sum behind each map, of that shape.
     """
 
     indices: list[Tensor]
     f_hat: Tensor
-    sums: list[Tensor]
 
 
 class Quantizer(nn.Module):
@@ -165,7 +167,7 @@ class Quantizer(nn.Module):
 
 
 class MVARTokenizer(nn.Module):
-    """VAR's tokenizer: images of ``16 p_K`` px to K maps of codes, and back.
+    """VAR's tokenizer: images to K maps of codes, and back. Images have ``2^(levels - 1)`` (16) px a token of the last.
 
     Args:
         V: Codes.
@@ -173,6 +175,7 @@ class MVARTokenizer(nn.Module):
         ch: Width of the first level of encoder and decoder, a multiple of 32.
         patch_nums: Sides p_k of the maps.
         in_chans: Channels of the images.
+        ch_mult: Width of each level over `ch`.
 
     Raises:
         ValueError: sides that do not grow; a width that is no multiple of 32.
@@ -187,6 +190,7 @@ class MVARTokenizer(nn.Module):
         ch: int = 160,
         patch_nums: Sequence[int] = SIDES,
         in_chans: int = 3,
+        ch_mult: Sequence[int] = MULTIPLIERS,
         device=None,
         dtype=None,
     ):
@@ -197,10 +201,14 @@ class MVARTokenizer(nn.Module):
         if V < 1 or Cvae < 1:
             raise ValueError(f"V, Cvae: expected 1 at least, got {V} and {Cvae}")
         self.patch_nums, self.V, self.Cvae, self.in_chans = check_sides(patch_nums), V, Cvae, in_chans
-        self.img_size, self.num_classes, self.num_features = STRIDE * self.patch_nums[-1], 0, Cvae
+        stride = 2 ** (len(ch_mult) - 1)
+        self.img_size, self.num_classes, self.num_features = stride * self.patch_nums[-1], 0, Cvae
         self.head_hidden_size = Cvae
-        self.feature_info = [dict(num_chs=Cvae, reduction=STRIDE, module="encoder")]
-        self.encoder, self.decoder = Encoder(ch, Cvae, in_chans, **dd), Decoder(ch, Cvae, in_chans, **dd)
+        self.feature_info = [dict(num_chs=Cvae, reduction=stride, module="encoder")]
+        self.encoder, self.decoder = (
+            Encoder(ch, Cvae, in_chans, ch_mult, **dd),
+            Decoder(ch, Cvae, in_chans, ch_mult, **dd),
+        )
         self.quantizer = Quantizer(V, Cvae, **dd)
         self.pre, self.post = (nn.Conv2d(Cvae, Cvae, 3, padding=1, **dd) for _ in range(2))
         self.refiners = refiners(len(self.patch_nums))
@@ -222,7 +230,7 @@ class MVARTokenizer(nn.Module):
         return self.decoder.head
 
     def encode(self, image: Tensor) -> Tensor:
-        """Images ``(B, in_chans, 16 p_K, 16 p_K)`` to features ``(B, Cvae, p_K, p_K)``.
+        """Images ``(B, in_chans, S, S)`` to features ``(B, Cvae, p_K, p_K)``.
 
         Raises:
             ValueError: images of another size or number of channels.
@@ -232,13 +240,13 @@ class MVARTokenizer(nn.Module):
             raise ValueError(f"image: expected (B, {', '.join(map(str, expected))}), got {tuple(image.shape)}")
         return self.pre(self.encoder(image))
 
-    def add(self, k: int, f_hat: Tensor | float, indices: Tensor) -> Tensor:
-        """The sum with map k: codes ``(B, p_k^2)``, or vectors ``(B, p_k^2, Cvae)`` in their place."""
-        codes = self.quantizer.codes(indices) if indices.dim() == 2 else indices
+    def enlarge(self, k: int, codes: Tensor) -> Tensor:
+        """What map k adds to the sum ``(B, Cvae, p_K, p_K)``: codes ``(B, p_k^2)``, or vectors ``(B, p_k^2, Cvae)``."""
+        codes = self.quantizer.codes(codes) if codes.dim() == 2 else codes
         side, full = self.patch_nums[k], self.patch_nums[-1]
         h = codes.mT.unflatten(2, (side, side))
         h = h if side == full else F.interpolate(h, (full, full), mode="bicubic")
-        return f_hat + 0.5 * h + 0.5 * self.quantizer.refine[self.refiners[k]](h)
+        return 0.5 * h + 0.5 * self.quantizer.refine[self.refiners[k]](h)
 
     def shrink(self, x: Tensor, k: int) -> Tensor:
         """A map ``(B, Cvae, p_K, p_K)`` at the size of map k, as tokens ``(B, p_k^2, Cvae)``."""
@@ -246,27 +254,26 @@ class MVARTokenizer(nn.Module):
         x = x if side == x.shape[2] else F.interpolate(x, (side, side), mode="area")
         return x.flatten(2).mT
 
-    def walk(self, f: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Of each map its codes, the sum before it and the sum behind it, found for features `f`."""
-        f_hat = torch.zeros_like(f)
+    def walk(self, f: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each map its codes, found for features `f`, and the sum behind it."""
+        f_hat, rest = torch.zeros_like(f), f
         for k in range(len(self.patch_nums)):
-            indices = self.quantizer.nearest(self.shrink(f - f_hat, k))
-            before, f_hat = f_hat, self.add(k, f_hat, indices)
-            yield indices, before, f_hat
+            indices = self.quantizer.nearest(self.shrink(rest, k))
+            h = self.enlarge(k, indices)
+            f_hat, rest = f_hat + h, (rest - h).detach()
+            yield indices, f_hat
 
     def quantize(self, f: Tensor) -> Quantized:
         """Features to codes."""
-        indices, _, sums = zip(*self.walk(f), strict=True)
-        return Quantized(list(indices), sums[-1], list(sums))
+        indices, sums = zip(*self.walk(f), strict=True)
+        return Quantized(list(indices), sums[-1])
 
     def to_inputs(self, indices: Sequence[Tensor]) -> Tensor:
         """Codes of all maps to what a transformer sees of them ``(B, L - p_1^2, Cvae)``: the sums so far, resized."""
-        f_hat, found = 0.0, []
-        for k, codes in enumerate(indices[: len(self.patch_nums) - 1]):
-            f_hat = self.add(k, f_hat, codes)
+        f_hat, found = 0.0, [self.quantizer.codes.weight.new_zeros(len(indices[0]), 0, self.Cvae)]
+        for k, codes in enumerate(indices[:-1]):
+            f_hat = f_hat + self.enlarge(k, codes)
             found.append(self.shrink(f_hat, k + 1))
-        if not found:
-            return self.quantizer.codes.weight.new_zeros(len(indices[0]), 0, self.Cvae)
         return torch.cat(found, 1)
 
     def decode(self, f_hat: Tensor) -> Tensor:
@@ -285,7 +292,7 @@ class MVARTokenizer(nn.Module):
         """
         f = self.encode(image)
         apart, f_hat = f.new_zeros(()), f
-        for k, (indices, _, f_hat) in enumerate(self.walk(f.detach())):  # noqa: B007
+        for _, f_hat in self.walk(f.detach()):  # noqa: B007
             apart = apart + F.mse_loss(f_hat, f.detach()) + COMMITMENT * F.mse_loss(f, f_hat.detach())
         found = self.decoder(self.post(f + (f_hat - f).detach()))
         return {"loss_image": F.mse_loss(found, image), "loss_codes": apart / len(self.patch_nums)}
@@ -315,9 +322,9 @@ _RENAMES = [
     (r"\.mid\.attn_1\.", ".middle.1."),
     (r"\.mid\.block_2\.", ".middle.2."),
     (r"\.down\.(\d)\.downsample\.conv\.", r".down.\1."),
-    (r"\.up\.(\d)\.upsample\.conv\.", lambda m: f".up.{len(MULTIPLIERS) - 1 - int(m[1])}."),
+    (r"\.up\.(\d)\.upsample\.conv\.", r".up.\1."),
     (r"\.down\.(\d)\.(block|attn)\.", r".levels.\1.\2."),
-    (r"\.up\.(\d)\.(block|attn)\.", lambda m: f".levels.{len(MULTIPLIERS) - 1 - int(m[1])}.{m[2]}."),
+    (r"\.up\.(\d)\.(block|attn)\.", r".levels.\1.\2."),
     (r"\.block\.", ".blocks."),
     (r"\.nin_shortcut\.", ".shortcut."),
     (r"\.proj_out\.", ".proj."),
@@ -326,8 +333,13 @@ _RENAMES = [
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: MVARTokenizer) -> dict[str, Tensor]:
     """Converts the authors' state dict to ours; the counts of the codes' use are left out."""
-    state_dict = unwrap_state_dict(state_dict)
-    return {rename(k, _RENAMES): x for k, x in state_dict.items() if not k.endswith("ema_vocab_hit_SV")}
+    top = len(model.decoder.levels) - 1  # theirs runs first
+    out = {}
+    for key, x in unwrap_state_dict(state_dict).items():
+        if not key.endswith("ema_vocab_hit_SV"):
+            key = re.sub(r"^decoder\.up\.(\d)", lambda m: f"decoder.up.{top - int(m[1])}", key)
+            out[rename(key, _RENAMES)] = x
+    return out
 
 
 default_cfgs = generate_default_cfgs(

@@ -47,9 +47,6 @@ def test_parity(name, tmp_path):
         found["var_input"] = tokenizer.to_inputs(codes.indices)
         found["logits"] = logits = model(y, found["var_input"])
         found["loss"] = F.cross_entropy(logits.mT, indices, reduction="none")
-    checked = set()
     for out in case["outputs"]:
-        if out["name"] in found:
+        if not out["name"].startswith("generated"):  # see tests/generate
             assert error(found[out["name"]], out) <= out.get("tolerance", 2e-4), out["name"]
-            checked.add(out["name"])
-    assert checked == {out["name"] for out in case["outputs"] if not out["name"].startswith("generated")}
