@@ -119,8 +119,8 @@ class ImageGenerator(TimmModel):
         """Images ``(B, C, H, W)`` in [-1, 1] with their labels.
 
         Args:
-            mode: "loss" for the losses; "tensor" for samples of the same classes ``(B, C, H, W)`` in [0, 1], by seeds that
-                follow their places in the data set; "predict" for data samples with these as `generated`, beside `real`.
+            mode: "loss" for the losses; "tensor" for samples of the same classes, in [0, 1], by seeds that follow their
+                places in the data set; "predict" for data samples that have these as `generated`, beside `real`.
         """
         samples = data_samples or []
         y = torch.cat([sample.gt_label for sample in samples]).to(inputs.device)
