@@ -183,7 +183,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, h: Tensor, r: Tensor | float, cond: Tensor, orders: tuple[Tensor, Tensor], width: int
+        self, h: Tensor, r: Tensor, cond: Tensor, orders: tuple[Tensor, Tensor], width: int
     ) -> tuple[Tensor, Tensor]:
         """h, r ``(B, L, D)``, the condition ``(B, D)``, orders ``(1, L)`` of the halves, the map's width."""
         r = r + self.drop_path(h)
@@ -325,13 +325,14 @@ class DiMSUM(nn.Module):
             raise ValueError(f"y: expected {len(x)} classes as integers, got {tuple(y.shape)} of {y.dtype}")
         embedded = embed_time(t.expand(len(x))).to(self.time_mlp[0].weight.dtype)
         cond = F.silu(self.time_mlp(embedded) + self.class_embed(y))
-        h, r = self.patch_embed(x).flatten(2).mT + self.pos_embed, 0.0
+        h = self.patch_embed(x).flatten(2).mT + self.pos_embed
+        r = torch.zeros_like(h)
         spatial, windows = self.orders(x.device)
         for i, block in enumerate(self.blocks):
             h, r = block(h, r, cond, (spatial[i % 4], windows[i % 2]), self.grid[1])
             if i % 4 == 3:
                 h = self.shared(h, cond)
-        return h, r, cond  # pyright: ignore[reportReturnType]
+        return h, r, cond
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """The velocity at latents.
@@ -381,9 +382,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: DiMSUM) -> dict[s
         if isinstance(state_dict.get(name), dict):
             state_dict = state_dict[name]  # pyright: ignore[reportAssignmentType]
             break
-    if "patch_embed.weight" in state_dict:
-        found = dict(state_dict)
-    else:
+    found = dict(state_dict)
+    if "x_embedder.proj.weight" in state_dict:
         computed = (".dwt.", ".idwt.")
         kept = {key: x for key, x in state_dict.items() if not any(name in key for name in computed)}
         found = reshape_as({rename(key, _RENAMES): x for key, x in kept.items()}, model)

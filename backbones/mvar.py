@@ -154,9 +154,9 @@ class Block(nn.Module):
         """Tokens ``(B, L, D)`` of maps of so many tokens, behind those that `memory` comes from; the next memory."""
         g1, g2, g3, s1, s2, s3, b1, b2, b3 = self.modulation(cond).unsqueeze(1).chunk(9, 2)
         x = x + self.drop_path(self.attn(torch.addcmul(b1, self.norm(x), 1 + s1), lengths) * g1)
-        y, memory = self.mamba(torch.addcmul(b2, self.norm(x), 1 + s2), memory)
+        y, after = self.mamba(torch.addcmul(b2, self.norm(x), 1 + s2), memory)
         x = x + self.drop_path(y * g2)
-        return x + self.drop_path(self.mlp(torch.addcmul(b3, self.norm(x), 1 + s3)) * g3), memory
+        return x + self.drop_path(self.mlp(torch.addcmul(b3, self.norm(x), 1 + s3)) * g3), after
 
 
 class MVAR(nn.Module):
@@ -353,8 +353,10 @@ _COMPUTED = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "attn.patch_nums"
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: MVAR) -> dict[str, Tensor]:
     """Converts the authors' state dict to ours; what they compute is left out."""
-    out = {}
-    for key, x in unwrap_state_dict(state_dict).items():
+    state_dict, out = unwrap_state_dict(state_dict), {}
+    if "pos_1LC" not in state_dict:
+        return state_dict
+    for key, x in state_dict.items():
         if not key.endswith(_COMPUTED):
             key = rename(key, _RENAMES)
             x = x.squeeze(1).unsqueeze(0) if key.endswith("conv.weight") and x.shape[1] == 1 else x

@@ -334,8 +334,10 @@ _RENAMES = [
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: MVARTokenizer) -> dict[str, Tensor]:
     """Converts the authors' state dict to ours; the counts of the codes' use are left out."""
     top = len(model.decoder.levels) - 1  # theirs runs first
-    out = {}
-    for key, x in unwrap_state_dict(state_dict).items():
+    state_dict, out = unwrap_state_dict(state_dict), {}
+    if "quantize.embedding.weight" not in state_dict:
+        return state_dict
+    for key, x in state_dict.items():
         if not key.endswith("ema_vocab_hit_SV"):
             key = re.sub(r"^decoder\.up\.(\d)", lambda m: f"decoder.up.{top - int(m[1])}", key)
             out[rename(key, _RENAMES)] = x

@@ -8,7 +8,7 @@ A sample goes from noise x_0 at t = 0 to data x_1 at t = 1: ``x_t = alpha(t) x_1
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,8 +169,8 @@ def flow(
         t = t.to(x.dtype).expand(len(x))
         return velocity_of(model(x, t), x, t, path, prediction)
 
-    found = odeint(derivative, x, grid, method=SAMPLERS[sampler], atol=atol, rtol=rtol)
-    return found[-1]  # pyright: ignore[reportIndexIssue]
+    found: Any = odeint(derivative, x, grid, method=SAMPLERS[sampler], atol=atol, rtol=rtol)
+    return found[-1]
 
 
 DIFFUSIONS: dict[str, Callable[[Tensor, Path], Tensor]] = {
