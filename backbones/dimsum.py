@@ -400,7 +400,6 @@ def _cfg(**kwargs) -> dict:
     return {
         "num_classes": 1000,
         "input_size": (4, 32, 32),
-        "fixed_input_size": True,
         "pool_size": None,
         "crop_pct": 1.0,
         "interpolation": "bicubic",

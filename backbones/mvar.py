@@ -368,7 +368,6 @@ def _cfg(**kwargs) -> dict:
     return {
         "num_classes": 1000,
         "input_size": (3, 256, 256),
-        "fixed_input_size": True,
         "pool_size": None,
         "crop_pct": 256 / 288,
         "interpolation": "lanczos",

@@ -349,7 +349,6 @@ default_cfgs = generate_default_cfgs(
         "mvar_tokenizer": {
             "num_classes": 0,
             "input_size": (3, 256, 256),
-            "fixed_input_size": True,
             "pool_size": None,
             "crop_pct": 1.0,
             "interpolation": "lanczos",

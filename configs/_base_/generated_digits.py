@@ -35,5 +35,5 @@ test_evaluator = val_evaluator
 default_hooks = dict(
     logger=dict(interval=20),
     checkpoint=dict(save_best="generate/accuracy", rule="greater"),
-    ema=dict(momentum=0.005),
+    ema=dict(momentum=0.02),
 )

@@ -16,7 +16,7 @@ model = dict(
     guidance=2.0,
 )
 
-max_epochs = 60
+max_epochs = 40
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=10)
 optim_wrapper = dict(
     constructor="TimmWeightDecay",

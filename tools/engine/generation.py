@@ -55,24 +55,39 @@ class Autoencoder:
         scale: what latents are multiplied by; None for the VAE's own factor.
 
     Raises:
-        InputError: diffusers is not installed; there is no such VAE.
+        InputError: diffusers is not installed.
     """
 
     def __init__(self, pretrained: str, scale: float | None = None):
-        self.name = pretrained
+        self.name, self.given = pretrained, scale
+        self.kind = require("diffusers").AutoencoderKL
+
+    @functools.cached_property
+    def config(self) -> dict:
+        """Its settings; InputError where there is no such VAE."""
         try:
-            self.config = require("diffusers").AutoencoderKL.load_config(pretrained)
+            return self.kind.load_config(self.name)
         except (OSError, ValueError) as e:
             raise InputError(
-                f"vae.pretrained={pretrained!r}: no such VAE; expected a name on the hub or a folder"
+                f"vae.pretrained={self.name!r}: no such VAE; expected a name on the hub or a folder"
             ) from e
-        self.channels = self.config["latent_channels"]
-        self.scale = self.config.get("scaling_factor", 0.18215) if scale is None else scale
 
     @functools.cached_property
     def frozen(self) -> Frozen:
         """The VAE."""
-        return Frozen(require("diffusers").AutoencoderKL.from_pretrained(self.name))
+        return Frozen(self.kind.from_pretrained(self.name))
+
+    @property
+    def scale(self) -> float:
+        """What latents are multiplied by."""
+        return self.config.get("scaling_factor", 0.18215) if self.given is None else self.given
+
+    def check(self, channels: int) -> None:
+        """InputError where its latents have other channels."""
+        found = self.config["latent_channels"]
+        if found != channels:
+            expected = f"a VAE of {channels} channels, as the model"
+            raise InputError(f"vae.pretrained={self.name!r} has {found} channels; expected {expected}")
 
     def __deepcopy__(self, memo: dict) -> "Autoencoder":
         return self
@@ -232,9 +247,8 @@ class FlowMatching(ImageGenerator):
             raise InputError(f"path={path!r}; expected one of {', '.join(flow.PATHS)}")
         require("torchdiffeq")
         self.vae = None if vae is None else Autoencoder(**vae)
-        if self.vae is not None and self.vae.channels != self.model.in_channels:
-            channels = f"a VAE of {self.model.in_channels} channels, as the model"
-            raise InputError(f"vae.pretrained={self.vae.name!r} has {self.vae.channels} channels; expected {channels}")
+        if self.vae is not None and (Path(self.vae.name).is_dir() or not self.model.pos_embed.is_meta):
+            self.vae.check(self.model.in_channels)
         if guidance != 1 and self.model.null_class is None:
             raise InputError(
                 f'guidance={guidance}: the model has no row for "no class"; expected label_dropout above 0'
@@ -303,7 +317,7 @@ class NextScale(ImageGenerator):
         top_p: float = 0.96, smooth: bool = False, guidance: float = 1.5, **kwargs,
     ):  # fmt: skip
         super().__init__(model_name, *args, guidance=guidance, **kwargs)
-        if not tokenizer.get("pretrained"):
+        if not tokenizer.get("pretrained") and not self.model.pos_embed.is_meta:
             raise InputError("tokenizer.pretrained is not given; expected the file of a trained tokenizer")
         shared = {name: getattr(self.model, name) for name in ("V", "Cvae", "patch_nums")}
         model = create_model(**{"model_name": "mvar_tokenizer", **shared, **tokenizer})
@@ -397,7 +411,7 @@ class Judge(nn.Module):
         found = find_classes(folder)
         images = torch.stack([self.shrink(_read(file))[0] for files in found.values() for file in files])
         labels = [i for i, files in enumerate(found.values()) for _ in files]
-        learnt = MLPClassifier((64,), max_iter=300, random_state=0).fit(images.double().numpy(), labels)
+        learnt = MLPClassifier((64,), max_iter=1000, random_state=0).fit(images.double().numpy(), labels)
         for i, (weight, bias) in enumerate(zip(learnt.coefs_, learnt.intercepts_, strict=True)):
             self.register_buffer(f"weight{i}", torch.from_numpy(weight.T).float())
             self.register_buffer(f"bias{i}", torch.from_numpy(bias).float())
