@@ -242,6 +242,7 @@ class DiMSUM(nn.Module):
         if hidden_size < 32 or hidden_size % 32:
             raise ValueError(f"hidden_size: expected a multiple of 32, got {hidden_size}")
         self.img_resolution, self.patch_size, self.in_channels = sides, patch_size, in_channels
+        self.in_chans = in_channels  # timm's name
         self.grid = (sides[0] // patch_size, sides[1] // patch_size)
         self.num_classes, self.label_dropout = num_classes, label_dropout
         self.num_features = self.head_hidden_size = hidden_size

@@ -79,7 +79,7 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt.float() + self.dt_bias)
         y, state = ssd_state(
             x.unflatten(2, (self.heads, HEAD_DIM)), dt, -self.A_log.float().exp(), B.unsqueeze(2), C.unsqueeze(2),
-            self.D, None if memory is None else memory.state,
+            self.D, None if memory is None else memory.state, chunk_size=min(64, u.shape[1]),
         )  # fmt: skip
         return self.out_proj(self.norm(y.flatten(2) * F.silu(z))), Memory(kept, state)
 

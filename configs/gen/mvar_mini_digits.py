@@ -8,7 +8,7 @@ _base_ = ["../_base_/generated_digits.py"]
 model = dict(
     type="NextScale",
     model_name="mvar_d12",
-    depth=3,
+    depth=2,
     patch_nums=(1, 2, 3, 4),
     V=128,
     Cvae=16,
@@ -23,7 +23,7 @@ model = dict(
     top_p=0.96,
 )  # fmt: skip
 
-max_epochs = 40
+max_epochs = 30
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=10)
 optim_wrapper = dict(
     constructor="TimmWeightDecay",

@@ -254,6 +254,12 @@ class FlowMatching(ImageGenerator):
                 f'guidance={guidance}: the model has no row for "no class"; expected label_dropout above 0'
             )
 
+    def data_config(self, dataset: Any, pipeline: list[dict]) -> dict[str, Any]:
+        """timm's words for latents, or for pixels in [-1, 1]."""
+        channels = self.model.in_channels
+        size = (channels, *self.model.img_resolution)
+        return {"input_size": size, "mean": (0.5,) * channels, "std": (0.5,) * channels, "crop_pct": 1.0}
+
     @staticmethod
     def check(sampler: str, steps: int) -> None:
         """InputError where there is no such sampler, or no step."""
