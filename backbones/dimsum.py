@@ -291,6 +291,12 @@ class DiMSUM(nn.Module):
         """The row of "no class", for guidance; None where the table has none."""
         return self.num_classes if self.label_dropout > 0 else None
 
+    @property
+    def dummy_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments of `forward` for one latent, of zeros."""
+        x = self.pos_embed.new_zeros(1, self.in_channels, *self.img_resolution)
+        return x, x.new_zeros(1), x.new_zeros(1, dtype=torch.long)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """The position table."""

@@ -246,6 +246,12 @@ class MVAR(nn.Module):
         """The row of "no class", for guidance."""
         return self.num_classes
 
+    @property
+    def dummy_inputs(self) -> tuple[Tensor, Tensor]:
+        """Arguments of `forward` for one image, of zeros."""
+        inputs = self.pos_embed.new_zeros(1, sum(self.lengths[1:]), self.Cvae)
+        return inputs.new_zeros(1, dtype=torch.long), inputs
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """The tables of positions and levels, and the attention's sharpness."""
@@ -276,10 +282,9 @@ class MVAR(nn.Module):
             parts.append(self.class_embed(y).unsqueeze(1) + self.pos_start)
         if inputs is not None:
             parts.append(self.word_embed(inputs.to(self.word_embed.weight.dtype)))
-        level = torch.repeat_interleave(
-            torch.arange(first, last, device=y.device), torch.tensor(self.lengths[first:last], device=y.device)
-        )
-        return torch.cat(parts, 1) + self.level_embed(level) + self.pos_embed[:, start:stop]
+        rows = zip(self.level_embed.weight[first:last], self.lengths[first:last], strict=True)
+        level = torch.cat([row.expand(length, -1) for row, length in rows])
+        return torch.cat(parts, 1) + level + self.pos_embed[:, start:stop]
 
     def decide(self, x: Tensor, y: Tensor) -> Tensor:
         """The last block's tokens to logits ``(B, L, V)`` in float32."""

@@ -219,6 +219,11 @@ class MVARTokenizer(nn.Module):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
+    @property
+    def dummy_inputs(self) -> tuple[Tensor]:
+        """Arguments of `forward` for one image, of zeros."""
+        return (self.quantizer.codes.weight.new_zeros(1, self.in_chans, self.img_size, self.img_size),)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """The codes."""

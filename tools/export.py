@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--size {args.size[0]} {args.size[1]}: expected positive numbers")
     model, (channels, *own) = load(args.model, args.weights)
     kind = kind_of(model.pretrained_cfg["architecture"])
-    if kind in ("promptable", "occupancy", "video", "forecasting"):
+    if kind in ("promptable", "occupancy", "video", "forecasting", "generation"):
         raise InputError(f"MODEL {args.model!r} is of kind {kind!r}; expected one that takes images alone")
     height, width = args.size or own
     fixed = model.pretrained_cfg.get("fixed_input_size")

@@ -60,9 +60,10 @@ def measure(name: str, size: int = 224) -> tuple[int, float | None]:
         shape = (1, 7, model.context)
     if hasattr(model, "num_frames"):
         shape = (1, channels, model.num_frames, size, size)
+    inputs = [torch.empty(shape, device="meta")] * (2 if kind == "interpolation" else 1)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(*[torch.empty(shape, device="meta")] * (2 if kind == "interpolation" else 1))
+        model(*getattr(model, "dummy_inputs", inputs))  # the name is diffusers'
     counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
     macs = sum(count if op.startswith("linzoo") else count / 2 for op, count in counts.items())
     return parameters, macs

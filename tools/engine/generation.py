@@ -394,8 +394,13 @@ class ImageTokenizer(TimmModel):
         results = []
         for path, file, (kept, _) in zip(job.inputs, job.place("restored", ".png"), pairs, strict=True):
             save_image(_pixels(kept), file)
-            results.append({"path": str(path), "restored": str(file), "drawn": str(file)})
+            results.append({"path": str(path), "restored": str(file)})
         return results
+
+    @staticmethod
+    def draw(axis: Axes, result: dict) -> None:
+        """What codes keep of the image."""
+        axis.imshow(read_rgb(result["restored"]))
 
 
 class Judge(nn.Module):
