@@ -40,8 +40,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def embed_time(t: Tensor) -> Tensor:
     """Times ``(B,)`` to ``(B, 256)``: cosines, then sines, of t at frequencies from 1 down to 1e-4."""
-    at = torch.arange(FREQUENCIES, device=t.device, dtype=torch.float32)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * at / FREQUENCIES)
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
+    at = torch.arange(FREQUENCIES, device=t.device, dtype=t.dtype)
+    angles = t[:, None] * torch.exp(-math.log(10000) * at / FREQUENCIES)
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 

@@ -37,6 +37,11 @@ MAX_SCALE = math.log(100)  # of the attention's sharpness
 SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 
+def widen(x: Tensor) -> Tensor:
+    """float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Memory(NamedTuple):
     """Where a Mamba-2 stands: its convolution's last inputs ``(B, 3, C)`` and its state ``(B, heads, P, N)``."""
 
@@ -76,9 +81,9 @@ class Mamba2(nn.Module):
         kept = x[:, -before.shape[1] :]
         x = self.conv(x.unsqueeze(2))[:, before.shape[1] :, 0]
         x, B, C = x.split([self.inner, STATES, STATES], 2)
-        dt = F.softplus(dt.float() + self.dt_bias)
+        dt = F.softplus(widen(dt) + self.dt_bias)
         y, state = ssd_state(
-            x.unflatten(2, (self.heads, HEAD_DIM)), dt, -self.A_log.float().exp(), B.unsqueeze(2), C.unsqueeze(2),
+            x.unflatten(2, (self.heads, HEAD_DIM)), dt, -widen(self.A_log).exp(), B.unsqueeze(2), C.unsqueeze(2),
             self.D, None if memory is None else memory.state, chunk_size=min(64, u.shape[1]),
         )  # fmt: skip
         return self.out_proj(self.norm(y.flatten(2) * F.silu(z))), Memory(kept, state)
@@ -287,9 +292,9 @@ class MVAR(nn.Module):
         return torch.cat(parts, 1) + level + self.pos_embed[:, start:stop]
 
     def decide(self, x: Tensor, y: Tensor) -> Tensor:
-        """The last block's tokens to logits ``(B, L, V)`` in float32."""
+        """The last block's tokens to logits ``(B, L, V)`` in float32 at least."""
         scale, shift = self.modulation(F.silu(self.class_embed(y))).unsqueeze(1).chunk(2, 2)
-        return self.head(torch.addcmul(shift, self.norm(x), 1 + scale)).float()
+        return widen(self.head(torch.addcmul(shift, self.norm(x), 1 + scale)))
 
     def forward(self, y: Tensor, inputs: Tensor) -> Tensor:
         """Teacher forcing: the logits of all maps, given the true sums.
@@ -299,7 +304,7 @@ class MVAR(nn.Module):
             inputs: ``(B, L - p_1^2, Cvae)``, the tokenizer's `to_inputs`.
 
         Returns:
-            ``(B, L, V)``, float32.
+            ``(B, L, V)``, float32 at least.
 
         Raises:
             ValueError: inputs of another shape.
@@ -324,7 +329,7 @@ class MVAR(nn.Module):
             memories: What the step of the map before gave back; None for the first.
 
         Returns:
-            ``(B, p_k^2, V)`` in float32, and the memories for the next step, which do not grow.
+            ``(B, p_k^2, V)`` in float32 at least, and the memories for the next step, which do not grow.
         """
         x, cond, after = self.embed(y, inputs, k, 1), F.silu(self.class_embed(y)), []
         for block, memory in zip(self.blocks, memories or itertools.repeat(None)):  # noqa: B905
