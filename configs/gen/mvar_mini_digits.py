@@ -23,7 +23,7 @@ model = dict(
     top_p=0.96,
 )  # fmt: skip
 
-max_epochs = 30
+max_epochs = 20
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=10)
 optim_wrapper = dict(
     constructor="TimmWeightDecay",

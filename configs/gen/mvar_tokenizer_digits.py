@@ -8,8 +8,8 @@ model = dict(
 val_evaluator = dict(_delete_=True, type="RestorationMetric")
 test_evaluator = val_evaluator
 
-max_epochs = 30
-train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=10)
+max_epochs = 24
+train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=8)
 optim_wrapper = dict(
     constructor="TimmWeightDecay",
     optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),

@@ -206,30 +206,24 @@ def test_bad_settings(tmp_path, capsys):
     """One line each, before anything is written."""
     flow, scales = (write_task(task, _folder(tmp_path / task)) for task in BOTH)
     small = vae(tmp_path / "vae", channels=8)
-    for tiny, option, said in (
-        (flow, "model.img_resolution=10", "img_resolution: expected sides that are multiples of 8 (4 tokens of 2)"),
-        (flow, "model.img_resolution=(16,40)", "a height that is one of a quarter of the width"),
-        (flow, "model.sampler=ddim", "sampler='ddim'; expected one of euler, heun, midpoint, rk4, dopri5"),
-        (flow, "model.steps=0", "steps=0; expected a whole number of 1 at least"),
-        (flow, "model.path=cosine", "path='cosine'; expected one of linear, gvp, vp"),
-        (flow, f"model.vae.pretrained={small}", "has 8 channels; expected a VAE of 3 channels, as the model"),
-        (flow, "model.label_dropout=0", 'guidance=2.0: the model has no row for "no class"'),
-        (flow, "model.model_name=mvar_d16", "has no forward_features(); expected a model of kind generation"),
-        (flow, "model.num_classes=4", "has 3 class folders"),
-        (scales, "model.V=24", "24"),
-        (scales, "model.tokenizer.pretrained=absent.pth", "checkpoint 'absent.pth': no such file"),
-        (scales, "model.patch_nums=(1,4,2)", "patch_nums: expected sides that grow from 1 at least, got (1, 4, 2)"),
-        (scales, "model.tokenizer.V=24", "expected V=16 as the transformer has, got V=24"),
+    for tiny, changed, said in (
+        (flow, "img_resolution=10", "img_resolution: expected sides that are multiples of 8 (4 tokens of 2)"),
+        (flow, "img_resolution=(16, 40)", "a height that is one of a quarter of the width"),
+        (flow, "sampler='ddim'", "sampler='ddim'; expected one of euler, heun, midpoint, rk4, dopri5"),
+        (flow, "steps=0", "steps=0; expected a whole number of 1 at least"),
+        (flow, "path='cosine'", "path='cosine'; expected one of linear, gvp, vp"),
+        (flow, f"vae=dict(pretrained={small!r})", "has 8 channels; expected a VAE of 3 channels, as the model"),
+        (flow, "label_dropout=0.0", 'guidance=2.0: the model has no row for "no class"'),
+        (flow, "num_classes=4", "has 3 class folders"),
+        (scales, "V=24", "tokenizer.pth' does not fit model 'mvar_tokenizer'"),
+        (scales, "patch_nums=(1, 4, 2)", "patch_nums: expected sides that grow from 1 at least, got (1, 4, 2)"),
+        (scales, "tokenizer=dict(pretrained='absent.pth')", "checkpoint 'absent.pth': no such file"),
+        (scales, "tokenizer=dict(V=24)", "tokenizer: expected V=16 as the transformer has, got V=24"),
     ):
-        option = option.replace("model.vae.pretrained=", "model.vae=").replace("'", "")
-        if option.startswith("model.vae="):
-            option = f"model.vae=dict(pretrained='{small}')"
-            config = Path(tiny.config).with_name("vae.py")
-            config.write_text(Path(tiny.config).read_text() + f"model.update(vae=dict(pretrained={small!r}))\n")
-            line = refused(capsys, train.main, config, "--work-dir", tmp_path / "w")
-        else:
-            line = refused(capsys, train.main, tiny.config, "--work-dir", tmp_path / "w", "--cfg-options", option)
-        assert said in line, option
+        config = Path(tiny.config).with_name("changed.py")
+        config.write_text(f"_base_ = ['config.py']\nmodel = dict({changed})\n")
+        line = refused(capsys, train.main, config, "--work-dir", tmp_path / "w")
+        assert said in line, changed
     assert not (tmp_path / "w").exists()
 
 
@@ -282,6 +276,16 @@ def test_missing_packages(monkeypatch):
 def test_vae_that_is_none(tmp_path):
     with pytest.raises(InputError, match="no such VAE; expected a name on the hub or a folder"):
         FlowMatching(**MINI, vae=dict(pretrained=str(_folder(tmp_path / "empty"))))
+
+
+def test_models_of_another_task():
+    for name in ("mvar_d12", "mvar_tokenizer"):
+        with pytest.raises(
+            InputError, match=r"has no forward_features\(\); expected a model of kind generation, such as"
+        ):
+            FlowMatching(name, patch_nums=(1, 2), ch=32) if "tok" in name else FlowMatching(name, depth=1)
+    with pytest.raises(InputError, match="'vmamba_t' is of kind 'backbone'; expected a model of kind generation"):
+        NextScale("vmamba_t", tokenizer={})
 
 
 def test_tokenizer_without_weights():
