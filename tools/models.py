@@ -44,7 +44,7 @@ def measure(name: str, size: int = 224) -> tuple[int, float | None]:
     """Parameters and multiply-accumulates of one image, of `size` x `size`.
 
     Of a clip of the model's number of frames, where it has one, else of one frame; of a volume as deep as it is wide;
-    of a series of seven variates.
+    of a series of seven variates; of a model that makes images, one forward pass at its own size.
 
     MACs are None where they depend on what is in the scene, as those of occupancy do.
     """
