@@ -512,8 +512,8 @@ class GenerationMetric(BaseMetric):
             torch.manual_seed(0)
             found = {"FID": distance.compute().item(), "IS": score.compute()[0].item()}
         if self.judge is not None:
-            found["accuracy"] = 100 * (said.argmax(1) == labels).float().mean().item()
-            found["accuracy_of_real"] = 100 * (of_real.argmax(1) == labels).float().mean().item()
+            found["accuracy"] = 100 * (said.argmax(1) == labels).double().mean().item()
+            found["accuracy_of_real"] = 100 * (of_real.argmax(1) == labels).double().mean().item()
         return found
 
 
