@@ -7,6 +7,7 @@ from timm import list_models as _timm_list_models
 from timm.models import model_entrypoint as _model_entrypoint
 
 from .convs5 import ConvS5Video
+from .dimsum import DiMSUM
 from .efficientvmamba import EfficientVMamba
 from .fs_rwkv import FSRWKV
 from .gdkvm import GDKVM
@@ -19,6 +20,8 @@ from .mambair_opensr import OpenSRMamba
 from .mambair_v2 import MambaIRv2
 from .mambavision import MambaVision
 from .mila import MILA
+from .mvar import MVAR
+from .mvar_tokenizer import MVARTokenizer
 from .occrwkv import OccRWKV
 from .plain import PlainMixer
 from .plainmamba import PlainMamba
@@ -51,6 +54,7 @@ __all__ = [
     "GDKVM",
     "KAT",
     "MILA",
+    "MVAR",
     "RGT",
     "RWKVSAM",
     "TSM2",
@@ -59,6 +63,7 @@ __all__ = [
     "VRWKVAdapter",
     "VSSD",
     "ConvS5Video",
+    "DiMSUM",
     "EfficientVMamba",
     "FSRWKV",
     "GroupMamba",
@@ -68,6 +73,7 @@ __all__ = [
     "MambaVision",
     "MambaIR",
     "MambaIRv2",
+    "MVARTokenizer",
     "OccRWKV",
     "OpenSRMamba",
     "PixelS4D",
@@ -108,6 +114,7 @@ Kind = Literal[
     "volume",
     "tracking",
     "interpolation",
+    "generation",
     "fixed",
     "forecasting",
 ]
@@ -145,6 +152,7 @@ _FAMILIES: dict[Kind, tuple[str, ...]] = {
     "volume": ("segmamba", "umamba_3d"),
     "tracking": ("gdkvm",),
     "interpolation": ("vfimamba",),
+    "generation": ("dimsum", "mvar", "mvar_tokenizer"),
     "fixed": ("terminator",),
     "forecasting": ("tsm2",),
 }
@@ -162,6 +170,7 @@ def list_models(filter: str | list[str] = "", kind: Kind | None = "backbone") ->
             "occupancy" for models of voxels; "video" for models of clips; "volume" for models that segment volumes;
             "tracking" for models that segment clips, frame by frame;
             "interpolation" for models that put frames between two;
+            "generation" for models that make images, and for their tokenizers;
             "fixed" for classifiers of square images of one size, whose outputs depend on the batch;
             "forecasting" for models of time series.
             None for all of them.

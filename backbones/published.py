@@ -23,6 +23,8 @@ class Published(NamedTuple):
     note: str = ""
 
 
+_DIMSUM = "authors' README"
+_MVAR = "arXiv 2411.10433, quoted second-hand"
 _EFFICIENTVIM = "README of github.com/mlvlab/EfficientViM, 300 epochs"
 _EFFICIENTVMAMBA = "README of github.com/TerryPei/EfficientVMamba"
 _GROUPMAMBA = "README and project page of github.com/Amshaker/GroupMamba"
@@ -62,6 +64,7 @@ PUBLISHED = {
     "efficientvim_m3_dist": Published(None, None, 79.1, _EFFICIENTVIM),
     "efficientvim_m4": Published(19.6, 1.111, 79.4, _EFFICIENTVIM, 256),
     "efficientvim_m4_dist": Published(None, None, 80.7, _EFFICIENTVIM, 256),
+    "dimsum_l_2": Published(460, None, None, _DIMSUM, 32),
     "efficientvmamba_t": Published(
         6, 0.8, 76.5, _EFFICIENTVMAMBA, note="the authors round down: their training log prints 6,493,660 parameters"
     ),
@@ -91,6 +94,8 @@ PUBLISHED = {
     "mila_t": Published(25, 4.2, 83.5, _MILA),
     "mila_s": Published(43, 7.3, 84.4, _MILA),
     "mila_b": Published(96, 16.2, 85.3, _MILA),
+    "mvar_d16": Published(464, None, None, _MVAR, 256),
+    "mvar_d20": Published(900, None, None, _MVAR, 256),
     "plainmamba_l1": Published(
         7.3, 3.0, 77.9, _PLAINMAMBA, note="the published module has 7,551,656 parameters with its classifier"
     ),

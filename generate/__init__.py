@@ -1,1 +1,1 @@
-"""Generative models and what they share; the optional part `generate`."""
+"""How models make images, and attention processors for diffusers; the optional part `generate`."""

@@ -19,6 +19,7 @@ SHARED_CARDS = {
     "convs5": "s4",
     "videomamba_video": "videomamba",
     "vrwkv_adapter": "vrwkv",
+    "mvar_tokenizer": "mvar",
     "rwkvsam_backbone": "rwkvsam",
 }
 SHARED_CARDS |= {"mambair_v2": "mambair", "mambair_opensr": "mambair", "umamba_3d": "umamba"}

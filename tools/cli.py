@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train by a config",
     "test": "evaluate a checkpoint",
     "predict": "label, segment, restore or find objects in files",
+    "sample": "make images of classes",
     "export": "write a model for ONNX Runtime or torch.export",
     "look": "into a model: heat maps, receptive field, features, scan orders, dynamics",
     "benchmark": "time operators and models on this machine",
@@ -24,7 +25,7 @@ COMMANDS = {
     "mixers": "token mixers side by side, in plain ViTs",
     "ptd": "states of perturbed diagonal matrices, as S4 and S5 start from",
 }
-MODULES = {"build": "linzoo.ops.compile_cpu"}  # of other names than their commands
+MODULES = {"build": "linzoo.ops.compile_cpu", "sample": "linzoo.tools.predict"}  # of other names than their commands
 COMPLETION = {
     "bash": 'complete -o default -W "{names}" linzoo',
     "zsh": "autoload -U +X bashcompinit && bashcompinit\ncomplete -o default -W '{names}' linzoo",

@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     model, (channels, *own) = load(args.model, args.weights)
     kind = kind_of(model.pretrained_cfg["architecture"])
-    if kind in ("promptable", "occupancy", "video", "forecasting"):
+    if kind in ("promptable", "occupancy", "video", "forecasting", "generation"):
         raise InputError(f"MODEL {args.model!r} is of kind {kind!r}; expected one that takes images or volumes alone")
     if kind == "volume":
         channels, own = model.in_chans, [VOLUME] * 3

@@ -44,7 +44,7 @@ def measure(name: str, size: int = 224) -> tuple[int, float | None]:
     """Parameters and multiply-accumulates of one image, of `size` x `size`.
 
     Of a clip of the model's number of frames, where it has one, else of one frame; of a volume as deep as it is wide;
-    of a series of seven variates.
+    of a series of seven variates; of a model that makes images, one forward pass at its own size.
 
     MACs are None where they depend on what is in the scene, as those of occupancy do.
     """
@@ -60,9 +60,10 @@ def measure(name: str, size: int = 224) -> tuple[int, float | None]:
         shape = (1, 7, model.context)
     if hasattr(model, "num_frames"):
         shape = (1, channels, model.num_frames, size, size)
+    inputs = [torch.empty(shape, device="meta")] * (2 if kind == "interpolation" else 1)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(*[torch.empty(shape, device="meta")] * (2 if kind == "interpolation" else 1))
+        model(*getattr(model, "dummy_inputs", inputs))  # the name is diffusers'
     counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
     macs = sum(count if op.startswith("linzoo") else count / 2 for op, count in counts.items())
     return parameters, macs

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from test_forecasting import write_series
@@ -22,6 +23,8 @@ train_cfg = dict(by_epoch=True, max_epochs=1, val_interval=1)
 param_scheduler = []
 """
 PIPELINE = '[dict(type="LoadImageFromFile"), dict(type="Load{kind}"), dict(type="PackSegInputs")]'
+JUDGED = 'val_evaluator = dict(judge="{data}/train")\ntest_evaluator = val_evaluator\n'
+OF_CLASSES = ("classification", "mmpretrain", "flow", "next scale", "tokenizer")
 CONFIGS = {
     "classification": (
         '["{configs}/_base_/runtime.py", "{configs}/_base_/digits.py"]',
@@ -114,9 +117,27 @@ CONFIGS["forecasting"] = (
     "model = dict(context=16, horizon=4, patch_size=4, stride=2, dim=8, depth=1)\n",
     'dict(data_root="{data}/ett", file="series.csv", part="{part}", context=16, horizon=4, rows=(60, 30, 30))',
 )
+if importlib.util.find_spec("torchdiffeq"):
+    CONFIGS["flow"] = (
+        '["{configs}/gen/dimsum_mini_digits.py"]',
+        "model = dict(hidden_size=32, depth=1, num_classes=3, steps=1)\n" + JUDGED,
+        'dict(data_root="{data}", data_prefix="{part}", make=None, indices=None)',
+    )
+    CONFIGS["next scale"] = (
+        '["{configs}/gen/mvar_mini_digits.py"]',
+        "model = dict(depth=1, num_classes=3, V=16, Cvae=4, patch_nums=(1, 4), "
+        'tokenizer=dict(pretrained="{data}/weights/tokenizer.pth", ch_mult=(1, 1)))\n' + JUDGED,
+        'dict(data_root="{data}", data_prefix="{part}", make=None, indices=None)',
+    )
+    CONFIGS["tokenizer"] = (
+        '["{configs}/gen/mvar_tokenizer_digits.py"]',
+        "model = dict(V=16, Cvae=4, ch_mult=(1, 1), patch_nums=(1, 4))\n",
+        'dict(data_root="{data}", data_prefix="{part}", make=None, indices=None)',
+    )
 OF_IMAGES = ("classification", "mmpretrain", "segmentation", "label maps", "restoration", "promptable", "detection")
 # Options of predict.
 ASKED = {"detection": ["--threshold", "0"], "promptable": ["--point", "20", "20"], "video": ["--frames", "2"]}
+ASKED |= dict.fromkeys(("flow", "next scale"), ["--count", "1"])
 
 
 class Tiny(NamedTuple):
@@ -143,7 +164,7 @@ def write_task(task: str, folder: Path) -> Tiny:
     parts = {"occupancy": ("00", "08")}.get(task, ("train", "val"))
     for part in parts:
         places = {
-            **dict.fromkeys(("classification", "mmpretrain"), [data / part / name for name in "abc"]),
+            **dict.fromkeys(OF_CLASSES, [data / part / name for name in "abc"]),
             "segmentation": [data / "pairs" / part / name for name in ("images", "masks")],
             "label maps": [data / "maps" / name / part for name in ("images", "maps")],
             "restoration": [data / "restore" / part / name for name in ("input", "target")],
@@ -154,7 +175,7 @@ def write_task(task: str, folder: Path) -> Tiny:
             pixels = rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)
             mask = np.zeros((32, 48), np.uint8)
             mask[5:20, 5 + i : 30] = 1
-            if task in ("classification", "mmpretrain"):
+            if task in OF_CLASSES:
                 for place in places:
                     Image.fromarray(pixels).save(place / f"{i}.png")
             elif task == "restoration":
@@ -193,6 +214,13 @@ def write_task(task: str, folder: Path) -> Tiny:
                         Image.fromarray(grey).save(clip / f"{t}.png")
         elif task == "forecasting":
             write_series(data / "ett/series.csv", 120)
+        elif task == "next scale":
+            import linzoo.backbones  # noqa: F401
+
+            torch.manual_seed(2)
+            tokenizer = timm.create_model("mvar_tokenizer", V=16, Cvae=4, ch=32, ch_mult=(1, 1), patch_nums=(1, 4))
+            (data / "weights").mkdir(exist_ok=True)
+            torch.save(tokenizer.state_dict(), data / "weights/tokenizer.pth")
         elif task == "occupancy":
             write_scenes(data / "kitti", part, 2)
         elif task == "volume":
@@ -221,7 +249,8 @@ def write_task(task: str, folder: Path) -> Tiny:
         "interpolation": data / "triplets/sequences/val",
         "forecasting": data / "ett",
     }
-    if task in OF_IMAGES:
+    inputs |= dict.fromkeys(("flow", "next scale"), data)  # which they do not read
+    if task in (*OF_IMAGES, "tokenizer"):
         inputs[task] = folder / "inputs"
         inputs[task].mkdir()
         mode = "L" if task == "restoration" else "RGB"

@@ -17,6 +17,7 @@ from .dense import LabelMaps  # noqa: E402
 from .errors import InputError  # noqa: E402
 from .export import ExportHook  # noqa: E402
 from .forecasting import Forecaster, ForecastMetric, Series  # noqa: E402
+from .generation import FlowMatching, GenerationMetric, ImageTokenizer, NextScale  # noqa: E402
 from .images import LoadImage  # noqa: E402
 from .interpolation import InterpolationMetric, Interpolator, Triplets  # noqa: E402
 from .next_frame import Clips, NextFrame, NextFrameMetric  # noqa: E402
@@ -44,7 +45,10 @@ __all__ = [
     "ExportHook",
     "ForecastMetric",
     "Forecaster",
+    "FlowMatching",
+    "GenerationMetric",
     "ImageFolder",
+    "ImageTokenizer",
     "InputError",
     "InterpolationMetric",
     "Interpolator",
@@ -60,6 +64,7 @@ __all__ = [
     "MesaHook",
     "NextFrame",
     "NextFrameMetric",
+    "NextScale",
     "OccupancyMetric",
     "PairedImages",
     "ProgressHook",

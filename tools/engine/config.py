@@ -250,7 +250,10 @@ def _check_model(model: ConfigDict, start: bool = False) -> None:
     if not (inspect.isclass(kind) and issubclass(kind, TimmModel)):
         return
     model = copy.deepcopy(model)
-    for key, settings in (("model", model), *((f"model.{name}", model.get(name)) for name in ("teacher", "init_from"))):
+    for key, settings in (
+        ("model", model),
+        *((f"model.{name}", model.get(name)) for name in ("teacher", "init_from", "tokenizer")),
+    ):
         if not settings:
             continue
         _check_name(str(settings.get("model_name")), key)

@@ -1,0 +1,5 @@
+"""DiMSUM-B/2 on ImageNet at 256 px, by the recipe of DiMSUM-L/2."""
+
+_base_ = ["./dimsum_l_2_in256.py"]
+
+model = dict(model_name="dimsum_b_2")
