@@ -26,16 +26,23 @@ from .layers.pretrained import imagenet_cfg
 __all__ = ["PlainMamba"]
 
 
+def split(index: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Row and column of places on a map; without a remainder, which ONNX does not take by a width of any size."""
+    row = torch.div(index, width, rounding_mode="floor")
+    return row, index - row * width
+
+
 def snakes(H: int, W: int, device: torch.device) -> Tensor:
     """The four paths ``(4, H W)``: rows from the upper left corner, their reverse, columns, their reverse."""
     rows, columns = scan_order.snake(H, W, device), scan_order.snake(W, H, device)
-    columns = columns % H * W + torch.div(columns, H, rounding_mode="floor")
+    column, row = split(columns, H)
+    columns = row * W + column
     return torch.stack([rows, scan_order.reverse(rows), columns, scan_order.reverse(columns)])
 
 
 def directions(order: Tensor, W: int) -> Tensor:
     """Where the step into each token of paths ``(G, T)`` goes: 0 at the start, 1 right, 2 left, 3 up, 4 down."""
-    row, column = torch.div(order, W, rounding_mode="floor").diff(dim=1), (order % W).diff(dim=1)
+    row, column = (part.diff(dim=1) for part in split(order, W))
     steps = (column > 0) * 1 + (column < 0) * 2 + (row < 0) * 3 + (row > 0) * 4
     return F.pad(steps, (1, 0))
 
@@ -72,7 +79,7 @@ class PlainMambaMixer(nn.Module):
     def forward(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
         x, z = self.in_proj(u).chunk(2, dim=-1)
         x = F.silu(self.conv(x.mT.unflatten(2, grid))).flatten(2).mT
-        order = snakes(*grid, u.device)
+        order = snakes(*grid, u.device).long()  # ONNX indexes by int64 alone
         place = order.argsort(dim=1)  # the step at which each token is met
         # Every path is a sequence of the batch, (B 4, L, 1, ...), since the paths share all parameters.
         projected = F.linear(x, self.s6.x_proj[0]).unsqueeze(1)
