@@ -16,8 +16,8 @@ model = dict(
     guidance=2.0,
 )
 
-max_epochs = 32
-train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=16)
+max_epochs = 40
+train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=10)
 optim_wrapper = dict(
     constructor="TimmWeightDecay",
     optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.01),
