@@ -7,6 +7,7 @@ from .causal_conv1d import causal_conv1d
 from .deform_conv import deform_conv
 from .diagonal_scan import diagonal_scan
 from .gated_delta import gated_delta
+from .mlstm import mlstm
 from .rational import rational
 from .scan_order import cross
 from .selective_scan import selective_scan
@@ -56,6 +57,12 @@ def _gated_delta(normal):
     return run, inputs
 
 
+def _mlstm(normal):
+    B, L, H, P = 2, 37, 3, 19
+    inputs = {name: normal(B, L, H, P) for name in "qkv"} | {name: normal(B, L, H) for name in "if"}
+    return lambda **x: mlstm(**x), inputs
+
+
 def _ssm_kernel(normal):
     A = normal(3, 9, 2) * torch.tensor([0.3, 5.0]) - torch.tensor([1.0, 0.0])
     inputs = dict(A=A, B=normal(3, 9, 2), C=normal(2, 3, 9, 2), dt=0.1 * normal(3).exp(), P=0.3 * normal(1, 3, 9, 2))
@@ -84,6 +91,7 @@ EXAMPLES = {
     "deform_conv": _deform_conv,
     "diagonal_scan": _diagonal_scan,
     "gated_delta": _gated_delta,
+    "mlstm": _mlstm,
     "rational": _rational,
     "selective_scan": _selective_scan,
     "ssm_kernel": _ssm_kernel,

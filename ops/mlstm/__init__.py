@@ -1,10 +1,11 @@
-"""mLSTM: the matrix memory of xLSTM, with exponential input gates and a normaliser, as matrix products."""
+"""mLSTM: the matrix memory of xLSTM, with exponential input gates and a normaliser."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import forced_backend
-from ..operator import Operator
+from ..operator import CHUNK, Operator
 from ..tensors import check, promote, state_dtype
 from . import reference
 
@@ -23,8 +24,8 @@ def mlstm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, chunk_size: 
         n_t = the same, with k_t in the place of k_t v_t^T
         h_t = C_t^T q_t / (max(|n_t . q_t|, exp(-m_t)) + 1e-6)
 
-    computed chunk by chunk: within a chunk as masked attention, between chunks by their states. There is no kernel; the
-    same matrix products serve every device.
+    On the CPU a kernel takes step by step. Elsewhere it is computed chunk by chunk, as matrix products: within a chunk
+    as masked attention, between chunks by their states.
 
     Args:
         q, k, v: ``(B, L, H, P)``: H heads of P channels. float64, float32, bfloat16 or float16.
@@ -43,20 +44,74 @@ def mlstm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, chunk_size: 
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     dtype = promote(q, k, v)
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    i, f = (x.to(state_dtype(dtype)) for x in (i, f))
+    q, k, v, i, f = (x.to(state_dtype(dtype)) for x in (q, k, v, i, f))
     if forced_backend() == "reference":
-        return reference.mlstm(q, k, v, i, f, EPS)
-    return _operator(q, k, v, i, f, chunk_size)
+        return reference.mlstm(q, k, v, i, f, EPS).to(dtype)
+    return _operator(q, k, v, i, f, chunk_size).to(dtype)
 
 
-def _chunked(q, k, v, i, f, chunk_size):
+# The kernel's scan has one column more than there are values: n is the state of a value that is always 1. Beside h the
+# operator keeps the states before each chunk of CHUNK steps, m, and n . q; the matrix products need none of them.
+
+
+def _kept(q, save):
+    """Where the kernel puts states ``(B, H, chunks, P, P + 1)``, m and n . q ``(B, L, H)``; empty if none is kept."""
+    batch, length, heads, width = q.shape
+    if not (save and q.device.type == "cpu"):
+        return tuple(q.new_empty(0) for _ in range(3))
+    chunks = (length + CHUNK["cpu"] - 1) // CHUNK["cpu"]
+    return q.new_empty(batch, heads, chunks, width, width + 1), *(q.new_empty(q.shape[:3]) for _ in range(2))
+
+
+def _chunked(q, k, v, i, f, chunk_size, save):
     with torch.autocast(q.device.type, enabled=False):  # the states stay in float32
-        return reference.chunked(q, k, v, i, f, EPS, chunk_size)
+        return reference.chunked(q, k, v, i, f, EPS, chunk_size), *_kept(q, save)
 
 
-def _export(q, k, v, i, f, chunk_size):
-    return reference.mlstm(q, k, v, i, f, EPS, use_scan=True)
+def _export(q, k, v, i, f, chunk_size, save):
+    return reference.mlstm(q, k, v, i, f, EPS, use_scan=True), *_kept(q, save)
+
+
+def _scan_inputs(q, k, v, i, log_f, m):
+    """Decays and weights of the steps, keys divided by sqrt(P), and the values with a 1 behind them."""
+    before = F.pad(m[:, :-1], (0, 0, 1, 0), value=-torch.inf)
+    weight = (i - m).exp() / q.shape[3] ** 0.5
+    named = dict(q=q, k=k, v=torch.cat([v, torch.ones_like(v[..., :1])], 3))
+    named = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in named.items()}
+    return named | dict(g=(log_f + before - m).contiguous(), beta=weight.contiguous(), initial=None)
+
+
+def _forward(backend, q, k, v, i, f, chunk_size, save):
+    states, m, denominator = _kept(q, save)
+    i, log_f = i.contiguous(), F.logsigmoid(f).contiguous()
+    m = torch.empty_like(i) if m.dim() == 1 else m
+    torch.ops.linzoo_cpu.mlstm_maximum_forward(i, log_f, m)
+    packed = q.new_empty(len(q), q.shape[1] + q.shape[3], q.shape[2], q.shape[3] + 1)  # the last state lies behind
+    torch.ops.linzoo_cpu.mlstm_forward(**_scan_inputs(q, k, v, i, log_f, m), packed=packed, states=states)
+    y = packed[:, : q.shape[1]]
+    h = reference.read(y[..., :-1], y[..., -1], m, EPS)
+    return (h, states, m, denominator.copy_(y[..., -1])) if save else (h, *_kept(q, False))
+
+
+def _backward(backend, dh, q, k, v, i, f, chunk_size, h, states, m, denominator):
+    """As `mlstm` scales all by exp(-m), a gradient passes m only through `EPS` in the quotient."""
+    if states.dim() == 1:
+        h, states, m, denominator = _forward(backend, q, k, v, i, f, chunk_size, True)
+    i, log_f = i.contiguous(), F.logsigmoid(f).contiguous()
+    floor = reference.floor(m)
+    divisor = torch.maximum(denominator.abs(), floor) + EPS
+    read = (dh * h).sum(3) / divisor
+    dnumerator = dh / divisor.unsqueeze(3)
+    ddenominator = torch.where(denominator.abs() > floor, -read * denominator.sign(), 0)
+    dm = -read * EPS
+
+    dpacked = F.pad(torch.cat([dnumerator, ddenominator.unsqueeze(3)], 3), (0, 0, 0, 0, 0, q.shape[3]))
+    inputs = _scan_inputs(q, k, v, i, log_f, m)
+    grads = {f"d{name}": None if x is None else x.new_empty(x.shape) for name, x in inputs.items()}
+    torch.ops.linzoo_cpu.mlstm_backward(dpacked=dpacked.contiguous(), **inputs, states=states, **grads)
+    di, dlog_f = grads["dbeta"] * inputs["beta"], grads["dg"]
+    torch.ops.linzoo_cpu.mlstm_maximum_backward(dm.contiguous(), i, log_f, m, di, dlog_f)
+    return [grads["dq"], grads["dk"], grads["dv"][..., :-1].contiguous(), di, dlog_f * torch.sigmoid(-f)]
 
 
 def _flops(q, chunk_size, **_):
@@ -68,10 +123,15 @@ def _flops(q, chunk_size, **_):
 
 _operator = Operator(
     "mlstm",
-    "(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, int chunk_size) -> Tensor h",
-    kernel=None,
+    "(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, int chunk_size, bool save) "
+    "-> (Tensor h, Tensor states, Tensor m, Tensor denominator)",
+    kernel="mlstm",
+    devices=("cpu",),
     reference=_chunked,
     export=_export,
-    fake=lambda q, *_: q.new_empty(q.shape),
+    forward=_forward,
+    backward=_backward,
+    fake=lambda q, k, v, i, f, chunk_size, save: (q.new_empty(q.shape), *_kept(q, save)),
     flops=_flops,
+    keep_first=True,
 )

@@ -16,11 +16,14 @@ def _prepare(q, k, v, i, f):
     return q, k / q.shape[-1] ** 0.5, v, i, F.logsigmoid(f)
 
 
-def _read(numerator, denominator, m, eps):
-    """The quotient; exp(-m) stays finite, where the quotient is 0 up to 1e-30 anyway."""
-    limit = 0.9 * math.log(torch.finfo(m.dtype).max)
-    floor = torch.exp((-m).clamp(max=limit))
-    return numerator / (torch.maximum(denominator.abs(), floor) + eps).unsqueeze(-1)
+def floor(m):
+    """exp(-m), which stays finite: where it would not, a quotient by it is 0 up to 1e-30 anyway."""
+    return torch.exp((-m).clamp(max=0.9 * math.log(torch.finfo(m.dtype).max)))
+
+
+def read(numerator, denominator, m, eps):
+    """The quotient of the state's output and its normaliser."""
+    return numerator / (torch.maximum(denominator.abs(), floor(m)) + eps).unsqueeze(-1)
 
 
 def _step(state, x, eps):
@@ -30,7 +33,7 @@ def _step(state, x, eps):
     keep, write = torch.exp(log_f + m - m_new).unsqueeze(-1), torch.exp(i - m_new).unsqueeze(-1)
     C = keep.unsqueeze(-1) * C + (write * k).unsqueeze(-1) * v.unsqueeze(-2)
     n = keep * n + write * k
-    y = _read((q.unsqueeze(-1) * C).sum(-2), (q * n).sum(-1), m_new, eps)
+    y = read((q.unsqueeze(-1) * C).sum(-2), (q * n).sum(-1), m_new, eps)
     return (C, n, m_new), y
 
 
@@ -95,5 +98,5 @@ def chunked(q, k, v, i, f, eps, chunk_size):
     m = torch.maximum(inside, before)
     y = (q_ @ k.mT * torch.exp(weight - m.unsqueeze(4))) @ v
     y = y + torch.exp(before - m).unsqueeze(4) * (q_ @ torch.stack(states, 2))
-    y = _read(y[..., :-1], y[..., -1], m, eps)
+    y = read(y[..., :-1], y[..., -1], m, eps)
     return y.movedim(1, 3).flatten(1, 2)[:, :length].to(q.dtype)

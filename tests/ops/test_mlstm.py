@@ -1,10 +1,14 @@
-"""mLSTM: the chunked products against the recurrence; gradients, precision, programs, bad input."""
+"""mLSTM: the kernel and the chunked products against the recurrence; gradients, precision, programs, bad input."""
+
+import importlib
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 
 from linzoo.ops import mlstm, use_backend
+
+mlstm_module = importlib.import_module("linzoo.ops.mlstm")  # the function has its folder's name
 
 
 def make_inputs(B=2, L=37, H=3, P=4, dtype=torch.float64):
@@ -19,15 +23,22 @@ def results(inputs, backend, **options):
         return [y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))]
 
 
-@pytest.mark.parametrize("L", (1, 7, 16, 37))
+@pytest.fixture(params=("kernel", "products"))
+def way(request, monkeypatch):
+    """By the CPU's kernel, and by what serves devices without one."""
+    if request.param == "products":
+        monkeypatch.setattr(mlstm_module._operator, "devices", ())
+
+
+@pytest.mark.parametrize("L", (1, 7, 16, 37, 64))
 @pytest.mark.parametrize("chunk_size", (1, 8, 64))
-def test_chunks_equal_the_recurrence(L, chunk_size):
+def test_equals_the_recurrence(L, chunk_size, way):
     inputs = make_inputs(L=L)
     ours, expected = results(inputs, None, chunk_size=chunk_size), results(inputs, "reference")
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_by_hand():
+def test_by_hand(way):
     """Gates of 0 keep half and write all: C_2 = C_1 / 2 + k v; and nothing is read below exp(-m)."""
     q, k, v = (torch.tensor([a, b], dtype=torch.float64).view(1, 2, 1, 1) for a, b in ((1, 1), (2, 4), (3, 5)))
     zero = torch.zeros(1, 2, 1, dtype=torch.float64)
@@ -43,7 +54,7 @@ def test_the_future_is_not_seen():
     torch.testing.assert_close(mlstm(**later, chunk_size=8)[:, :20], mlstm(**inputs, chunk_size=8)[:, :20])
 
 
-def test_large_gates_neither_overflow_nor_turn_nan():
+def test_large_gates_neither_overflow_nor_turn_nan(way):
     inputs = {name: x.detach() for name, x in make_inputs(L=300, dtype=torch.float32).items()}
     for scale in (100, -100):
         leaves = inputs | {"i": scale * inputs["i"], "f": scale * inputs["f"]}
@@ -51,7 +62,7 @@ def test_large_gates_neither_overflow_nor_turn_nan():
             assert value.isfinite().all()
 
 
-def test_gradcheck():
+def test_gradcheck(way):
     assert gradcheck(lambda *a: mlstm(*a, chunk_size=4), tuple(make_inputs(B=1, L=6, H=2, P=2).values()))
 
 
@@ -72,6 +83,22 @@ def test_autocast_leaves_the_states_alone():
     torch.testing.assert_close(y, mlstm(**inputs), rtol=0, atol=0)
 
 
+def test_any_number_of_threads_gives_the_same_bits():
+    """More heads than a thread takes together, and few of them, whose columns are split."""
+    threads = torch.get_num_threads()
+    for sizes in (dict(B=5, H=5, P=21), dict(B=1, H=3, P=70)):
+        inputs, found = make_inputs(**sizes, L=70, dtype=torch.float32), []
+        try:
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                found.append(results(inputs, None))
+        finally:
+            torch.set_num_threads(threads)
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+        for ours, expected in zip(found[0], results(inputs, "reference"), strict=True):
+            assert (ours - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
 def test_views_and_other_memory_layouts():
     inputs = {name: x.detach() for name, x in make_inputs().items()}
     turned = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()}
@@ -81,7 +108,7 @@ def test_views_and_other_memory_layouts():
 def test_opcheck():
     for L in (1, 11):
         inputs = make_inputs(B=1, L=L, H=2, P=3)
-        torch.library.opcheck(torch.ops.linzoo.mlstm.default, (*inputs.values(), 4))
+        torch.library.opcheck(torch.ops.linzoo.mlstm.default, (*inputs.values(), 4, True))
 
 
 def test_compile_and_export():
