@@ -78,7 +78,7 @@ def _scan_inputs(q, k, v, i, log_f, m):
     weight = (i - m).exp() / q.shape[3] ** 0.5
     named = dict(q=q, k=k, v=torch.cat([v, torch.ones_like(v[..., :1])], 3))
     named = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in named.items()}
-    return named | dict(g=(log_f + before - m).contiguous(), beta=weight.contiguous(), initial=None)
+    return named | dict(g=(log_f + before - m).contiguous(), beta=weight.contiguous())
 
 
 def _forward(backend, q, k, v, i, f, chunk_size, save):
@@ -87,7 +87,7 @@ def _forward(backend, q, k, v, i, f, chunk_size, save):
     m = torch.empty_like(i) if m.dim() == 1 else m
     torch.ops.linzoo_cpu.mlstm_maximum_forward(i, log_f, m)
     packed = q.new_empty(len(q), q.shape[1] + q.shape[3], q.shape[2], q.shape[3] + 1)  # the last state lies behind
-    torch.ops.linzoo_cpu.mlstm_forward(**_scan_inputs(q, k, v, i, log_f, m), packed=packed, states=states)
+    torch.ops.linzoo_cpu.mlstm_forward(**_scan_inputs(q, k, v, i, log_f, m), initial=None, packed=packed, states=states)
     y = packed[:, : q.shape[1]]
     h = reference.read(y[..., :-1], y[..., -1], m, EPS)
     return (h, states, m, denominator.copy_(y[..., -1])) if save else (h, *_kept(q, False))
@@ -107,11 +107,12 @@ def _backward(backend, dh, q, k, v, i, f, chunk_size, h, states, m, denominator)
 
     dpacked = F.pad(torch.cat([dnumerator, ddenominator.unsqueeze(3)], 3), (0, 0, 0, 0, 0, q.shape[3]))
     inputs = _scan_inputs(q, k, v, i, log_f, m)
-    grads = {f"d{name}": None if x is None else x.new_empty(x.shape) for name, x in inputs.items()}
-    torch.ops.linzoo_cpu.mlstm_backward(dpacked=dpacked.contiguous(), **inputs, states=states, **grads)
-    di, dlog_f = grads["dbeta"] * inputs["beta"], grads["dg"]
+    dq, dk, dv, dlog_f, dweight = (inputs[name].new_empty(inputs[name].shape) for name in ("q", "k", "v", "g", "beta"))
+    grads = dict(dq=dq, dk=dk, dv=dv, dg=dlog_f, dbeta=dweight, dinitial=None)
+    torch.ops.linzoo_cpu.mlstm_backward(dpacked=dpacked.contiguous(), **inputs, initial=None, states=states, **grads)
+    di = dweight * inputs["beta"]
     torch.ops.linzoo_cpu.mlstm_maximum_backward(dm.contiguous(), i, log_f, m, di, dlog_f)
-    return [grads["dq"], grads["dk"], grads["dv"][..., :-1].contiguous(), di, dlog_f * torch.sigmoid(-f)]
+    return [dq, dk, dv[..., :-1].contiguous(), di, dlog_f * torch.sigmoid(-f)]
 
 
 def _flops(q, chunk_size, **_):
