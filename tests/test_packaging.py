@@ -17,7 +17,7 @@ import linzoo
 from linzoo.ops.compile_cpu import LEVELS, levels, sources, wheel_platform
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("ops", "backbones", "configs", "generate", "tools")
+FOLDERS = ("ops", "backbones", "configs", "generate", "quantization", "tools")
 DATA = ("model_cards", "docs")
 
 
@@ -116,7 +116,8 @@ def test_imports_point_one_way():
     """
     allowed = {"ops": (), "backbones": ("linzoo.ops",)}
     allowed["generate"] = ("linzoo.ops", "linzoo.backbones", "linzoo.generate")
-    allowed["tools"] = (*allowed["generate"], "linzoo.tools")
+    allowed["quantization"] = ("linzoo.ops", "linzoo.backbones", "linzoo.quantization")
+    allowed["tools"] = (*allowed["generate"], "linzoo.quantization", "linzoo.tools")
     for name, targets in allowed.items():
         for path in (ROOT / name).rglob("*.py"):
             lines = [line.strip() for line in path.read_text().splitlines()]

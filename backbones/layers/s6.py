@@ -83,12 +83,16 @@ class S6(nn.Module):
         Returns:
             ``(B, L, G, D)``, or ``(B, L, D)`` with `merge`.
         """
+        projected = self.project(u)
         if u.dim() == 3:
-            projected = F.linear(u, self.x_proj.flatten(0, 1)).unflatten(-1, (self.groups, -1))
             u = u.unsqueeze(2).expand(-1, -1, self.groups, -1)
-        else:
-            projected = grouped_linear(u, self.x_proj)
         return self.scan(u, projected, order, merge)
+
+    def project(self, u):
+        """``[r, B, C]`` ``(B, L, G, R + 2 N)`` of what `forward` takes."""
+        if u.dim() == 3:
+            return F.linear(u, self.x_proj.flatten(0, 1)).unflatten(-1, (self.groups, -1))
+        return grouped_linear(u, self.x_proj)
 
     def scan(self, u, projected, order=None, merge=False):
         """As `forward` of ``(B, L, G, D)``, for callers who compute ``[r, B, C]`` ``(B, L, G, R + 2 N)`` themselves."""

@@ -1,0 +1,41 @@
+"""Quantisation of the zoo: transforms that keep a model's outputs, observers, and simulated quantisers."""
+
+from .fake import Quantizer, log_sqrt2
+from .invariances import Axis, Slot, invariances
+from .observers import ChannelObserver, MinMaxObserver, PercentileObserver, best_range
+from .reparam import fold_ranges, shift
+from .rotation import block_hadamard, hadamard, has_hadamard, klt_rotation, rotation
+from .smooth import read_maxima, smoothing
+from .taps import layers, measure, tap, tapped
+from .transforms import Online, fold_gains, permute, remove_online, rotate, scale
+
+__all__ = [
+    "Axis",
+    "ChannelObserver",
+    "MinMaxObserver",
+    "Online",
+    "PercentileObserver",
+    "Quantizer",
+    "Slot",
+    "best_range",
+    "block_hadamard",
+    "fold_gains",
+    "fold_ranges",
+    "hadamard",
+    "has_hadamard",
+    "invariances",
+    "klt_rotation",
+    "layers",
+    "log_sqrt2",
+    "measure",
+    "permute",
+    "read_maxima",
+    "remove_online",
+    "rotate",
+    "rotation",
+    "scale",
+    "shift",
+    "smoothing",
+    "tap",
+    "tapped",
+]

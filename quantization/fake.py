@@ -1,0 +1,106 @@
+"""Simulated quantisers: tensors rounded to a grid of 2^bits values, in floating point.
+
+``q = round(x / scale) + zero``, cut to the grid, and back: ``(q - zero) scale``.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Granularity", "Quantizer", "log_sqrt2"]
+
+Granularity = Literal["tensor", "channel", "token", "group"]
+Range = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How a tensor is rounded.
+
+    Args:
+        bits: Of an integer, 2 to 16.
+        symmetric: A grid around 0 without a zero point; otherwise (affine) from the least value to the largest.
+        granularity: What has a scale of its own: the tensor, each index of `axis` ('channel'), each vector of the last
+            axis ('token'), or every `group` values of the last axis.
+        axis: The axis of 'channel'; several for an index of each.
+        group: Values of a 'group'.
+
+    Raises:
+        ValueError: bits or the granularity are none of these.
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+    granularity: Granularity = "tensor"
+    axis: int | tuple[int, ...] = 0
+    group: int = 128
+
+    def __post_init__(self):
+        if not 2 <= self.bits <= 16:
+            raise ValueError(f"bits: expected 2 to 16, got {self.bits}")
+        if self.granularity not in ("tensor", "channel", "token", "group"):
+            raise ValueError(f"granularity: expected tensor, channel, token or group, got {self.granularity!r}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The least and the largest integer."""
+        half = 2 ** (self.bits - 1)
+        return (1 - half, half - 1) if self.symmetric else (0, 2 * half - 1)
+
+    def range(self, x: Tensor) -> Range:
+        """The least and the largest value of all that shares a scale, as tensors that broadcast over `x`.
+
+        Raises:
+            ValueError: groups do not divide the last axis.
+        """
+        if self.granularity == "group":
+            if x.shape[-1] % self.group:
+                raise ValueError(f"group: expected a divisor of {x.shape[-1]} channels, got {self.group}")
+            low, high = x.unflatten(-1, (-1, self.group)).aminmax(dim=-1, keepdim=True)
+            return low.expand(*low.shape[:-1], self.group).flatten(-2), high.expand(
+                *high.shape[:-1], self.group
+            ).flatten(-2)
+        if self.granularity == "tensor":
+            dims = tuple(range(x.dim()))
+        elif self.granularity == "token":
+            dims = (x.dim() - 1,)
+        else:
+            kept = {axis % x.dim() for axis in ((self.axis,) if isinstance(self.axis, int) else self.axis)}
+            dims = tuple(dim for dim in range(x.dim()) if dim not in kept)
+        return x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+
+    def parameters(self, low: Tensor, high: Tensor) -> Range:
+        """Scale and zero point of a range; 0 always lies on the grid."""
+        least, largest = self.grid
+        tiny = torch.finfo(low.dtype).tiny
+        if self.symmetric:
+            scale = (torch.maximum(low.abs(), high.abs()) / largest).clamp(min=tiny)
+            return scale, torch.zeros_like(scale)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = ((high - low) / (largest - least)).clamp(min=tiny)
+        return scale, (least - low / scale).round()
+
+    def __call__(self, x: Tensor, range: Range | None = None) -> Tensor:
+        """`x` on the grid, in its own shape and dtype.
+
+        Args:
+            x: Floating point.
+            range: Least and largest value (static); None for those of `x` itself (dynamic).
+        """
+        scale, zero = self.parameters(*(self.range(x) if range is None else range))
+        return ((x / scale + zero).round().clamp(*self.grid) - zero) * scale
+
+
+def log_sqrt2(a: Tensor, delta: Tensor | float, bits: int = 8) -> Tensor:
+    """RepQ-ViT's quantiser of what a softmax gives (arXiv 2212.08254, section 3.3): powers of the square root of 2.
+
+    ``k = round(-2 log2(a / delta))``; ``delta 2^(-k / 2)``, and 0 where k is beyond the last of 2^bits codes.
+
+    Args:
+        a: Not negative.
+        delta: The value of code 0.
+    """
+    k = (-2 * (a / delta).log2()).round().clamp(min=0)
+    return torch.where(k < 2**bits, torch.exp2(-k / 2) * delta, 0.0)

@@ -1,0 +1,132 @@
+"""What calibration notes: ranges of tensors, and maxima and covariances of channels."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .fake import Quantizer, Range
+
+__all__ = ["ChannelObserver", "MinMaxObserver", "Observer", "PercentileObserver", "best_range"]
+
+
+class Observer(Protocol):
+    """Sees tensors one after another, and says in the end which range they need."""
+
+    def see(self, x: Tensor) -> None: ...
+
+    def range(self) -> Range: ...
+
+
+class MinMaxObserver:
+    """The least and the largest value of all tensors, for each scale of `quantizer`."""
+
+    def __init__(self, quantizer: Quantizer):
+        self.quantizer = quantizer
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
+
+    def see(self, x: Tensor) -> None:
+        low, high = self.quantizer.range(x.detach())
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+    def range(self) -> Range:
+        """Raises ValueError where nothing was seen."""
+        if self.low is None or self.high is None:
+            raise ValueError("range: expected tensors to have been seen, got none")
+        return self.low, self.high
+
+
+class PercentileObserver:
+    """Quantiles of all values seen, from a histogram whose bins double in width when larger values come.
+
+    Args:
+        share: Part of the values that the range holds at either end.
+        bins: Bins of the histogram, an even number; they lie symmetrically around 0.
+    """
+
+    def __init__(self, share: float = 0.999999, bins: int = 2048):
+        if not 0.5 < share <= 1:
+            raise ValueError(f"share: expected more than 0.5 and at most 1, got {share}")
+        if bins % 4:
+            raise ValueError(f"bins: expected a multiple of 4, got {bins}")
+        self.share, self.bins = share, bins
+        self.reach = 0.0
+        self.counts = torch.zeros(bins, dtype=torch.float64)
+
+    def see(self, x: Tensor) -> None:
+        x = x.detach().float().cpu()
+        largest = float(x.abs().max())
+        if not self.reach:
+            self.reach = largest or 1.0
+        while largest > self.reach:
+            quarter = torch.zeros(self.bins // 4, dtype=torch.float64)
+            self.counts = torch.cat([quarter, self.counts.view(-1, 2).sum(1), quarter])
+            self.reach *= 2
+        self.counts += torch.histc(x, self.bins, -self.reach, self.reach)
+
+    def range(self) -> Range:
+        """Edges of the bins that the quantiles lie in; raises ValueError where nothing was seen."""
+        total = self.counts.sum()
+        if not total:
+            raise ValueError("range: expected tensors to have been seen, got none")
+        edges = torch.linspace(-self.reach, self.reach, self.bins + 1)
+        sums = self.counts.cumsum(0)
+        high = int(torch.searchsorted(sums, self.share * total).clamp(max=self.bins - 1))
+        low = int(torch.searchsorted(sums, (1 - self.share) * total, right=True).clamp(max=self.bins - 1))
+        return edges[low], edges[high + 1]
+
+
+class ChannelObserver:
+    """Maxima of the last axis's channels, and on demand their covariance; for each index of the axis before, or none.
+
+    Args:
+        groups: Whether the axis before the last one, of groups with channels of their own, is kept.
+        covariance: Whether second moments are summed.
+    """
+
+    def __init__(self, groups: bool = False, covariance: bool = False):
+        self.groups, self.covariant = groups, covariance
+        self.largest: Tensor | None = None
+        self.products: Tensor | None = None
+        self.sums: Tensor | None = None
+        self.count = 0
+
+    def see(self, x: Tensor) -> None:
+        x = x.detach().double()
+        rows = x.flatten(0, -3).transpose(0, 1) if self.groups else x.flatten(0, -2)  # (G, M, n) or (M, n)
+        largest = rows.abs().amax(-2)
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+        if self.covariant:
+            products, sums = rows.mT @ rows, rows.sum(-2)
+            self.products = products if self.products is None else self.products + products
+            self.sums = sums if self.sums is None else self.sums + sums
+            self.count += rows.shape[-2]
+
+    def maxima(self) -> Tensor:
+        """``(n,)`` or ``(G, n)``, float64; raises ValueError where nothing was seen."""
+        if self.largest is None:
+            raise ValueError("maxima: expected tensors to have been seen, got none")
+        return self.largest
+
+    def covariance(self) -> Tensor:
+        """``(n, n)`` or ``(G, n, n)``, float64; raises ValueError where it was not asked for or nothing was seen."""
+        if self.products is None or self.sums is None:
+            raise ValueError("covariance: expected an observer with covariance=True that saw tensors")
+        mean = self.sums / self.count
+        return self.products / self.count - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+
+def best_range(x: Tensor, quantizer: Quantizer, shares: Sequence[float] = (0.999, 0.9999, 0.99999)) -> Range:
+    """The quantiles ``(1 - q, q)`` of `x` that round it with the least squared error (RepQ-ViT, arXiv 2212.08254).
+
+    Args:
+        x: A calibration tensor; all of it shares a scale.
+        shares: The q to choose from.
+    """
+    values = x.flatten().sort().values
+    last = values.numel() - 1
+    ranges = [(values[round((1 - q) * last)], values[round(q * last)]) for q in shares]
+    return min(ranges, key=lambda range: float((quantizer(x, range) - x).square().mean()))
