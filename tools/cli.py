@@ -14,6 +14,8 @@ COMMANDS = {
     "predict": "label, segment, restore or find objects in files",
     "sample": "make images of classes",
     "export": "write a model for ONNX Runtime or torch.export",
+    "quantize": "round a classifier's weights and inputs to 8 or 4 bits, simulated",
+    "outliers": "methods of quantisation side by side, on planted outliers",
     "look": "into a model: heat maps, receptive field, features, scan orders, dynamics",
     "benchmark": "time operators and models on this machine",
     "build": "compile the CPU kernels ahead",

@@ -1,0 +1,168 @@
+"""Quantise a classifier: `linzoo quantize MODEL [CHECKPOINT] --calib DIR --out DIR`.
+
+MODEL is a model's name (`linzoo models`, or timm's), `local-dir:DIR` of a run's export, or a config of ours with its
+checkpoint. DIR of --calib holds images, in folders or not; take those it was trained on, never those of a comparison.
+
+--method: what is done to channels before rounding, without changing the model. minmax: nothing. smooth: SmoothQuant's
+scales. mambaquant: these, rotations in the weights, and a Hadamard matrix before `out_proj`.
+--bits: w8a8 and w4a8 round weights and the inputs of layers, w8 the weights alone.
+
+Arithmetic is simulated in floating point; scans, norms and dense convolutions are not rounded. The checkpoint
+`quantized.pth` is one of the same model: its weights carry the rounding, and `linzoo test`, `predict` and `export` take
+it. They round weights alone; the ranges of the inputs stand in the file, under `quantization`.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import rich.box
+import rich.console
+import rich.table
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+
+from linzoo.backbones.checkpoints import load_plain
+from linzoo.quantization.quantize import METHODS, quantize
+from linzoo.tools.engine.classifier import Classifier, find_classes
+from linzoo.tools.engine.cli import command
+from linzoo.tools.engine.config import load_config, shipped_configs
+from linzoo.tools.engine.errors import InputError, note
+from linzoo.tools.engine.files import write_atomically
+from linzoo.tools.engine.images import find_files, read_rgb
+from linzoo.tools.engine.task import Job, build
+from linzoo.tools.engine.weights import load_weights
+from linzoo.tools.export import load
+from linzoo.tools.outliers import logit_error
+
+BITS = {"w8a8": (8, 8), "w4a8": (4, 8), "w8": (8, None)}
+FILE = "quantized.pth"
+Prepare = Callable[[list[Path]], list[Tensor]]
+
+
+def open_model(name: str, weights: str | None) -> tuple[nn.Module, Prepare, list[str] | None]:
+    """A classifier in eval mode, what makes batches of files, and the names of its classes where they are known."""
+    if weights and Path(weights).is_file():
+        try:
+            content = load_plain(weights)
+        except ValueError as e:
+            raise InputError(str(e)) from e
+        if isinstance(content, Mapping) and "quantization" in content:
+            raise InputError(f"CHECKPOINT {weights!r} is quantised already; expected one of floating-point weights")
+    if name.endswith(".py") or name in shipped_configs():
+        cfg = load_config(name)
+        task = build(cfg)
+        if not isinstance(task, Classifier):
+            raise InputError(f"MODEL {name!r} trains a {type(task).__name__}; expected a config of a classifier")
+        if weights is None:
+            raise InputError(f"MODEL {name!r} is a config: CHECKPOINT is missing; expected its checkpoint")
+        classes = load_weights(task.model, weights)
+        preprocess = task.data_preprocessor.eval()
+
+        def by_config(files: list[Path]) -> list[Tensor]:
+            job = Job(cfg, type(task), classes, files, Path(), Path(), argparse.Namespace())
+            return [preprocess(batch)["inputs"] for batch in job.batches()]
+
+        return task.model.eval(), by_config, classes
+    model, _ = load(name, weights)
+    transform = create_transform(**resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg)), is_training=False)
+
+    def by_name(files: list[Path]) -> list[Tensor]:
+        images = [torch.as_tensor(transform(Image.fromarray(read_rgb(file)))) for file in files]
+        return [torch.stack(images[i : i + 32]) for i in range(0, len(images), 32)]
+
+    return model, by_name, model.pretrained_cfg.get("label_names")
+
+
+def calibration(folder: str, count: int, prepare: Prepare) -> list[Tensor]:
+    """Batches of `count` images of a folder, at even distances in the order of their names."""
+    if not Path(folder).is_dir():
+        raise InputError(f"--calib {folder!r}: no such folder; expected one of images")
+    found = find_files(folder)
+    if len(found) < count:
+        raise InputError(f"--calib {folder!r} holds {len(found)} images; expected {count}, or a smaller --images")
+    chosen = [found[i * len(found) // count] for i in range(count)]
+    batches = prepare(chosen)
+    sizes = {tuple(batch.shape[2:]) for batch in batches}
+    if len(sizes) > 1:
+        (a, b), (c, d) = sorted(sizes)[:2]
+        raise InputError(f"--calib {folder!r} holds images of {b} x {a} and {d} x {c}; expected one size")
+    first = batches[0][0]
+    if all(torch.equal(image, first) for batch in batches for image in batch):
+        raise InputError(f"--calib {folder!r}: the {count} images are all alike; expected different ones")
+    return batches
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batches: list[Tensor]) -> Tensor:
+    """The model's logits ``(images, classes)``."""
+    return torch.cat([model(batch) for batch in batches])
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line of `quantize`: writes DIR/quantized.pth and prints float against quantised."""
+    parser = argparse.ArgumentParser(
+        prog="linzoo quantize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a file of weights of any trainer")
+    parser.add_argument("--method", choices=METHODS, default="mambaquant", help="default: mambaquant")
+    parser.add_argument("--bits", choices=BITS, default="w8a8", help="default: w8a8")
+    parser.add_argument("--calib", required=True, metavar="DIR", help="folder of images to calibrate on")
+    parser.add_argument("--images", type=int, default=32, metavar="N", help="how many of them; default: 32")
+    parser.add_argument("--test", metavar="DIR", help="folder of class folders to compare on; default: the calibration")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    args = parser.parse_args(argv)
+    if args.images < 2:
+        raise InputError(f"--images {args.images}: expected at least 2")
+    model, prepare, classes = open_model(args.model, args.checkpoint)
+    if not getattr(model, "num_classes", 0):
+        raise InputError(f"MODEL {args.model!r} has no classes; expected a classifier")
+    batches, labels = calibration(args.calib, args.images, prepare), None
+    compared = batches
+    if args.test:
+        found = find_classes(args.test)
+        if len(found) != model.num_classes:
+            raise InputError(f"--test {args.test!r} has {len(found)} class folders; expected {model.num_classes}")
+        compared = prepare([file for files in found.values() for file in files])
+        labels = torch.tensor([i for i, files in enumerate(found.values()) for _ in files])
+    expected = logits(model, compared)
+    weight_bits, activation_bits = BITS[args.bits]
+    try:
+        quantized = quantize(model, batches, METHODS[args.method], weight_bits, activation_bits)
+    except ValueError as e:
+        raise InputError(f"--method {args.method}: {e}") from e
+    if quantized.left:
+        note(f"{len(quantized.left)} scans' x_proj read inputs that are not rounded, such as {quantized.left[0]!r}")
+    size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    results = [logits(quantized.model, compared)]
+    state = quantized.state_dict()
+    model.load_state_dict(state)
+    results.append(logits(model, compared))
+    file = Path(args.out, FILE)
+    facts = {"method": args.method, "bits": args.bits, "images": args.images, "ranges": quantized.ranges}
+    meta = {"dataset_meta": {"classes": list(classes)}} if classes else {}
+    content = {"state_dict": state, "meta": meta, "quantization": facts}
+    write_atomically(file, lambda partial: torch.save(content, partial))
+    table = rich.table.Table("weights", "MB", "logit error", "same class, %", box=rich.box.SIMPLE)
+    if labels is not None:
+        table.add_column("accuracy, %")
+    names = ("float", f"{args.bits}, simulated", f"{FILE}, inputs in float")
+    sizes = (size, quantized.size(), quantized.size())
+    for name, found, nbytes in zip(names, [expected, *results], sizes, strict=True):
+        same = (found.argmax(1) == expected.argmax(1)).double().mean()
+        cells = [name, f"{nbytes / 1e6:.2f}", f"{logit_error(found, expected):.4f}", f"{100 * same:.2f}"]
+        if labels is not None:
+            cells.append(f"{100 * (found.argmax(1) == labels).double().mean():.2f}")
+        table.add_row(*cells)
+    rich.console.Console(highlight=False).print(table)
+    where = f"{len(expected)} images of {args.test}" if args.test else f"the {len(expected)} calibration images"
+    print(f"over {where}; the error is that of logits over their spread between images; MB as if packed")
+    print(file)
+
+
+if __name__ == "__main__":
+    main()
