@@ -18,7 +18,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block as ViTBlock
 from torch import nn
 
-from linzoo.backbones import efficientvmamba, groupmamba, localmamba, mambavision, spatialmamba, vmamba, vssd
+from linzoo.backbones import efficientvmamba, groupmamba, localmamba, mambavision, plain, spatialmamba, vmamba, vssd
 from linzoo.backbones.layers import NCSSD, S6, SS2D, ChannelMix, RWKVBlock, SpatialMix, VimBlock, VimMixer
 from linzoo.backbones.layers.mlla import MLLABlock
 from linzoo.backbones.vim import Vim
@@ -280,6 +280,7 @@ NORMS: dict[type, dict[str, tuple[str, ...]]] = {
     groupmamba.Block: {"norm": ("mlp",)},
     mambavision.Block: {"norm1": ("mixer",), "norm2": ("mlp",)},
     MLLABlock: {"norm1": ("mixer",), "norm2": ("mlp",)},
+    plain.Block: {"norm1": ("mixer.mixer",), "norm2": ("mlp",)},
     RWKVBlock: {"norm1": ("mixer",), "norm2": ("mlp",)},
     ViTBlock: {"norm1": ("attn",), "norm2": ("mlp",)},
 }
@@ -306,8 +307,11 @@ def _inputs(name: str, block: nn.Module) -> Iterator[Axis]:
     if getattr(block, "post_norm", False):
         return
     for norm, parts in NORMS[type(block)].items():
-        kinds = [type(getattr(block, part)) for part in parts]
-        if not all(kind in READERS for kind in kinds) or getattr(getattr(block, parts[0]), "gate", None) is not None:
+        kinds = [type(block.get_submodule(part)) for part in parts]
+        if (
+            not all(kind in READERS for kind in kinds)
+            or getattr(block.get_submodule(parts[0]), "gate", None) is not None
+        ):
             continue
         prefix = f"{name}.{norm}"
         slots = tuple(Slot(f"{prefix}.{key}", 0, -1) for key, _ in getattr(block, norm).named_parameters())
@@ -323,7 +327,8 @@ def invariances(model: nn.Module) -> list[Axis]:
     """What a model's families declare, block by block; nothing for modules that none knows.
 
     Declared are Vim, VMamba, GroupMamba (what is grouped or an MLP), EfficientVMamba (the blocks that scan),
-    LocalMamba, MambaVision, VSSD, Spatial-Mamba, Vision-RWKV, and the attention of KAT and other ViTs.
+    LocalMamba, MambaVision, VSSD, Spatial-Mamba, Vision-RWKV, the plain ViTs of their mixers, and the attention of KAT
+    and other ViTs.
     """
     found: list[Axis] = []
     for name, module in model.named_modules():

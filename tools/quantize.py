@@ -51,7 +51,7 @@ def open_model(name: str, weights: str | None) -> tuple[nn.Module, Prepare, list
             raise InputError(str(e)) from e
         if isinstance(content, Mapping) and "quantization" in content:
             raise InputError(f"CHECKPOINT {weights!r} is quantised already; expected one of floating-point weights")
-    if name.endswith(".py") or name in shipped_configs():
+    if name.endswith(".py") or name.removeprefix("configs/") in shipped_configs():
         cfg = load_config(name)
         task = build(cfg)
         if not isinstance(task, Classifier):
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     table = rich.table.Table("weights", "MB", "logit error", "same class, %", box=rich.box.SIMPLE)
     if labels is not None:
         table.add_column("accuracy, %")
-    names = ("float", f"{args.bits}, simulated", f"{FILE}, inputs in float")
+    names = ("float", f"{args.bits}, simulated", FILE)
     sizes = (size, quantized.size(), quantized.size())
     for name, found, nbytes in zip(names, [expected, *results], sizes, strict=True):
         same = (found.argmax(1) == expected.argmax(1)).double().mean()
@@ -160,7 +160,8 @@ def main(argv: list[str] | None = None) -> None:
         table.add_row(*cells)
     rich.console.Console(highlight=False).print(table)
     where = f"{len(expected)} images of {args.test}" if args.test else f"the {len(expected)} calibration images"
-    print(f"over {where}; the error is that of logits over their spread between images; MB as if packed")
+    print(f"over {where}; the error is that of logits over their spread between images; MB as if packed;")
+    print(f"what {FILE} reads is not rounded")
     print(file)
 
 

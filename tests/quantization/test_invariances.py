@@ -44,6 +44,8 @@ FAMILIES = {
     "vrwkv": ("vrwkv_t", RWKV),
     "vrwkv_norms": ("vrwkv_t", dict(RWKV, inner_norm=True, init_values=0.1)),
     "vrwkv_post": ("vrwkv_t", dict(RWKV, post_norm=True)),
+    "plain_ss2d": ("plain_ss2d_t", dict(img_size=64, depth=2, dim=64)),
+    "plain_nc_ssd": ("plain_nc_ssd_t", dict(img_size=64, depth=2, dim=64)),
     "kat": ("kat_tiny_patch16_224", dict(img_size=64, depth=2)),
 }
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
