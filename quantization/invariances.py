@@ -11,6 +11,7 @@ Quamba2 (arXiv 2503.22879, reordering of heads and channels), RepQ-ViT (arXiv 22
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from timm.layers import Attention as ViTAttention
@@ -302,16 +303,17 @@ READERS: dict[type, tuple[str, ...]] = {
 
 
 def _inputs(name: str, block: nn.Module) -> Iterator[Axis]:
-    """From a block's norms to what reads them; RWKV's shift moves each channel between tokens, and 0 beyond a border
-    stays 0."""
+    """From a block's norms to what reads them.
+
+    RWKV's shift moves each channel between tokens, and 0 beyond a border stays 0. Where timm's attention has a gate,
+    that reads the norm too.
+    """
     if getattr(block, "post_norm", False):
         return
     for norm, parts in NORMS[type(block)].items():
-        kinds = [type(block.get_submodule(part)) for part in parts]
-        if (
-            not all(kind in READERS for kind in kinds)
-            or getattr(block.get_submodule(parts[0]), "gate", None) is not None
-        ):
+        modules = [attrgetter(part)(block) for part in parts]  # None for the MLP of a block without
+        kinds = [type(module) for module in modules]
+        if not all(kind in READERS for kind in kinds) or getattr(modules[0], "gate", None) is not None:
             continue
         prefix = f"{name}.{norm}"
         slots = tuple(Slot(f"{prefix}.{key}", 0, -1) for key, _ in getattr(block, norm).named_parameters())
