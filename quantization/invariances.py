@@ -112,7 +112,10 @@ def _s6_channels(name: str) -> tuple[Slot, ...]:
 
 
 def s6(name: str, module: S6) -> Iterator[Axis]:
-    """The step size's narrow vector r (R5, S5), and the states: B writes, C reads them, A keeps them apart (S4)."""
+    """The step size's narrow vector r (R5, S5), and the states: B writes, C reads them, A keeps them apart (S4).
+
+    The mixers that leave an `S6` as it is declare it; some add to its B or C, as PlainMamba does.
+    """
     R, N = module.dt_rank, module.d_state
     step = (Slot(f"{name}.x_proj", 1, -1), Slot(f"{name}.dt_weight", 2, 1))
     yield Axis(f"{name}.step", R, step, frozenset({"scale", "rotate", "permute"}), grouped=True, tap=f"{name}.step")
@@ -123,6 +126,7 @@ def s6(name: str, module: S6) -> Iterator[Axis]:
 def ss2d(name: str, module: nn.Module) -> Iterator[Axis]:
     """VMamba's mixer and those of its kin: the convolution (S7), the norm and gate (S2), the scan's channels."""
     size = module.s6.dim
+    yield from s6(f"{name}.s6", module.s6)
     yield _to_conv(name, "conv", size)
     yield _norm_to_linear(name, size)
     yield _online(name, size)
@@ -143,6 +147,7 @@ def ss2d(name: str, module: nn.Module) -> Iterator[Axis]:
 def vim_mixer(name: str, module: VimMixer) -> Iterator[Axis]:
     """Vim's mixer: no norm stands before `out_proj`, so what it reads is transformed as it comes (R2, S2)."""
     size = module.s6.dim
+    yield from s6(f"{name}.s6", module.s6)
     yield _to_conv(name, "conv", size, dim=1)
     yield _online(name, size)
     slots = (Slot(f"{name}.in_proj.weight", 0, 0), Slot(f"{name}.in_proj.weight", 0, 0, size), *_s6_channels(name))
@@ -153,6 +158,7 @@ def vim_mixer(name: str, module: VimMixer) -> Iterator[Axis]:
 def mambavision_mixer(name: str, module: mambavision.MambaVisionMixer) -> Iterator[Axis]:
     """MambaVision's mixer; its convolutions read (B, C, L), which no tap shows."""
     half = module.s6.dim
+    yield from s6(f"{name}.s6", module.s6)
     yield _to_conv(name, "conv_x", half, tap=False)
     yield _to_conv(name, "conv_z", half, half, tap=False)
     yield _online(name, 2 * half)
@@ -185,6 +191,7 @@ def nc_ssd(name: str, module: NCSSD) -> Iterator[Axis]:
 
 def group_scan(name: str, module: groupmamba.GatedGroupScan) -> Iterator[Axis]:
     """GroupMamba's mixer: from each group's norm through the gate to its `out_proj`."""
+    yield from s6(f"{name}.s6", module.s6)
     slots = (*_norm(f"{name}.out_norm", dim=1), Slot(f"{name}.out_proj.weight", 2, 1))
     yield Axis(f"{name}.out", module.s6.dim, slots, SCALE, grouped=True, tap=f"{name}.out_proj")
 
@@ -255,7 +262,6 @@ def vim(name: str, module: Vim) -> Iterator[Axis]:
 
 # What each kind of module allows; only modules of exactly these classes, since a derived one may compute otherwise.
 MODULES: dict[type, Callable[[str, Any], Iterator[Axis]]] = {
-    S6: s6,
     SS2D: ss2d,
     efficientvmamba.ES2D: ss2d,
     localmamba.LocalSS2D: ss2d,
@@ -329,7 +335,7 @@ def invariances(model: nn.Module) -> list[Axis]:
     """What a model's families declare, block by block; nothing for modules that none knows.
 
     Declared are Vim, VMamba, GroupMamba (what is grouped or an MLP), EfficientVMamba (the blocks that scan),
-    LocalMamba, MambaVision, VSSD, Spatial-Mamba, Vision-RWKV, the plain ViTs of their mixers, and the attention of KAT
+    LocalMamba, MambaVision, VSSD, Spatial-Mamba, VideoMamba, Vision-RWKV, the plain ViTs, and the attention of KAT
     and other ViTs.
     """
     found: list[Axis] = []
