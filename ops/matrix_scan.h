@@ -18,8 +18,7 @@
 namespace linzoo {
 namespace {
 
-constexpr int kChunk = LINZOO_CHUNK;
-constexpr int kFewHeads = 16, kTogether = 8, kAhead = 16;
+constexpr int kTogether = 8, kAhead = 16;
 
 template <class T>
 struct Problem {

@@ -5,6 +5,9 @@
 
 namespace linzoo {
 
+constexpr int kChunk = LINZOO_CHUNK;  // steps between two stored states
+constexpr int kFewHeads = 16;         // with fewer, the columns of one are split
+
 template <class T>
 T* data(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());

@@ -22,6 +22,11 @@ def promote(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def dense_rows(x: Tensor) -> Tensor:
+    """`x` with a contiguous last axis, as kernels want it; the other axes may be strided."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def check(**named: tuple[Tensor | None, str]) -> dict:
     """Checks tensors given as ``name=(tensor, axes)``; the first one says what the others must fit.
 

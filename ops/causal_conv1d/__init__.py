@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backend import forced_backend
 from ..operator import Operator
-from ..tensors import check, state_dtype
+from ..tensors import check, dense_rows, state_dtype
 from . import cuda, reference
 
 __all__ = ["causal_conv1d"]
@@ -82,9 +82,8 @@ def _composed(x, weight, bias, order, silu):
 
 
 def _kernel_inputs(x, weight, bias, order):
-    x = x if x.stride(-1) == 1 else x.contiguous()
     bias = None if bias is None else bias.contiguous()
-    return x, weight.contiguous(), bias, None if order is None else order.to(torch.int32).contiguous()
+    return dense_rows(x), weight.contiguous(), bias, None if order is None else order.to(torch.int32).contiguous()
 
 
 def _forward(backend, x, weight, bias, order, silu):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..operator import Operator
-from ..tensors import check, state_dtype
+from ..tensors import check, dense_rows, state_dtype
 from . import cuda, reference
 
 __all__ = ["deform_conv"]
@@ -74,7 +74,7 @@ def _dense_taps(offset, weight):
     """Both with contiguous taps; groups and pixels may be strided, as slices of one projection are."""
     if offset.stride()[-2:] != (2, 1):
         offset = offset.contiguous()
-    return offset, weight if weight.stride(-1) == 1 else weight.contiguous()
+    return offset, dense_rows(weight)
 
 
 def _forward(backend, x, offset, weight, *options):

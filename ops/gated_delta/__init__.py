@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..backend import forced_backend
 from ..operator import CHUNK, Operator
-from ..tensors import check, promote, state_dtype
+from ..tensors import check, dense_rows, promote, state_dtype
 from . import reference
 
 __all__ = ["gated_delta"]
@@ -90,9 +90,8 @@ def _empty(q, k, v, g, beta, initial, chunk_size, save):
 
 def _kernel_inputs(**tensors):
     """All contiguous, but for the rows of heads in `q`, `k` and `v`, which may lie anywhere."""
-    rows = {name: tensors.pop(name) for name in "qkv"}
-    named = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in rows.items()}
-    return named | {name: None if x is None else x.contiguous() for name, x in tensors.items()}
+    rows = {name: dense_rows(tensors.pop(name)) for name in "qkv"}
+    return rows | {name: None if x is None else x.contiguous() for name, x in tensors.items()}
 
 
 def _forward(backend, q, k, v, g, beta, initial, chunk_size, save):

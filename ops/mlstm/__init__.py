@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..backend import forced_backend
 from ..operator import CHUNK, Operator
-from ..tensors import check, promote, state_dtype
+from ..tensors import check, dense_rows, promote, state_dtype
 from . import reference
 
 __all__ = ["mlstm"]
@@ -76,9 +76,8 @@ def _scan_inputs(q, k, v, i, log_f, m):
     """Decays and weights of the steps, keys divided by sqrt(P), and the values with a 1 behind them."""
     before = F.pad(m[:, :-1], (0, 0, 1, 0), value=-torch.inf)
     weight = (i - m).exp() / q.shape[3] ** 0.5
-    named = dict(q=q, k=k, v=torch.cat([v, torch.ones_like(v[..., :1])], 3))
-    named = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in named.items()}
-    return named | dict(g=(log_f + before - m).contiguous(), beta=weight.contiguous())
+    rows = dict(q=dense_rows(q), k=dense_rows(k), v=torch.cat([v, torch.ones_like(v[..., :1])], 3))
+    return rows | dict(g=(log_f + before - m).contiguous(), beta=weight.contiguous())
 
 
 def _forward(backend, q, k, v, i, f, chunk_size, save):

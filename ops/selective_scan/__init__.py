@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..operator import CHUNK, Operator
-from ..tensors import check, promote, state_dtype
+from ..tensors import check, dense_rows, promote, state_dtype
 from . import cuda, reference
 
 __all__ = ["selective_scan", "selective_scan_state", "selective_states"]
@@ -66,21 +66,26 @@ def selective_scan(
         RuntimeError: a forced backend cannot serve; `order` out of range (CPU). With ``LINZOO_DEBUG=1`` orders are also
             checked for repeated tokens, on every device.
     """
+    _check(u, dt, A, B, C, D, dt_weight, dt_bias, order)
+    dtype = promote(u, dt, B, C)
+    u, dt, B, C = (x.to(dtype) for x in (u, dt, B, C))
+    D, dt_weight, dt_bias = (None if x is None else x.to(state_dtype(dtype)) for x in (D, dt_weight, dt_bias))
+    return _operator(u, dt, A.to(state_dtype(dtype)), B, C, D, dt_weight, dt_bias, dt_softplus, order, merge)
+
+
+def _check(u, dt, A, B, C, D, dt_weight, dt_bias, order, initial=None):
     check(
         u=(u, "BLGD"),
         A=(A, "GDN"),
         B=(B, "BLGN"),
         C=(C, "BLGN"),
         D=(D, "GD"),
+        initial=(initial, "BGDN"),
         dt_weight=(dt_weight, "GDR"),
         dt=(dt, "BLGD" if dt_weight is None else "BLGR"),
         dt_bias=(dt_bias, "GD"),
         order=(order, "GT"),
     )
-    dtype = promote(u, dt, B, C)
-    u, dt, B, C = (x.to(dtype) for x in (u, dt, B, C))
-    D, dt_weight, dt_bias = (None if x is None else x.to(state_dtype(dtype)) for x in (D, dt_weight, dt_bias))
-    return _operator(u, dt, A.to(state_dtype(dtype)), B, C, D, dt_weight, dt_bias, dt_softplus, order, merge)
 
 
 def selective_scan_state(
@@ -112,18 +117,7 @@ def selective_scan_state(
     Raises:
         As `selective_scan`.
     """
-    check(
-        u=(u, "BLGD"),
-        A=(A, "GDN"),
-        B=(B, "BLGN"),
-        C=(C, "BLGN"),
-        D=(D, "GD"),
-        initial=(initial, "BGDN"),
-        dt_weight=(dt_weight, "GDR"),
-        dt=(dt, "BLGD" if dt_weight is None else "BLGR"),
-        dt_bias=(dt_bias, "GD"),
-        order=(order, "GT"),
-    )
+    _check(u, dt, A, B, C, D, dt_weight, dt_bias, order, initial)
     dtype, states = promote(u, dt, B, C), A.shape[2]
     u, dt, A, B, C = (x.to(state_dtype(dtype)) for x in (u, dt, A, B, C))
     if dt_weight is not None:
@@ -213,13 +207,12 @@ def _split_channels(u, tasks):
 
 def _kernel_inputs(u, dt, A, B, C, D, dt_weight, dt_bias, softplus, order):
     """Arguments as the kernels want them: contiguous channels; A in units of log2(e), since they compute 2^x."""
-    u, dt, B, C = (x if x.stride(-1) == 1 else x.contiguous() for x in (u, dt, B, C))
     return dict(
-        u=u,
-        dt=dt,
+        u=dense_rows(u),
+        dt=dense_rows(dt),
         A=A.transpose(1, 2).contiguous() * 1.4426950408889634,
-        B=B,
-        C=C,
+        B=dense_rows(B),
+        C=dense_rows(C),
         D=None if D is None else D.contiguous(),
         dt_weight=None if dt_weight is None else dt_weight.transpose(1, 2).contiguous(),
         dt_bias=None if dt_bias is None else dt_bias.contiguous(),
@@ -250,7 +243,7 @@ def _backward(backend, dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, o
         dy = dy.contiguous().unsqueeze(2).expand(u.shape)
     batch, length, groups, channels = u.shape
     new = torch.empty if order is None or order.shape[-1] == length else torch.zeros  # 0 where no step visits a token
-    named = _kernel_inputs(*inputs) | dict(dy=dy if dy.stride(-1) == 1 else dy.contiguous(), states=states)
+    named = _kernel_inputs(*inputs) | dict(dy=dense_rows(dy), states=states)
     if backend == "cuda":
         of_plan = ("u", "dt", "A", "order", "dt_weight", "D", "dt_bias", "dy")
         p = cuda.plan(*(named[name] for name in of_plan))

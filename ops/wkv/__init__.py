@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..operator import CHUNK, Operator
-from ..tensors import check, promote, state_dtype
+from ..tensors import check, dense_rows, promote, state_dtype
 from . import cuda, reference
 
 __all__ = ["bi_wkv", "wkv6", "wkv6_state", "wkv7", "wkv7_state"]
@@ -298,7 +298,7 @@ def _promote(activations, parameters=()):
 
 def _kernel_inputs(order, **tensors):
     """Activations with contiguous channels, and the order in int32."""
-    named = {name: x if x is None or x.stride(-1) == 1 else x.contiguous() for name, x in tensors.items()}
+    named = {name: None if x is None else dense_rows(x) for name, x in tensors.items()}
     return named | dict(order=None if order is None else order.to(torch.int32).contiguous())
 
 

@@ -7,9 +7,6 @@
 namespace linzoo {
 namespace {
 
-constexpr int kChunk = LINZOO_CHUNK;
-constexpr int kFewHeads = 16;
-
 // The token of each step: (T) or (B, T), or none for 0 .. L-1.
 struct Order {
   const int32_t* tokens = nullptr;

@@ -241,8 +241,10 @@ def test_bad_samples(tiny, tmp_path, capsys):
     ]
     if flow:
         cases += [("--sampler ddim", "sampler='ddim'; expected"), ("--steps 0", "steps=0; expected a whole number")]
+        cases += [("--top-k 5", "--top-k: FlowMatching takes --guidance, --sampler, --steps alone")]
     else:
         cases += [("--top-p 1.5", "top_p=1.5; expected 0 at least, and a share of 1")]
+        cases += [("--steps 5", "--steps: NextScale takes --guidance, --top-k, --top-p alone")]
     for options, said in cases:
         line = refused(capsys, predict.main, tiny.config, weights, "--out", out, *options.split())
         assert said in line

@@ -114,6 +114,7 @@ class ImageGenerator(TimmModel):
 
     kinds = ("generation",)
     inputs = ("input", ())
+    settings: tuple[str, ...] = ()  # of `sample`, beside the guidance
 
     def __init__(
         self, model_name: str, *args, guidance: float, seed: int = 0, data_preprocessor: dict | None = None, **kwargs
@@ -169,8 +170,15 @@ class ImageGenerator(TimmModel):
         parser.add_argument("--top-p", type=float, help="of next-scale models, in place of the config's")
 
     def asked(self, options: argparse.Namespace) -> dict[str, Any]:
-        """The options of `sample` that the command line gives."""
-        return {} if options.guidance is None else {"guidance": options.guidance}
+        """The options of `sample` that the command line gives; InputError for those that it does not take."""
+        given = {name: getattr(options, name) for name in ("guidance", *FlowMatching.settings, *NextScale.settings)}
+        given = {name: value for name, value in given.items() if value is not None}
+        taken = ("guidance", *self.settings)
+        for name in given:
+            if name not in taken:
+                ours = ", ".join(f"--{option}" for option in taken).replace("_", "-")
+                raise InputError(f"--{name.replace('_', '-')}: {type(self).__name__} takes {ours} alone")
+        return given
 
     def predict_files(self, job: Job) -> list[dict]:
         """Of each image its class, its seed and its file."""
@@ -233,7 +241,7 @@ class FlowMatching(ImageGenerator):
             is not installed.
     """
 
-    needs, example = "forward_features", "dimsum_l_2"
+    needs, example, settings = "forward_features", "dimsum_l_2", ("sampler", "steps")
     options = staticmethod(Task.options)  # the command line has those of its base
 
     def __init__(
@@ -277,9 +285,8 @@ class FlowMatching(ImageGenerator):
         return {"loss": flow.loss(self.model(x, t, y).float(), data, start, t, self.path).mean()}
 
     def asked(self, options: argparse.Namespace) -> dict[str, Any]:
-        """Guidance, sampler and steps."""
-        found = {name: getattr(options, name) for name in ("guidance", "sampler", "steps")}
-        found = {name: value for name, value in found.items() if value is not None}
+        """Guidance, sampler and steps, checked."""
+        found = super().asked(options)
         self.check(found.get("sampler", self.sampler), found.get("steps", self.steps))
         if found.get("guidance", 1) != 1 and self.model.null_class is None:
             raise InputError(f'--guidance {found["guidance"]}: the model has no row for "no class"; expected 1')
@@ -315,7 +322,7 @@ class NextScale(ImageGenerator):
         InputError: the tokenizer is no such model, has no weights, or another number of codes.
     """
 
-    needs, example = "step", "mvar_d16"
+    needs, example, settings = "step", "mvar_d16", ("top_k", "top_p")
     options = staticmethod(Task.options)
 
     def __init__(
@@ -342,11 +349,6 @@ class NextScale(ImageGenerator):
             inputs = tokenizer.to_inputs(codes)
         logits = self.model(drop_labels(y, self.model.null_class, self.label_dropout), inputs)
         return {"loss": F.cross_entropy(logits.flatten(0, 1), torch.cat(codes, 1).flatten())}
-
-    def asked(self, options: argparse.Namespace) -> dict[str, Any]:
-        """Guidance, top_k and top_p."""
-        found = {name: getattr(options, name) for name in ("guidance", "top_k", "top_p")}
-        return {name: value for name, value in found.items() if value is not None}
 
     @torch.no_grad()
     def sample(
