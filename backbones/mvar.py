@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath, GELUTanh, Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -130,18 +130,6 @@ class MapAttention(nn.Module):
         return self.proj(found.transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
-    """``W_2 GELU(W_1 x)``, four times as wide inside."""
-
-    def __init__(self, dim: int, device=None, dtype=None):
-        dd: dict = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim, **dd), nn.Linear(4 * dim, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class Block(nn.Module):
     """See the module's docstring; `modulation` gives the gates, the scales and the shifts of the three, in turn."""
 
@@ -149,7 +137,8 @@ class Block(nn.Module):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn, self.mamba, self.mlp = MapAttention(dim, unit_queries, **dd), Mamba2(dim, **dd), Mlp(dim, **dd)
+        self.attn, self.mamba = MapAttention(dim, unit_queries, **dd), Mamba2(dim, **dd)
+        self.mlp = Mlp(dim, 4 * dim, act_layer=GELUTanh, **dd)
         self.modulation = nn.Linear(dim, 9 * dim, **dd)
         self.drop_path = DropPath(drop_path)
 

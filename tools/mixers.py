@@ -6,8 +6,6 @@ held-out handwritten digits (`cls/plain_digits`). A training that was cut off co
 """
 
 import argparse
-import json
-import time
 from pathlib import Path
 
 import rich.box
@@ -15,22 +13,11 @@ import rich.console
 import rich.table
 
 from linzoo.backbones.plain import MIXERS
-from linzoo.tools import benchmark, train
+from linzoo.tools import benchmark
 from linzoo.tools.configs import shipped_configs
+from linzoo.tools.state_tuning import run
 
 WORK_DIR = Path("work_dirs/mixers")
-
-
-def digits(mixer: str) -> tuple[float, float | None]:
-    """Accuracy in percent of 360 held-out digits, and the training's processor time in s unless it was cut off."""
-    work_dir = WORK_DIR / mixer
-    file, begun, start = work_dir / "seconds.json", any(work_dir.glob("*.pth")), time.process_time()
-    options = ["--cfg-options", f"model.model_name=plain_{mixer}_t"]
-    train.main([str(shipped_configs()["cls/plain_digits"]), "--work-dir", str(work_dir), "--resume", *options])
-    if not begun:
-        file.write_text(json.dumps(time.process_time() - start))
-    seconds = json.loads(file.read_text()) if file.exists() else None
-    return json.loads((work_dir / "export/config.json").read_text())["top1"], seconds
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,7 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-training", action="store_true", help="leave the digits out")
     args = parser.parse_args(argv)
 
-    found = {} if args.no_training else {mixer: digits(mixer) for mixer in args.mixers}
+    config, found = str(shipped_configs()["cls/plain_digits"]), {}
+    for mixer in () if args.no_training else args.mixers:
+        found[mixer] = run(config, WORK_DIR / mixer, "--cfg-options", f"model.model_name=plain_{mixer}_t")
     names = {f"plain_{mixer}_t": mixer for mixer in args.mixers}
     options = ["models", "--models", *names, "--sizes", *map(str, args.sizes), "--batch", "1"]
     options = benchmark.parse([*options, "--budget", str(args.budget)])

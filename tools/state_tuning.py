@@ -33,11 +33,11 @@ def learning(config: str) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def run(config: str, work_dir: Path) -> tuple[float, float | None]:
+def run(config: str, work_dir: Path, *options: str) -> tuple[float, float | None]:
     """Train, or go on, in a work dir: top-1 accuracy in percent; processor seconds, unless it was cut off before."""
     file, begun = work_dir / "seconds.json", any(work_dir.glob("*.pth"))
     start = time.process_time()
-    train.main([config, "--work-dir", str(work_dir), "--resume"])
+    train.main([config, "--work-dir", str(work_dir), "--resume", *options])
     if not begun:
         file.write_text(json.dumps(time.process_time() - start))
     seconds = json.loads(file.read_text()) if file.exists() else None

@@ -228,7 +228,6 @@ class SpatialMix7(StateMixer):
     Args:
         dim: Channels; every 64 of them are a head.
         layer, layers: As in `SpatialMix`.
-        rank, gate_rank: Ranks of decay and rate, and of the gate; None for the published ones of this width.
     """
 
     def __init__(
@@ -236,16 +235,14 @@ class SpatialMix7(StateMixer):
         dim: int,
         layer: int = 0,
         layers: int = 12,
-        rank: int | None = None,
-        gate_rank: int | None = None,
         device=None,
         dtype=None,
     ):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__(dim)
         self.layer, self.layers = layer, layers
-        rank = rank or max(32, round(1.8 * dim**0.5 / 32) * 32)
-        gate_rank = gate_rank or max(32, round(0.6 * dim**0.8 / 32) * 32)
+        rank = max(32, round(1.8 * dim**0.5 / 32) * 32)  # the language models' ranks at this width
+        gate_rank = max(32, round(0.6 * dim**0.8 / 32) * 32)
         self.mix = nn.Parameter(torch.empty(6, dim, **dd))  # of r, w, k, v, a, g
         for name, inner in (("decay", rank), ("rate", rank), ("gate", gate_rank)):
             self.register_parameter(f"{name}_down", nn.Parameter(torch.empty(dim, inner, **dd)))
@@ -296,12 +293,12 @@ class SpatialMix7(StateMixer):
         r, w, k, v, a, erased = (x.unflatten(-1, (self.heads, -1)) for x in (r, w, k, v, a, erased))
         erased = F.normalize(erased, dim=-1)
         back = torch.arange(z.shape[1] - 1, -1, -1, dtype=torch.int32, device=z.device)
-        y = torch.zeros_like(v)
-        for order, state in zip(
-            (None, back), (None, None) if self.time_state is None else self.time_state, strict=True
-        ):
-            inputs = r, w, k, v, -erased, a * erased
-            y = y + (wkv7(*inputs, order=order) if state is None else wkv7_state(*inputs, state, order=order)[0])
+        inputs = r, w, k, v, -erased, a * erased
+        if self.time_state is None:
+            y = wkv7(*inputs) + wkv7(*inputs, order=back)
+        else:
+            first, last = self.time_state
+            y = wkv7_state(*inputs, first)[0] + wkv7_state(*inputs, last, order=back)[0]
         y = y.flatten(-2)
         y = self.norm(y.flatten(0, 1).to(self.norm.weight.dtype)).unflatten(0, y.shape[:2])
         own = (r * k * self.bonus).sum(-1, keepdim=True) * v

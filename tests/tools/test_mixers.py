@@ -15,24 +15,16 @@ def test_table(capsys):
     )
 
 
-def test_accuracy_and_seconds(monkeypatch, tmp_path):
-    """Of a run from its start; a run that goes on has no seconds of its own."""
+def test_trainings(monkeypatch, capsys):
+    """One with each mixer; a run that goes on has no seconds of its own."""
+    results = iter([(97.5, 12.3), (80.0, None)])
     called = []
-
-    def train(argv):
-        called.append(argv)
-        work_dir = tmp_path / "mixers/ss2d"
-        (work_dir / "export").mkdir(parents=True, exist_ok=True)
-        (work_dir / "export/config.json").write_text('{"top1": 97.5}')
-        (work_dir / "epoch_1.pth").touch()
-
-    monkeypatch.setattr(mixers, "WORK_DIR", tmp_path / "mixers")
-    monkeypatch.setattr(mixers.train, "main", train)
-    accuracy, seconds = mixers.digits("ss2d")
-    assert accuracy == 97.5 and seconds is not None and "model.model_name=plain_ss2d_t" in called[0]
-    assert mixers.digits("ss2d") == (97.5, seconds)
-    (tmp_path / "mixers/ss2d/seconds.json").unlink()
-    assert mixers.digits("ss2d") == (97.5, None)
+    monkeypatch.setattr(mixers, "run", lambda *args: (called.append(args), next(results))[1])
+    mixers.main(["--mixers", "wkv7", "s6", "--sizes", "32", "--budget", "0.01"])
+    assert [args[1].name for args in called] == ["wkv7", "s6"]
+    assert [args[3] for args in called] == ["model.model_name=plain_wkv7_t", "model.model_name=plain_s6_t"]
+    rows = [line.split("|")[-3:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [[cell.strip() for cell in row] for row in rows[2:]] == [["97.50", "12"], ["80.00", "-"]]
 
 
 def test_unknown_mixer(capsys):
