@@ -18,7 +18,7 @@ from linzoo.generate import flow, next_scale
 
 from .errors import InputError
 from .files import save_image
-from .images import read_rgb
+from .images import read_rgb, to_pixels
 from .task import Job, Task, TimmModel
 from .weights import create_model
 
@@ -202,7 +202,7 @@ class ImageGenerator(TimmModel):
             for index, seed, image in zip(part, seeds, images, strict=True):
                 name = names[index] if index < len(names) else str(index)
                 file = job.out / "images" / f"{index:04d}_{seed:06d}.png"
-                save_image(_pixels(image), file)
+                save_image(to_pixels(image), file)
                 results.append({"path": str(file), "class": name, "seed": seed})
         return results
 
@@ -211,11 +211,6 @@ class ImageGenerator(TimmModel):
         """The image with its class."""
         axis.imshow(read_rgb(result["path"]))
         axis.set_title(result["class"], fontsize=10)
-
-
-def _pixels(image: Tensor) -> np.ndarray:
-    pixels = (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
-    return pixels if pixels.shape[2] == 3 else pixels[..., 0]
 
 
 def drop_labels(y: Tensor, null: int | None, rate: float) -> Tensor:
@@ -395,7 +390,7 @@ class ImageTokenizer(TimmModel):
         pairs = [pair for batch in job.batches() for pair in self.test_step(batch)]
         results = []
         for path, file, (kept, _) in zip(job.inputs, job.place("restored", ".png"), pairs, strict=True):
-            save_image(_pixels(kept), file)
+            save_image(to_pixels(kept), file)
             results.append({"path": str(path), "restored": str(file)})
         return results
 

@@ -8,6 +8,7 @@ import mmengine.registry
 import numpy as np
 from mmcv.transforms import BaseTransform
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from .errors import InputError, note
 
@@ -72,6 +73,12 @@ def read_pixels(path: str | os.PathLike) -> np.ndarray:
             raise InputError(f"image {str(path)!r} holds {pixels.dtype} values; expected 8 or 16 bits, or float32")
         pixels = pixels.astype(np.uint16)
     return pixels
+
+
+def to_pixels(image: Tensor) -> np.ndarray:
+    """An image ``(C, H, W)`` in [0, 1] as uint8 ``(H, W, 3)``, or ``(H, W)`` of one channel."""
+    pixels = (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
+    return pixels if pixels.shape[2] == 3 else pixels[..., 0]
 
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:

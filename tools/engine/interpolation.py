@@ -24,7 +24,7 @@ from .clips import ENDINGS, find_readable, stream_frames, stream_timed
 from .data import existing_folder, in_layout
 from .errors import InputError
 from .files import save_image, whole, write_atomically
-from .images import find_files, image_size, read_rgb
+from .images import find_files, image_size, read_rgb, to_pixels
 from .restorer import RestorationMetric, restore_tiled
 from .task import Job, TimmModel
 
@@ -266,7 +266,7 @@ class Interpolator(TimmModel):
                     image, then = before
                     found = self.halve(image, after, int(math.log2(factor)), tile)
                     for i, middle in enumerate(found, 1):
-                        yield _pixels(middle), then + (time - then) * i / factor
+                        yield to_pixels(middle), then + (time - then) * i / factor
                 yield frame, time
                 before = after, time
                 progress.advance(task)
@@ -290,10 +290,6 @@ class Interpolator(TimmModel):
         source = result.get("video") or result["folder"]
         frames = [frame for frame, _ in zip(stream_frames(source), range(3), strict=False)]
         axis.imshow(np.vstack(frames))
-
-
-def _pixels(image: Tensor) -> np.ndarray:
-    return (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
 
 
 def write_gif(frames: Iterator[tuple[np.ndarray, float]], file: Path) -> None:
