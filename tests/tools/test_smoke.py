@@ -29,7 +29,8 @@ SMALL = dict(
     routes=("h v_flip w2 w7_flip", "h h_flip v v_flip", "v v_flip w2 w2_flip"),
 )
 SLOW = {"spatialmamba_t"}
-WIDER = dict.fromkeys(("vrwkv_t", "vrwkv6_t"), dict(dim=64))  # heads have 64 channels; both token mixers are tried
+# Heads have 64 channels; both token mixers of Vision-RWKV are tried.
+WIDER = dict.fromkeys(("plain_attention_s", "vrwkv_t", "vrwkv6_t"), dict(dim=64))
 WIDER["rwkvsam_backbone_t"] = dict(dims=(32, 64, 128))
 WIDER["s5_pixel_s"] = dict(dim=128, depth=2)  # the second of its family
 
