@@ -35,7 +35,6 @@ WITHOUT = {
         "plain_*": COMPARED,
         "vrwkv_*_adapter_*": MAPS,
         "rwkvsam_backbone_l": "the paper names it and gives no recipe",
-        "mambavision_l*": "its recipe is not known to us",
         "vim_b": "the authors publish no recipe of it",
     },
     "seg": {

@@ -1,4 +1,4 @@
-"""ImageNet-1k at 192 px, colours jittered, no other augmentation of single images."""
+"""ImageNet-1k at 192 px with 3-Augment (DeiT III, arXiv 2204.07118): grey, solarised or blurred, then jittered."""
 
 _base_ = ["./imagenet.py"]
 
@@ -6,6 +6,14 @@ train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="RandomResizedCrop", scale=192, interpolation="bicubic", backend="pillow"),
     dict(type="RandomFlip", prob=0.5, direction="horizontal"),
+    dict(
+        type="RandomChoice",
+        transforms=[
+            [dict(type="RandomGrayscale", prob=1.0, keep_channels=True, channel_weights=(0.114, 0.587, 0.299))],
+            [dict(type="Solarize", thr=128, prob=1.0)],
+            [dict(type="GaussianBlur", magnitude_range=(0.1, 2.0), magnitude_std="inf", prob=1.0)],
+        ],
+    ),
     dict(type="ColorJitter", brightness=0.3, contrast=0.3, saturation=0.3),
     dict(type="PackInputs"),
 ]

@@ -1,4 +1,4 @@
-"""ViL-B on ImageNet-1k at 192 px by its published recipe, without 3-Augment: `torchrun --nproc_per_node=8`."""
+"""ViL-B on ImageNet-1k at 192 px by its published recipe: `torchrun --nproc_per_node=8`."""
 
 _base_ = ["../_base_/imagenet_192.py", "../_base_/vil_400e.py"]
 

@@ -1,6 +1,6 @@
-"""Mask R-CNN with MambaVision-B on COCO, 36 epochs, at many scales."""
+"""Cascade Mask R-CNN with MambaVision-B on COCO, 36 epochs, at many scales, by its published recipe with `--amp`."""
 
-_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_multiscale.py", "../_base_/adamw_3x.py"]
+_base_ = ["../_base_/cascade_mask_rcnn.py", "../_base_/coco_multiscale.py", "../_base_/adamw_3x.py"]
 
 model = dict(
     backbone=dict(
@@ -12,3 +12,4 @@ model = dict(
     ),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )
+optim_wrapper = dict(optimizer=dict(lr=2e-4))
