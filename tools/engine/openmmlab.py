@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import importlib.metadata
 import io
 import sys
 import warnings
@@ -23,10 +22,11 @@ def import_openmmlab(*packages: str) -> None:
         ModuleNotFoundError: a package of training is missing; the message says how to install it.
     """
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _without_transformers():
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for package in packages or TRAINING:
-                importlib.import_module(package)
+            with _without_transformers():
+                for package in packages or TRAINING:
+                    importlib.import_module(package)
     except ModuleNotFoundError as e:
         if packages:
             raise
@@ -36,17 +36,11 @@ def import_openmmlab(*packages: str) -> None:
 @contextlib.contextmanager
 def _without_transformers() -> Iterator[None]:
     """As if transformers were not installed: mmpretrain cannot be imported beside versions later than those of 2023."""
-    distribution, imported = importlib.metadata.distribution, "transformers" in sys.modules
-
-    def found(name: str) -> importlib.metadata.Distribution:
-        if name == "transformers":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return distribution(name)
-
+    dependency, imported = importlib.import_module("mmpretrain.utils.dependency"), "transformers" in sys.modules
     if not imported:
         sys.modules["transformers"] = None
     try:
-        with mock.patch("importlib.metadata.distribution", found):
+        with mock.patch.object(dependency, "WITH_MULTIMODAL", False):
             yield
     finally:
         if not imported:
