@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -45,7 +46,8 @@ from linzoo.ops import (
 from linzoo.ops.selective_scan.reference import tokens_in_order, tokens_in_place
 from linzoo.tools.models import create, family_of, measure
 
-BASELINES = ("swin_tiny_patch4_window7_224", "convnext_tiny", "deit_small_patch16_224")
+SWIN_TINY = "swin_tiny_patch4_window7_224"
+BASELINES = (SWIN_TINY, "convnext_tiny", "deit_small_patch16_224")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -92,7 +94,8 @@ def seconds(call, device):
 def medians(calls, device, budget=2.0, least=3):
     """Median seconds of each of `calls`, `{name: function}`, timed in turns after a warm-up of two calls each.
 
-    A call drops out once it has taken `budget` seconds, warm-up included, and was timed `least` times.
+    A call drops out once it has taken `budget` seconds, warm-up included, and was timed `least` times. A line on
+    stderr names those whose repeats differ by more than a tenth of their median.
     """
     spent = {name: sum(seconds(call, device) for _ in range(2)) for name, call in calls.items()}
     times = {name: [] for name in calls}
@@ -100,7 +103,16 @@ def medians(calls, device, budget=2.0, least=3):
         for name in pending:
             times[name].append(seconds(calls[name], device))
             spent[name] += times[name][-1]
-    return {name: statistics.median(t) for name, t in times.items()}
+    middle = {name: statistics.median(t) for name, t in times.items()}
+    if unsteady := [name for name, t in times.items() if max(t) - min(t) > 0.1 * middle[name]]:
+        names = ", ".join(" ".join(map(str, n)) if isinstance(n, tuple) else str(n) for n in unsteady)
+        warn(f"repeats differ by more than 10 %: {names}")
+    return middle
+
+
+def warn(text):
+    """A line on stderr."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def print_rows(title, facts, rows, columns, file):
@@ -461,8 +473,7 @@ def cuda_op_row(case, rivals, shape, device, budget):
     row["copy_gb_s"] = 2 * source.nbytes / times["copy"] / 1e9
     row["gb_s"] = moved / times["forward"] / 1e9
     if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        row |= {f"{prefix}peak_bytes": peak_memory(calls[f"{prefix}both"]) - before for prefix in ways}
+        row |= {f"{prefix}peak_bytes": peak_bytes(calls[f"{prefix}both"], device) for prefix in ways}
     return row
 
 
@@ -578,12 +589,20 @@ def is_ours(event):
     return event is not None and (event.name.startswith("linzoo") or is_ours(event.cpu_parent))
 
 
-def peak_memory(call):
-    """Peak bytes that PyTorch allocated on the GPU during a call."""
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+def peak_bytes(call, device):
+    """Peak bytes that PyTorch allocated during a call, beside what was there before."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        call()
+    results = profile.profiler.kineto_results.events()
+    events = sorted((e for e in results if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events))
 
 
 def model_rows(names, size, args):
@@ -599,8 +618,11 @@ def model_rows(names, size, args):
         row = {"model": name, "size": size, "tokens": math.ceil(size / stride) ** 2, "params": params, "macs": macs}
         row |= {"seconds": times[name], "images_per_s": args.batch / times[name]}
         row["operator_share"] = operator_share(call, args.device)
-        row["peak_bytes"] = peak_memory(call) if args.device == "cuda" else None
+        row["peak_bytes"] = peak_bytes(call, args.device)
         rows.append(row)
+    rates = {row["model"]: row["images_per_s"] * row["macs"] for row in rows}
+    for row in rows:
+        row["of_swin_tiny"] = rates[row["model"]] / rates[SWIN_TINY] if SWIN_TINY in rates else None
     return rows
 
 
@@ -620,8 +642,9 @@ def model_columns(rows):
         "params M": lambda r: f"{r['params'] / 1e6:.2f}",
         "GMACs": lambda r: f"{r['macs'] / 1e9:.2f}",
     }
-    if any(r["peak_bytes"] for r in rows):
-        columns["peak GiB"] = lambda r: f"{r['peak_bytes'] / 2**30:.2f}"
+    columns["peak MiB"] = lambda r: f"{r['peak_bytes'] / 2**20:.0f}"
+    if any(r["of_swin_tiny"] for r in rows):
+        columns["MACs/s of swin_tiny's"] = lambda r: f"{r['of_swin_tiny']:.2f}"
     if any("exponent" in r for r in rows):
         columns["tokens"] = lambda r: f"{r['tokens']}"
         columns["time ~ tokens^"] = lambda r: f"{r['exponent']:.2f}"
@@ -644,24 +667,38 @@ def run_models(args):
             row["exponent"] = slope
     rows.sort(key=lambda r: names.index(r["model"]))
     print_rows("models", facts, rows, model_columns(rows), args.json)
+    if args.picture:
+        draw_models(rows, args)
+
+
+def draw_models(rows, args):
+    """Seconds and peak memory of an image against its pixels, a line a model, as a picture."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    time_axes, memory_axes = figure.subplots(1, 2)
+    for name in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == name]
+        pixels = [row["size"] ** 2 for row in own]
+        time_axes.plot(pixels, [1 / row["images_per_s"] for row in own], marker="o", label=name)
+        memory_axes.plot(pixels, [row["peak_bytes"] / args.batch / 2**30 for row in own], marker="o", label=name)
+    time_axes.set_ylabel("seconds an image")
+    memory_axes.set_ylabel("peak GiB an image, beside the weights")
+    for axes in (time_axes, memory_axes):
+        axes.set(xscale="log", yscale="log", xlabel="pixels")
+        axes.set_xticks([size**2 for size in args.sizes], [f"{size}²" for size in args.sizes], minor=False)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(True, which="both", alpha=0.3)
+    time_axes.legend(fontsize="small")
+    figure.suptitle(f"{'Training step' if args.train else 'Inference'}, {args.dtype}, {args.device}")
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.picture, dpi=110)
 
 
 # --- LinFusion ------------------------------------------------------------------------------------------------------
 
 LARGEST_SCORES = 2**30  # bytes of a matrix of attention scores that is still made
-
-
-def peak_bytes(call, device):
-    """Peak bytes that PyTorch allocated during a call, beside what was there before."""
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        return peak_memory(call) - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        call()
-    results = profile.profiler.kineto_results.events()
-    events = sorted((e for e in results if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    return max(itertools.accumulate(e.nbytes() for e in events))
 
 
 def attention_calls(tokens, args):
@@ -727,6 +764,12 @@ def parse(argv):
     models.add_argument("--dtype", choices=list(DTYPES), help="autocast to it (default: float32; on CUDA bfloat16)")
     models.add_argument("--train", action="store_true", help="forward and backward in training mode")
     models.add_argument("--compile", action="store_true", help="also time what torch.compile makes of each")
+    models.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="draw time and memory against pixels; takes several sizes",
+    )
     linfusion = parts.add_parser("linfusion", help="LinFusion's attention against softmax, by the number of tokens")
     linfusion.add_argument("--tokens", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 16384])
     linfusion.add_argument("--batch", type=int, default=1)
@@ -755,6 +798,8 @@ def parse(argv):
             parser.error("name models by --models or --family")
         if args.batch < 1 or min(args.sizes) < 1:
             parser.error("--batch and --sizes must be positive")
+        if args.picture and len(args.sizes) < 2:
+            parser.error(f"--picture {str(args.picture)!r}: expected two --sizes or more to draw")
         args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     elif args.part == "linfusion":
         if importlib.util.find_spec("diffusers") is None:
@@ -769,6 +814,9 @@ def parse(argv):
 def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler calls a machine without a GPU an error
     args = parse(argv)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    if args.device == "cpu" and load > torch.get_num_threads():
+        warn(f"the machine is busy: a load of {load:.1f} on {torch.get_num_threads()} threads")
     {"ops": run_ops, "models": run_models, "linfusion": run_linfusion}[args.part](args)
 
 

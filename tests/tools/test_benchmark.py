@@ -1,9 +1,12 @@
 """The benchmark measures what it says; no test asserts how fast anything is."""
 
+import argparse
 import json
+import os
 
 import pytest
 import torch
+from PIL import Image
 from timm.models import get_pretrained_cfg
 
 from linzoo.backbones import list_models
@@ -149,7 +152,9 @@ def test_operator_share():
 def test_models_part(train, tmp_path, capsys):
     name, file = list_models()[0], tmp_path / "models.json"
     command = ["models", "--models", name, "test_mambaout", "--sizes", "32", "64", "--batch", "2", "--budget", "0"]
-    benchmark.main([*command, "--json", str(file), *["--train"] * train])
+    picture = tmp_path / "made" / "models.png"
+    benchmark.main([*command, "--json", str(file), "--picture", str(picture), *["--train"] * train])
+    assert min(Image.open(picture).size) > 300
     (written,) = json.loads(file.read_text())
     assert written["environment"]["pass"] == ("train" if train else "inference")
     rows = {(r["model"], r["size"]): r for r in written["rows"]}
@@ -161,7 +166,32 @@ def test_models_part(train, tmp_path, capsys):
     assert rows[name, 64]["exponent"] == rows[name, 32]["exponent"]
     assert 0 < rows[name, 64]["operator_share"] < 1
     assert rows["test_mambaout", 64]["operator_share"] == 0
+    assert rows[name, 64]["peak_bytes"] > rows[name, 32]["peak_bytes"] > 0
     assert name in capsys.readouterr().out
+
+
+def test_speed_beside_swin_tiny(monkeypatch):
+    """Of the same run, by images and MACs; none where it did not run."""
+    monkeypatch.setattr(benchmark, "medians", lambda calls, *_: dict(zip(calls, (0.5, 0.25), strict=True)))
+    monkeypatch.setattr(benchmark, "measure", lambda name, size: (1, 8 if "swin" in name else 2))
+    args = argparse.Namespace(batch=1, device="cpu", dtype="float32", train=False, compile=False, budget=0)
+    names = [benchmark.SWIN_TINY, "test_mambaout"]
+    assert [r["of_swin_tiny"] for r in benchmark.model_rows(names, 32, args)] == [1, 0.5]
+    assert [r["of_swin_tiny"] for r in benchmark.model_rows(["test_mambaout", "test_vit"], 32, args)] == [None] * 2
+
+
+def test_busy_machine_and_unsteady_repeats_are_said(monkeypatch, capsys):
+    clock = iter([1, 1, 1.0, 1.2, 1.0, 1, 1, 2.0, 2.01, 2.0])
+    monkeypatch.setattr(benchmark, "seconds", lambda call, device: next(clock))
+    benchmark.medians({("forward", 64): None}, "cpu", budget=0, least=3)
+    benchmark.medians({"steady": None}, "cpu", budget=0, least=3)
+    assert capsys.readouterr().err == "warning: repeats differ by more than 10 %: forward 64\n"
+    monkeypatch.setattr(benchmark, "run_models", lambda args: None)
+    for load, said in ((torch.get_num_threads() + 0.5, "the machine is busy"), (0.0, "")):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))
+        benchmark.main(["models", "--models", "test_mambaout"])
+        err = capsys.readouterr().err
+        assert said in err and bool(err) == bool(said)
 
 
 def test_family_stands_beside_the_baselines(monkeypatch, tmp_path):
@@ -183,6 +213,7 @@ def test_family_stands_beside_the_baselines(monkeypatch, tmp_path):
         ("models --models no_such_model", "no_such_model"),
         ("models --family no_such_family", "no_such_family"),
         ("models --models test_mambaout --batch 0", "must be positive"),
+        ("models --models test_mambaout --picture x.png", "'x.png': expected two --sizes"),
         ("ops --op no_such_op", "no_such_op"),
         ("ops --op causal_conv1d", "causal_conv1d has a kernel on CUDA alone"),
     ],
