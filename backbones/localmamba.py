@@ -89,8 +89,9 @@ def local_orders(H, W, routes, device=None):
         windowed = (row // K * width + col // K) * K**2 + row % K * K + col % K
         key = col * height + row if route[0] == "v" else windowed
         beyond = torch.maximum(row - filled(H, K), col - filled(W, K)) >= 0
-        keys.append(torch.where(beyond, torch.iinfo(key.dtype).max, -key if route.endswith("_flip") else key))
-    return token.flatten()[torch.stack(keys).flatten(1).argsort(stable=True)].to(torch.int32)
+        last = torch.iinfo(key.dtype).max // 2 + row * width + col
+        keys.append(torch.where(beyond, last, -key if route.endswith("_flip") else key))
+    return token.flatten()[torch.stack(keys).flatten(1).argsort()].to(torch.int32)
 
 
 @register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
