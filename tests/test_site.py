@@ -69,7 +69,7 @@ def commands() -> list[str]:
 def help_of(module: str, words: list[str]) -> str:
     """What a tool says of its options."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-        importlib.import_module(module).main([*words[:1], "--help"])
+        importlib.import_module(module).main([*(word for word in words[:1] if word[0] != "-"), "--help"])
     return out.getvalue()
 
 
