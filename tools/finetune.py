@@ -21,8 +21,8 @@ from mmengine.config import Config
 from timm.data import resolve_data_config
 
 from linzoo.backbones import kind_of, list_models
-from linzoo.backbones.openmmlab import LinZooBackbone
 from linzoo.tools import predict, test, train
+from linzoo.tools.engine import LinZooBackbone
 from linzoo.tools.engine.cli import command
 from linzoo.tools.engine.errors import InputError, did_you_mean, existing_file, note
 from linzoo.tools.engine.files import write_atomically

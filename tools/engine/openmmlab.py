@@ -45,6 +45,8 @@ def _without_transformers() -> Iterator[None]:
 
     if not imported:
         sys.modules["transformers"] = None
+    if decided := sys.modules.get("mmpretrain.utils.dependency"):  # it was imported before, beside transformers
+        setattr(decided, "WITH_MULTIMODAL", False)  # noqa: B010
     try:
         with mock.patch("importlib.metadata.distribution", found):
             yield

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mmengine.config import Config
@@ -176,7 +177,8 @@ class TimmModel(Task, BaseModel):
 
     def data_config(self, dataset: Any, pipeline: list[dict]) -> dict[str, Any] | None:
         """timm's words for how `pipeline` and preprocessor prepare the images of `dataset`; None for no images."""
-        size = tuple(dataset[0]["inputs"].shape)
+        first = next(iter(dataset)) if isinstance(dataset, torch.utils.data.IterableDataset) else dataset[0]
+        size = tuple(first["inputs"].shape)
         if len(size) != 3:
             return None
         if not hasattr(self.data_preprocessor, "mean"):
