@@ -12,7 +12,7 @@ from mmengine.config import Config
 from PIL import Image
 from test_resume import assert_same_end, killed
 
-from linzoo.tools import test, train
+from linzoo.tools import finetune, test, train
 from linzoo.tools.engine import InputError, TimmImages, TimmShards
 from linzoo.tools.engine.data import prepare_data
 from linzoo.tools.engine.runner import Runner
@@ -56,7 +56,8 @@ def lines(name: str, root, train_split="train", val_split="validation", workers=
     kind = "TimmShards" if name == "wds/" else "TimmImages"
     common = f"type={kind!r}, name={name!r}, data_root={str(root) if root else None!r}"
     return f"""
-train_dataloader.update(num_workers={workers}, dataset=dict({common}, split={train_split!r}, pipeline=pipeline))
+train_dataloader.update(num_workers={workers})
+train_dataloader["dataset"].update({common}, split={train_split!r}, data_prefix=None)
 steps = [dict(type="LoadImageFromFile"), dict(type="PackInputs")]
 for loader in (val_dataloader, test_dataloader):
     loader["dataset"] = dict({common}, split={val_split!r}, test_mode=True, pipeline=steps)
@@ -134,6 +135,26 @@ def test_hugging_face_folder(tmp_path, config, data, monkeypatch):
     train.main([path, "--work-dir", str(tmp_path / "w")])
     facts = json.loads((tmp_path / "w/export/config.json").read_text())
     assert facts["label_names"] == CLASSES and facts["pretrained_cfg"]["input_size"] == [3, 32, 32]
+
+
+@pytest.mark.parametrize("kind", ["wds", "hfds"])
+def test_fine_tuning(tmp_path, data, kind, capsys, monkeypatch):
+    """Classes, sizes and the recipe are found; what is missing is said before anything is written."""
+    pytest.importorskip("webdataset")
+    monkeypatch.setattr(pytest.importorskip("datasets").config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    place = write_shards(tmp_path / "shards", data, info=False) if kind == "wds" else data
+    argv = ["test_byobnet", f"{kind}/{place}", "--epochs", "1", "--workers", "0", "--work-dir", str(tmp_path / "w")]
+    finetune.main(argv)
+    said = capsys.readouterr()
+    names = "0, 1, 2" if kind == "wds" else "dark, grey, light"
+    assert f"3 classes ({names}), 15 images to train on, 6 to validate on" in said.err
+    assert "accuracy/top1" in said.out and "accuracy/top1" in (tmp_path / "w/report.html").read_text()
+    cfg = Config.fromfile(tmp_path / "w/config.py")
+    assert cfg.train_dataloader.dataset.type == ("TimmShards" if kind == "wds" else "TimmImages")
+    for task, where, line in (("seg", place, "is for --task cls alone"), ("cls", tmp_path / "no", f"DATA '{kind}/")):
+        with pytest.raises(SystemExit):
+            finetune.main([*argv[:1], f"{kind}/{where}", "--task", task, "--work-dir", str(tmp_path / "v")])
+        assert line in capsys.readouterr().err and not (tmp_path / "v").exists()
 
 
 def check(path: str) -> None:

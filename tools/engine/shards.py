@@ -1,8 +1,10 @@
 """Sets of images that timm's readers open: shards of WebDataset, data of Hugging Face, TensorFlow, torchvision."""
 
+import itertools
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ from timm.data.dataset import ImageDataset
 from .data import check_heads, first_line
 from .errors import InputError
 from .images import EXTENSIONS
+from .layouts import Arranged
 
-READERS = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")
+ENOUGH = 50  # images whose size is looked at
+PARTS = {"train": ("train",), "val": ("validation", "valid", "val", "test")}
 PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets"}
 LOADERS = ("LoadImageFromFile", "LoadImage")  # steps that the reader has done
 
@@ -179,3 +183,53 @@ def count_samples(shards: list[Path]) -> tuple[int, int]:
         except (OSError, ValueError, tarfile.TarError) as e:
             raise InputError(f"shard {str(shard)!r}: {first_line(e)}; expected images and .cls files in a tar") from e
     return images, classes
+
+
+def find_sets(data: str, names: list[str] | None, workers: int) -> tuple[Arranged, dict[str, dict[str, Any]]]:
+    """What ``wds/FOLDER`` or ``hfds/NAME-OR-FOLDER`` holds, and the settings of its parts `train` and `val`.
+
+    Args:
+        names: of the classes; those of WebDataset are numbers otherwise.
+        workers: processes that will read.
+
+    Raises:
+        InputError: a part is missing, or cannot be read by so many.
+    """
+    prefix, _, place = data.partition("/")
+    folder, counts, classes = Path(place), {}, list(names or ())
+    if prefix == "wds":
+        common = dict(type="TimmShards", name="wds/", data_root=str(folder.resolve()))
+        shards = {
+            part: next(filter(None, (find_shards(folder, kind) for kind in kinds)), []) for part, kinds in PARTS.items()
+        }
+        if not all(shards.values()):
+            raise InputError(f"DATA {data!r}: expected shards named *train*.tar and *val*.tar in that folder")
+        found = {part: count_samples(files) for part, files in shards.items()}
+        counts = {part: images for part, (images, _) in found.items()}
+        classes = classes or [str(i) for i in range(max(count for _, count in found.values()))]
+        splits = {part: f"{'::'.join(f.name for f in files)}|{counts[part]}" for part, files in shards.items()}
+    else:
+        common = dict(type="TimmImages", name=f"hfds/{folder.resolve() if folder.exists() else place}")
+        try:
+            from datasets import get_dataset_split_names
+
+            known = get_dataset_split_names(common["name"].partition("/")[2])
+        except Exception as e:  # of the package, the Hub, the files
+            raise InputError(f"DATA {data!r}: cannot be opened ({first_line(e)})") from e
+        splits = {part: next((kind for kind in kinds if kind in known), "") for part, kinds in PARTS.items()}
+        if not all(splits.values()):
+            raise InputError(f"DATA {data!r} has the splits {', '.join(known)}; expected train, and validation or test")
+    settings = {part: dict(common, split=split, test_mode=part == "val") for part, split in splits.items()}
+    opened = {}
+    for part, asked in settings.items():
+        kwargs = {key: value for key, value in asked.items() if key != "type"}
+        sizes = dict(batch_size=1, num_workers=workers) if prefix == "wds" else {}
+        opened[part] = (TimmShards if prefix == "wds" else TimmImages)(**kwargs, **sizes)
+        counts.setdefault(part, len(opened[part]))
+    classes = classes or list(opened["train"].metainfo.get("classes", ()))
+    if len(classes) < 2:
+        raise InputError(f"DATA {data!r} has the classes {classes}; expected two at least")
+    for asked in settings.values():
+        asked["classes"] = classes
+    sides = [min(image.size) for image, _ in itertools.islice(iter(opened["train"].inner), ENOUGH)]
+    return Arranged("cls", classes, counts, int(median(sides)), min(sides)), settings
