@@ -26,12 +26,11 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^ *```{language}\b[^\n]*\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-RUN_ELSEWHERE = ("cluster.md",)
+SLOW = {"export.md": (pytest.mark.slow,)}
+RUN = [p for p in PAGES if blocks(p, "python") and p.name != "cluster.md"]  # which has a test of its own
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if blocks(p, "python") and p.name not in RUN_ELSEWHERE], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("page", [pytest.param(p, marks=SLOW.get(p.name, ()), id=p.name) for p in RUN])
 def test_python_runs(page, tmp_path, monkeypatch):
     """Block after block, as a reader would paste them."""
     monkeypatch.chdir(tmp_path)
