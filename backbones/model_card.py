@@ -18,10 +18,10 @@ _TASKS = {
     "video": "video-classification",
     "volume": "image-segmentation",
 }
-_USAGE = """import timm
-import linzoo.backbones  # registers the model
-
-model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True)"""
+_USAGE = (
+    "import timm\nimport linzoo.backbones  # registers the model\n\n"
+    'model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True)'
+)
 
 
 def hub_task(name: str) -> str:
