@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 KERNELS := $(wildcard ops/*.h ops/*.cuh ops/*/*.cpp ops/*/*.cu tests/ops/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart denoise segmentation detection test test-fast test-newest test-clients wheel lint clean
+.PHONY: help setup quickstart denoise segmentation detection test test-fast test-newest test-clients docs wheel lint clean
 
 help:
 	@echo "make quickstart  train GroupMamba-T on handwritten digits, then label held-out ones"
@@ -21,6 +21,7 @@ help:
 	@echo "make test        the whole test suite      make test-fast  without the slow tests"
 	@echo "make test-newest  the fast tests under the newest torch      make test-clients  timm's own tests over our models"
 	@echo "make wheel       a wheel for every machine, and one with compiled CPU kernels, in dist/"
+	@echo "make docs        the site, in build/site (minutes at first: it measures every model)"
 	@echo "make lint        ruff, clang-format, pyright    make clean      remove the environment and what runs wrote"
 
 setup: $(VENV)/.installed
@@ -28,7 +29,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,det,medical,video,generate,look,export,cuda,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,det,medical,video,generate,look,docs,shards,export,cuda,dev]"
 	touch $@
 
 quickstart: setup
@@ -54,11 +55,17 @@ test-newest: $(VENV)-newest/.installed
 
 $(VENV)-newest/.installed: pyproject.toml constraints-newest.txt
 	$(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[train,det,medical,video,generate,look,export,dev]"
+	$(VENV)-newest/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[train,det,medical,video,generate,look,docs,shards,export,dev]"
 	touch $@
 
 test-clients: setup
 	$(BIN)/python tests/clients/timm_suite.py
+
+docs: setup docs/zoo.html
+	$(BIN)/mkdocs build --strict
+
+docs/zoo.html: backbones/published.py tools/models.html tools/models.py benchmarks/cpu-2026-11-21.json | setup
+	$(BIN)/linzoo models --html $@ --benchmark $(lastword $^)
 
 wheel: setup
 	rm -rf build ops/prebuilt

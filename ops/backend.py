@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -28,7 +29,7 @@ _forced = _checked(os.environ.get("LINZOO_BACKEND") or None, "LINZOO_BACKEND")
 
 
 @contextlib.contextmanager
-def use_backend(name):
+def use_backend(name: str | None) -> Iterator[None]:
     """Forces every operator of the process onto one backend within the block; None restores the choice by device.
 
     ``export`` evaluates operators by `torch._higher_order_ops.scan`, which ``torch.onnx.export`` turns into ONNX Scan.
@@ -44,7 +45,7 @@ def use_backend(name):
         _forced = previous
 
 
-def forced_backend():
+def forced_backend() -> str | None:
     """The backend that `use_backend` or ``LINZOO_BACKEND`` asks for, or None."""
     return _forced
 
@@ -124,7 +125,7 @@ def fall_back(op, reason):
     return "reference"
 
 
-def backend_info():
+def backend_info() -> dict[str, dict[str, str | None]]:
     """For each operator, which backend serves CPU and CUDA tensors and why the others do not.
 
     Returns:

@@ -16,7 +16,7 @@ COMMANDS = {
     "export": "write a model for ONNX Runtime or torch.export",
     "quantize": "round a classifier's weights and inputs to 8 or 4 bits, simulated",
     "outliers": "methods of quantisation side by side, on planted outliers",
-    "look": "into a model: heat maps, receptive field, features, scan orders, dynamics",
+    "look": "into a model: heat maps, receptive field, features, scan orders, states, dynamics",
     "benchmark": "time operators and models on this machine",
     "build": "compile the CPU kernels ahead",
     "make_data": "write the data sets of the examples",

@@ -1,7 +1,8 @@
 """Fine-tune a model on a folder of your own: `linzoo finetune MODEL DATA --work-dir DIR`.
 
 DATA is a folder of images per class, or a CSV file (classification); images/ and masks/ (segmentation); COCO
-annotations (detection); or input/ and target/ (restoration), with train/ and val/ or without. Written to the work dir:
+annotations (detection); or input/ and target/ (restoration), with train/ and val/ or without. Large sets of classes:
+wds/FOLDER (WebDataset, train*.tar and val*.tar) or hfds/NAME-OR-FOLDER (Hugging Face). Written to the work dir:
 config.py, to go on by hand with `linzoo train`; checkpoints; curves.png; and report.html, with all pictures in it.
 """
 
@@ -21,13 +22,14 @@ from mmengine.config import Config
 from timm.data import resolve_data_config
 
 from linzoo.backbones import kind_of, list_models
-from linzoo.backbones.openmmlab import LinZooBackbone
 from linzoo.tools import predict, test, train
+from linzoo.tools.engine import LinZooBackbone
 from linzoo.tools.engine.cli import command
 from linzoo.tools.engine.errors import InputError, did_you_mean, existing_file, note
 from linzoo.tools.engine.files import write_atomically
 from linzoo.tools.engine.layouts import TASK_NAMES, Arranged, arrange, find_task
 from linzoo.tools.engine.report import write_report
+from linzoo.tools.engine.shards import find_sets
 
 BASES = Path(str(importlib.resources.files("linzoo"))) / "configs" / "_base_"
 KINDS = {
@@ -143,10 +145,12 @@ def _classes(args: argparse.Namespace, arranged: Arranged, data: Path) -> dict[s
         dict(type="CenterCrop", crop_size=size),
         dict(type="PackInputs"),
     ]
-    sets = [
-        dict(type="ImageFolder", data_root=str(data), data_prefix=part, pipeline=steps, test_mode=part == "val")
-        for part, steps in (("train", train_steps), ("val", test_steps))
-    ]
+    folders = {
+        part: dict(type="ImageFolder", data_root=str(data), data_prefix=part, test_mode=part == "val")
+        for part in ("train", "val")
+    }
+    steps = {"train": train_steps, "val": test_steps}
+    sets = [dict(found, pipeline=steps[part]) for part, found in (args.sets or folders).items()]
     frozen = [dict(type="FreezeHook")] if args.freeze else []
     extra = dict(img_size=size) if timm.get_pretrained_cfg(args.model).fixed_input_size else {}
     return dict(
@@ -352,20 +356,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-flip", action="store_true", help="left and right are not the same, as in letters")
     parser.add_argument("--resume", action="store_true", help="continue the run of the work dir")
     args = parser.parse_args(argv)
+    stream = args.data.startswith(("wds/", "hfds/"))
     data, work_dir = Path(args.data), Path(args.work_dir or f"work_dirs/finetune_{args.model}")
     config = work_dir / "config.py"
     for name, least in (("epochs", 1), ("batch", 1), ("lr", 1e-12), ("workers", 0)):
         value = getattr(args, name)
         if value is not None and not (value >= least and math.isfinite(value)):
             raise InputError(f"--{name} {value}: expected {'a positive number' if least else '0 or more'}")
-    args.task = args.task or find_task(data)
+    args.task = args.task or ("cls" if stream else find_task(data))
+    if stream and args.task != "cls":
+        raise InputError(f"DATA {args.data!r} is for --task cls alone, and --task is {args.task!r}")
     _check_model(args.model, args.task)
     if args.freeze and args.weights is None:
         note("--freeze without --weights: the head learns from random features")
     if config.exists() and not args.resume:
         raise InputError(f"--work-dir {str(work_dir)!r} holds a run; --resume continues it, or choose another folder")
     if not config.exists():
-        arranged = arrange(data, args.task, work_dir / "data", args.classes.split(",") if args.classes else None)
+        names, args.sets = args.classes.split(",") if args.classes else None, None
+        if stream:
+            arranged, args.sets = find_sets(args.data, names, args.workers)
+        else:
+            arranged = arrange(data, args.task, work_dir / "data", names)
         counts = arranged.counts
         args.recipe = next(recipe for most, recipe in RECIPES.items() if counts["train"] <= most)
         args.epochs = args.epochs or args.recipe.epochs
@@ -379,10 +390,13 @@ def main(argv: list[str] | None = None) -> None:
     train.main([str(config), "--work-dir", str(work_dir), "--resume"])
     weights = best_weights(work_dir)
     metrics = json.loads(_said(test.main, [str(config), str(weights)]).strip().splitlines()[-1])
-    inputs = {"cls": "val", "seg": "images/val", "det": "val", "restore": "val/input"}[args.task]
-    out = work_dir / "predictions"
-    _said(predict.main, [str(config), str(weights), str(work_dir / "data" / inputs), "--out", str(out)])
-    report = write_report(work_dir, args.task, args.model, metrics, json.loads((out / "predictions.json").read_text()))
+    results = None
+    if not stream:  # whose images are in no files
+        inputs = {"cls": "val", "seg": "images/val", "det": "val", "restore": "val/input"}[args.task]
+        out = work_dir / "predictions"
+        _said(predict.main, [str(config), str(weights), str(work_dir / "data" / inputs), "--out", str(out)])
+        results = json.loads((out / "predictions.json").read_text())
+    report = write_report(work_dir, args.task, args.model, metrics, results)
     for name, value in metrics.items():
         print(f"{name + ':':24} {value:.4g}")
     print(f"weights:                 {weights}")

@@ -6,13 +6,16 @@ with its checkpoint.
 cam: where in each image the reasons for its first class lie (Grad-CAM of the last layer; `--class` for another class).
 erf: the effective receptive field of the last map's centre: how much each pixel of the images moves it.
 features: the maps of all stages; colours are the three principal components of their channels.
-orders: the ways along which the operators walk over the tokens, each once, from dark to light.
+orders: the ways along which the operators walk over the tokens, each once, from dark to light; step by step where --out
+ends in .gif.
+states: which tokens reach the middle one through a state: how much each moves an operator's output there.
 dynamics: of each selective scan the signs of the eigenvalues of S_C^T S_B, by their real parts. Where all are negative,
 tokens of a deep model collapse to 0; where one is positive, they diverge, which serves a model better
 (arXiv 2410.03292). `linzoo.backbones.layers.definite_projection` makes all of them positive.
 """
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -38,6 +41,8 @@ from linzoo.tools.engine.errors import InputError
 from linzoo.tools.engine.files import write_atomically
 from linzoo.tools.engine.images import read_rgb
 from linzoo.tools.export import load
+
+FRAMES = 32  # of a GIF
 
 
 class View(NamedTuple):
@@ -161,18 +166,20 @@ def features(model: nn.Module, images: Tensor, target: int | None) -> list[Pictu
 
 
 class Ways(TorchDispatchMode):
-    """Records the orders of LinZoo's operators: by operator, tokens and order, how often each was walked."""
+    """Records LinZoo's operators: by name, tokens and order each way, by name and tokens the last call."""
 
     def __init__(self):
         super().__init__()
         self.found: dict[tuple[str, int, bytes], Tensor] = {}
+        self.calls: dict[tuple[str, int], tuple[Any, dict[str, Any]]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "linzoo":
             names = [a.name for a in func._schema.arguments]
             named = dict(zip(names, args, strict=False)) | (kwargs or {})
+            length = next(x for x in args if isinstance(x, Tensor)).shape[1]
+            self.calls[func._opname, length] = func, named
             if isinstance(order := named.get("order"), Tensor):
-                length = next(x for x in args if isinstance(x, Tensor)).shape[1]
                 groups = func._opname in ("selective_scan", "causal_conv1d")  # each with a way of its own
                 first = order[0] if order.dim() == 2 + groups else order
                 for way in first.reshape(-1, order.shape[-1]).cpu():
@@ -202,35 +209,87 @@ def orders(model: nn.Module, images: Tensor, target: int | None) -> list[Picture
     return pictures
 
 
+def states(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
+    """Of each operator's last call ``|d sum_c y_c(middle) / d x(token)|``, summed over the channels of its values x.
+
+    The middle's own part is cut to the largest of the others; of values from 0 to 1 the fourth root is drawn. What
+    tokens do to decays and gates does not count. Tokens lie as the operator gets them: ViL turns every second layer's.
+    """
+    with torch.no_grad():
+        grids = {math.prod(y.shape[2:]): y.shape[2:] for y in maps_of(model, images[:1])}
+        with Ways() as ways:
+            model(images[:1])
+    token = 1 if getattr(model, "cls_token", None) is not None else 0
+    pictures = []
+    for (name, length), (func, named) in ways.calls.items():
+        values = next((key for key in ("v", "u") if isinstance(named.get(key), Tensor)), "")
+        if not values or length - token not in grids:
+            continue
+        height, width = grids[length - token]
+        tokens = [i for i in range(length) if not token or i != token_place(length, model.token_first)]
+        x = named[values].detach().requires_grad_(True)
+        given = func(**(named | {values: x}))
+        y = given[0] if isinstance(given, (tuple, list)) else given
+        middle = height // 2 * width + width // 2
+        (grad,) = torch.autograd.grad(y[0, tokens[middle]].sum(), x)
+        reach = grad[0, tokens].abs().flatten(1).sum(1)
+        others = torch.cat([reach[:middle], reach[middle + 1 :]]).max()
+        reach = (reach / others.clamp(min=1e-30)).clamp(max=1).view(height, width).numpy()
+        pictures.append(Picture(f"{name}, {height} x {width}", reach**0.25))
+    if not pictures:
+        raise InputError(f"--what states: {type(model).__name__} carries no state over a map of tokens")
+    return pictures
+
+
 PICTURES: dict[str, Callable[[nn.Module, Tensor, int | None], list[Picture]]] = {
     "cam": cam,
     "erf": erf,
     "features": features,
     "orders": orders,
+    "states": states,
 }
 
 
 def draw(pictures: list[Picture], file: Path) -> None:
-    """All pictures side by side, eight in a row."""
+    """All pictures side by side, eight in a row; as a GIF, the ways step by step."""
+    if file.suffix.lower() != ".gif":
+        write_atomically(file, lambda partial: _sheet(pictures).savefig(partial, format="png", dpi=120))
+        return
+    frames = []
+    for i in range(1, FRAMES + 1):
+        cut = [p if p.way is None else p._replace(way=p.way[: -(-len(p.way) * i // FRAMES)]) for p in pictures]
+        with io.BytesIO() as memory:
+            _sheet(cut, pictures).savefig(memory, format="png", dpi=80)
+            frames.append(Image.open(memory).convert("P", palette=Image.Palette.ADAPTIVE))
+    times = [80] * (FRAMES - 1) + [1500]
+    write_atomically(
+        file, lambda p: frames[0].save(p, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    )
+
+
+def _sheet(pictures: list[Picture], whole: list[Picture] | None = None) -> Figure:
+    """The pictures on one figure; `whole` has the ways that theirs are the beginnings of."""
     columns = min(8, len(pictures))
     rows = -(-len(pictures) // columns)
     figure = Figure(figsize=(2.2 * columns, 2.4 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
-    for axis, picture in zip(axes, pictures, strict=False):
+    for axis, picture, all_of_it in zip(axes, pictures, whole or pictures, strict=False):
         axis.set_title(picture.title, fontsize=7)
         if picture.pixels is not None:
             axis.imshow(picture.pixels, cmap="magma" if picture.pixels.ndim == 2 else None)
         if picture.heat is not None:
             axis.imshow(picture.heat, cmap="jet", alpha=0.45)
-        if picture.way is not None:
-            rows_, columns_ = picture.way.T
-            axis.plot(columns_, rows_, color="0.7", linewidth=0.6)
-            axis.scatter(columns_, rows_, c=np.arange(len(rows_)), cmap="viridis", s=6)
-            axis.set_aspect("equal")
-            axis.invert_yaxis()
-    write_atomically(file, lambda partial: figure.savefig(partial, format="png", dpi=120))
+        if picture.way is not None and all_of_it.way is not None:
+            steps = len(all_of_it.way)
+            low, high = all_of_it.way.min(0) - 0.5, all_of_it.way.max(0) + 0.5
+            axis.plot(*picture.way.T[::-1], color="0.7", linewidth=0.6)
+            axis.scatter(
+                *picture.way.T[::-1], c=np.arange(len(picture.way)), cmap="viridis", s=6, vmin=0, vmax=steps - 1
+            )
+            axis.set(aspect="equal", xlim=(low[1], high[1]), ylim=(high[0], low[0]))
+    return figure
 
 
 def read_images(files: list[str], model: nn.Module) -> Tensor:
@@ -253,11 +312,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--class", type=int, dest="target", metavar="N", help="of cam; the model's first guess if left out"
     )
-    parser.add_argument("--out", help="PNG file of the pictures; look_<what>.png if left out")
+    parser.add_argument("--out", help="PNG file of the pictures, of orders GIF too; look_<what>.png if left out")
     parser.add_argument("--json", action="store_true", help="one line of JSON in place of the table")
     args = parser.parse_args(argv)
     if args.what in PICTURES and not args.images:
         raise InputError(f"--what {args.what}: --images is missing; expected image files")
+    if str(args.out).lower().endswith(".gif") and args.what != "orders":
+        raise InputError(f"--out {args.out!r} with --what {args.what}: expected .png; orders alone move")
     model, _ = load(args.model, args.weights)
     if args.what in PICTURES:
         out = Path(args.out or f"look_{args.what}.png")

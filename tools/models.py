@@ -9,7 +9,10 @@ normalisations count nothing.
 
 import argparse
 import csv
+import importlib.resources
+import json
 import sys
+from pathlib import Path
 
 import timm
 import torch
@@ -92,6 +95,32 @@ def describe(name: str) -> dict:
     }
 
 
+def speeds(file: Path) -> tuple[dict[str, float], str]:
+    """Images a second of models at 224 pixels, as ``tools/benchmark.py models --json FILE`` wrote them, and where.
+
+    Raises:
+        ValueError: the file holds no such table.
+    """
+    try:
+        [table] = [table for table in json.loads(file.read_text()) if table["title"] == "models"]
+        rows, facts = table["rows"], table["environment"]
+        found = {row["model"]: round(row["images_per_s"], 1) for row in rows if row["size"] == 224}
+        machine = facts.get("gpu") or f"{facts['threads']} threads of {facts['cpu']}"
+        return found, f"Images a second at 224 pixels: {machine}, {facts['dtype']}, {facts['batch']} images at once."
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError("expected what `python tools/benchmark.py models --json FILE` writes") from e
+
+
+def write_page(rows: list[dict], file: Path, images_per_s: dict[str, float], machine: str) -> None:
+    """Write `rows` of `describe` as a page that needs no network: a chart of top-1 against costs, filters, a table."""
+    rows = [{**row, "kind": kind_of(row["name"]), "images_per_s": images_per_s.get(row["name"])} for row in rows]
+    data = json.dumps({"rows": rows, "machine": machine}).replace("<", "\\u003c")
+    page = importlib.resources.files("linzoo.tools").joinpath("models.html").read_text(encoding="utf-8")
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(page.replace("DATA", data, 1), encoding="utf-8")
+    part.replace(file)
+
+
 def print_table(rows: list[dict]) -> None:
     """The rows as a table on the terminal, the published figures in brackets beside ours."""
     table = Table(caption="in brackets: as published; parameters in millions, MACs in 10^9 of one image of px x px")
@@ -115,6 +144,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("filters", nargs="*", metavar="filter", help="wildcards of model names, such as 'groupmamba*'")
     parser.add_argument("--csv", action="store_true", help="comma-separated values instead of a table")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a chart to FILE instead")
+    parser.add_argument(
+        "--benchmark", type=Path, metavar="JSON", help="with --html: speeds by `tools/benchmark.py models`"
+    )
     args = parser.parse_args(argv)
     names = []
     for pattern in args.filters or ["*"]:
@@ -122,7 +155,18 @@ def main(argv: list[str] | None = None) -> None:
         if not found:
             parser.error(f"no model of the zoo matches {pattern!r}")
         names += [name for name in found if name not in names]
+    if args.benchmark and not args.html:
+        parser.error("--benchmark adds to the page of --html FILE, which is not given")
+    if args.html and not args.html.parent.is_dir():
+        parser.error(f"--html {str(args.html)!r}: no such folder")
+    try:
+        images_per_s, machine = speeds(args.benchmark) if args.benchmark else ({}, "")
+    except (OSError, ValueError) as e:
+        parser.error(f"--benchmark {str(args.benchmark)!r}: {e}")
     rows = [describe(name) for name in names]
+    if args.html:
+        write_page(rows, args.html, images_per_s, machine)
+        return
     if not args.csv:
         print_table(rows)
         return

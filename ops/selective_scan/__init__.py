@@ -115,7 +115,7 @@ def selective_scan_state(
         ``(B, G, D, N)`` in float32 (float64 for float64).
 
     Raises:
-        As `selective_scan`.
+        ValueError, TypeError, RuntimeError: As of `selective_scan`.
     """
     _check(u, dt, A, B, C, D, dt_weight, dt_bias, order, initial)
     dtype, states = promote(u, dt, B, C), A.shape[2]

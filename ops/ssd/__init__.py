@@ -62,7 +62,7 @@ def ssd_state(
         y ``(B, L, H, P)``, and the state behind the last step ``(batch, H, P, N)`` in float32 (float64 for float64).
 
     Raises:
-        As `ssd`.
+        ValueError, TypeError: As of `ssd`.
     """
     axes = dict(x=(x, "BLHP"), dt=(dt, "BLH"), A=(A, "H"), B=(B, "BLGN"), C=(C, "BLGN"), D=(D, "H"))
     sizes = check(**axes, initial=(initial, "BHPN"))

@@ -101,7 +101,7 @@ def wkv6(
         ``(B, L, H, P)`` in the widest dtype of `r`, `k`, `v` and `w`; states are float32, float64 for float64.
 
     Raises:
-        As `bi_wkv`.
+        ValueError, TypeError, RuntimeError: As of `bi_wkv`.
     """
     ends = f"{1 + bidirectional}HPN"
     ends = ends if isinstance(initial, Tensor) and initial.dim() == 4 else f"B{ends}"
@@ -136,7 +136,7 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, *, or
         ``(B, L, H, P)`` in the widest dtype of the activations; states are float32, float64 for float64.
 
     Raises:
-        As `bi_wkv`.
+        ValueError, TypeError, RuntimeError: As of `bi_wkv`.
     """
     matrices = dict(w=(w, "BLHN"), k=(k, "BLHN"), v=(v, "BLHP"), a=(a, "BLHN"), b=(b, "BLHN"))
     check(r=(r, "BLHN"), **matrices, order=(order, "T"))
@@ -168,7 +168,7 @@ def wkv6_state(
         y ``(B, L, H, P)``, and the state behind the last step ``(B, H, P, N)`` in float32 (float64 for float64).
 
     Raises:
-        As `wkv6`.
+        ValueError, TypeError, RuntimeError: As of `wkv6`.
     """
     check(
         r=(r, "BLHN"), k=(k, "BLHN"), v=(v, "BLHP"), w=(w, "BLHN"), u=(u, "HN"), **_named(initial), order=(order, "T")
@@ -202,7 +202,7 @@ def wkv7_state(
         y ``(B, L, H, P)``, and the state behind the last step ``(B, H, P, N)`` in float32 (float64 for float64).
 
     Raises:
-        As `wkv7`.
+        ValueError, TypeError, RuntimeError: As of `wkv7`.
     """
     matrices = dict(w=(w, "BLHN"), k=(k, "BLHN"), v=(v, "BLHP"), a=(a, "BLHN"), b=(b, "BLHN"))
     check(r=(r, "BLHN"), **matrices, **_named(initial), order=(order, "T"))

@@ -122,7 +122,37 @@ def test_orders_are_those_of_the_operators():
     assert [p.way[:4].tolist() for p in found] == [[[0, 0], [0, 1], [0, 2], [1, 0]], [[2, 2], [2, 1], [2, 0], [1, 2]]]
 
 
-@pytest.mark.parametrize("what", ("erf", "features", "orders"))
+def test_states_reach_what_a_scan_has_seen():
+    """A layer of mLSTM sees the tokens before the middle; WKV sees all, VMamba's routes, too."""
+
+    def reached(name, **kwargs):
+        model = timm.create_model(name, num_classes=0, **kwargs).eval()
+        pictures = look.states(model, torch.rand(1, 3, 64, 64), None)
+        assert all(p.pixels.min() >= 0 and p.pixels.max() == 1 for p in pictures)
+        return pictures
+
+    [picture] = reached("plain_mlstm_t", depth=1, img_size=64)
+    assert picture.title == "mlstm, 4 x 4"
+    assert (picture.pixels.ravel() > 0).tolist() == [i <= 2 * 4 + 2 for i in range(16)]
+    assert (reached("vrwkv_t", depth=1, img_size=64)[0].pixels > 0).all()
+    pictures = reached("vmamba_t", depths=(1, 1, 1, 1))
+    assert [p.pixels.shape for p in pictures] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+    assert all((p.pixels > 0).all() for p in pictures)
+
+
+def test_moving_orders(image, tmp_path):
+    """The last frame is the still picture's; the ones before show a part of it."""
+    look.main(["plain_ss2d_t", "--what", "orders", "--images", image, "--out", str(tmp_path / "way.gif")])
+    with Image.open(tmp_path / "way.gif") as gif:
+        assert gif.n_frames == look.FRAMES
+        ink = []
+        for i in (0, look.FRAMES // 2, look.FRAMES - 1):
+            gif.seek(i)
+            ink.append(int((np.asarray(gif.convert("L")) < 200).sum()))
+    assert ink[0] < ink[1] < ink[2]
+
+
+@pytest.mark.parametrize("what", ("erf", "features", "orders", "states"))
 def test_pictures(what, image, tmp_path, capsys):
     out = tmp_path / "out.png"
     look.main(["efficientvmamba_t", "--what", what, "--images", image, "--out", str(out)])
@@ -139,6 +169,9 @@ def test_pictures_that_cannot_be(image, capsys, tmp_path):
 
     assert "--what erf: --images is missing" in said("vmamba_t", "--what", "erf")
     assert "walks along no order" in said("kat_tiny_patch16_224", "--what", "orders", "--images", image)
+    assert "carries no state" in said("kat_tiny_patch16_224", "--what", "states", "--images", image)
+    gif = ["--images", image, "--out", tmp_path / "out.gif"]
+    assert "expected .png; orders alone move" in refused(capsys, look.main, "vmamba_t", "--what", "erf", *gif)
     assert "gives no maps" in said("terminator", "--what", "features", "--images", image)
     assert "cannot read image 'none.png'" in said("vmamba_t", "--what", "erf", "--images", "none.png")
     pytest.importorskip("pytorch_grad_cam")

@@ -1,7 +1,11 @@
 """The list of the zoo: measured costs agree with the published ones, and the figures add up."""
 
 import csv
+import html.parser
 import io
+import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -87,6 +91,110 @@ def test_dense_models(capsys):
         ("17.26", "256", "", "-"),
         ("27.43", "256", "", "-"),
     ]
+
+
+NAMES = ("efficientvim_m1", "kat_tiny_patch16_224", "vmamba_t", "vmamba_s", "vm_unet")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The page of `NAMES`, two of them timed."""
+    folder = tmp_path_factory.mktemp("page")
+    rows = [
+        {"model": "vmamba_t", "size": 224, "images_per_s": 12.34},
+        {"model": "vmamba_t", "size": 448, "images_per_s": 3},
+    ]
+    rows.append({"model": "kat_tiny_patch16_224", "size": 224, "images_per_s": 50})
+    facts = {"cpu": "a </script> of a name", "threads": 2, "dtype": "float32", "batch": 2}
+    (folder / "speed.json").write_text(json.dumps([{"title": "models", "environment": facts, "rows": rows}]))
+    models.main([*NAMES, "--html", str(folder / "zoo.html"), "--benchmark", str(folder / "speed.json")])
+    return folder / "zoo.html"
+
+
+def test_page_holds_the_list(page):
+    """One file, well formed, that loads nothing; its figures are those of the list."""
+    text, tags, void = page.read_text(), [], {"meta", "input"}
+
+    class Parser(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            assert not {"src", "href"} & {key for key, _ in attrs}
+            tags.append(tag)
+
+        def handle_endtag(self, tag):
+            while tags[-1] in void:
+                tags.pop()
+            assert tags.pop() == tag
+
+    Parser().feed(text)
+    assert not tags and not re.search(r"@import|url\(|fetch\(|\bimport\b", text)
+    data = json.loads(re.search(r"const \{rows, machine\} = (.*);\n", text).group(1))
+    assert "2 threads of a </script> of a name, float32" in data["machine"]
+    rows = {row["name"]: row for row in data["rows"]}
+    assert set(rows) == set(NAMES) and rows["vm_unet"]["kind"] == "segmentation"
+    assert {name: row["images_per_s"] for name, row in rows.items() if row["images_per_s"]} == {
+        "vmamba_t": 12.3,
+        "kat_tiny_patch16_224": 50,
+    }
+    assert {**models.describe("vmamba_t"), "kind": "backbone", "images_per_s": 12.3} == rows["vmamba_t"]
+
+
+def test_page_in_a_browser(page):
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab, wrong, asked = browser.new_page(), [], []
+        tab.on("pageerror", lambda error: wrong.append(error))
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(page.as_uri())
+
+        def dots():
+            return {dot.get_attribute("data-name") for dot in tab.query_selector_all("circle")}
+
+        def lines():
+            return [line.get_attribute("data-name") for line in tab.query_selector_all("tbody tr")]
+
+        assert dots() == set(NAMES) - {"vm_unet"} and set(lines()) == set(NAMES)
+        tab.hover("circle[data-name=vmamba_s]")
+        assert "83.6 % top-1" in tab.text_content("#tip") and tab.is_visible("#tip")
+        assert tab.get_attribute("tr.on", "data-name") == "vmamba_s"
+        tab.click("#families button:has-text('vmamba')")
+        assert dots() == {"efficientvim_m1", "kat_tiny_patch16_224"} and "vmamba_t" not in lines()
+        tab.dblclick("#families button:has-text('vmamba')")
+        assert dots() == {"vmamba_t", "vmamba_s"}
+        tab.dblclick("#families button:has-text('vmamba')")
+        tab.click("th[data-key=images_per_s]")
+        assert lines()[:2] == ["kat_tiny_patch16_224", "vmamba_t"], "those without a figure come last"
+        tab.click("th[data-key=images_per_s]")
+        assert lines()[:2] == ["vmamba_t", "kat_tiny_patch16_224"]
+        tab.select_option("#axis", "images_per_s")
+        assert dots() == {"vmamba_t", "kat_tiny_patch16_224"}
+        tab.select_option("#kind", "segmentation")
+        assert dots() == set() and lines() == ["vm_unet"]
+        tab.select_option("#kind", "all")
+        tab.fill("#search", "VMAMBA_")
+        assert sorted(lines()) == ["vmamba_s", "vmamba_t"]
+        assert not wrong and asked == [page.as_uri()]
+        browser.close()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--benchmark", "speed.json"], "--benchmark adds to the page of --html FILE"),
+        (["--html", "no such/zoo.html"], "--html 'no such/zoo.html': no such folder"),
+        (["--html", "zoo.html", "--benchmark", "absent.json"], "--benchmark 'absent.json': "),
+        (["--html", "zoo.html", "--benchmark", "ops.json"], "'ops.json': expected what"),
+    ],
+)
+def test_what_the_page_refuses(tmp_path, monkeypatch, capsys, argv, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ops.json").write_text('[{"title": "wkv6", "environment": {}, "rows": []}]')
+    with pytest.raises(SystemExit):
+        models.main(["vmamba_t", *argv])
+    assert said in capsys.readouterr().err and not (tmp_path / "zoo.html").exists()
 
 
 def test_unknown_filter(capsys):

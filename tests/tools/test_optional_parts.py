@@ -43,7 +43,7 @@ def test_beside_a_new_transformers(tmp_path):
     (tmp_path / "transformers-5.24.0.dist-info").mkdir()
     (tmp_path / "transformers-5.24.0.dist-info/METADATA").write_text("Name: transformers\nVersion: 5.24.0\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    tools = "import linzoo.tools.train, linzoo.tools.test, linzoo.tools.predict"
+    tools = "import linzoo.backbones.openmmlab, linzoo.tools.train, linzoo.tools.test, linzoo.tools.predict"
     done = run(f"{tools}; import transformers; print(transformers.__version__)", PYTHONPATH=path)
     assert done.stdout.strip() == "5.24.0", done.stderr[-2000:]
     assert run(f"import mmpretrain.registry; {tools}", PYTHONPATH=path).returncode == 0

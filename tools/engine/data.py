@@ -139,7 +139,7 @@ def prepare_data(cfg: Config) -> None:
     classes = None
     for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
         for settings, check in _data_sets((cfg.get(key) or {}).get("dataset", {}), cfg.get("default_scope")):
-            root = Path(settings.get("data_root", ""))
+            root = Path(settings.get("data_root") or "")
             if settings.get("make") and not root.exists():
                 MAKERS[settings["make"]](root)
             found = check(settings, cfg)

@@ -29,17 +29,21 @@ $body
 """)
 
 
-def write_report(work_dir: Path, task: TaskName, model: str, metrics: dict[str, float], results: list[dict]) -> Path:
+def write_report(
+    work_dir: Path, task: TaskName, model: str, metrics: dict[str, float], results: list[dict] | None
+) -> Path:
     """Write `work_dir/report.html`: metrics, curves, tables by class, and the worst mistakes.
 
     Args:
         work_dir: holds curves.png and the arranged data.
         metrics: of the best weights.
-        results: what `predict` says of the images to validate on.
+        results: what `predict` says of the images to validate on; None where they are in no files.
     """
     parts = [_table(("metric", "value"), [(name, f"{value:.4g}") for name, value in metrics.items()])]
     parts += _section("Training", [work_dir / "curves.png"])
-    parts += {"cls": _of_classes, "seg": _of_maps, "det": _of_objects, "restore": _of_images}[task](work_dir, results)
+    if results is not None:
+        shown = {"cls": _of_classes, "seg": _of_maps, "det": _of_objects, "restore": _of_images}
+        parts += shown[task](work_dir, results)
     page = PAGE.substitute(title=html.escape(f"{model} on {work_dir.name}"), body="\n".join(parts))
     report = work_dir / "report.html"
     write_atomically(report, lambda partial: partial.write_text(page, encoding="utf-8"))

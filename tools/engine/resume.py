@@ -145,3 +145,5 @@ class ResumeHook(Hook):
         random.seed(for_python)
         np.random.seed(for_numpy)
         torch.manual_seed(for_torch)
+        if hasattr(dataset := runner.train_dataloader.dataset, "set_epoch"):
+            dataset.set_epoch(runner.epoch)

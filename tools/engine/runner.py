@@ -58,6 +58,10 @@ class Runner(MMRunner):
         if isinstance(dataloader, dict):
             dataloader = dict(dataloader, persistent_workers=False)
             dataloader.setdefault("worker_init_fn", {"type": _leave_as_seeded})
+            dataset = dataloader["dataset"]
+            if isinstance(dataset, dict) and str(dataset.get("type")).rpartition(".")[2] == "TimmShards":
+                sizes = dict(batch_size=dataloader["batch_size"], num_workers=dataloader.get("num_workers", 0))
+                dataloader.update(sampler=None, dataset=dict(dataset, **sizes))  # a stream has an order of its own
         return MMRunner.build_dataloader(dataloader, seed, diff_rank_seed)
 
     def load_or_resume(self) -> None:

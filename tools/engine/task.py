@@ -2,11 +2,13 @@
 
 import argparse
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mmengine.config import Config
@@ -15,10 +17,12 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from timm.models._hub import generate_readme
 from torch import nn
 
 from linzoo.backbones import kind_of, list_models
 from linzoo.backbones.layers.state_tuning import tuned_states
+from linzoo.backbones.model_card import hub_task, model_card
 
 from .errors import InputError
 from .files import place, whole, write_atomically
@@ -173,7 +177,8 @@ class TimmModel(Task, BaseModel):
 
     def data_config(self, dataset: Any, pipeline: list[dict]) -> dict[str, Any] | None:
         """timm's words for how `pipeline` and preprocessor prepare the images of `dataset`; None for no images."""
-        size = tuple(dataset[0]["inputs"].shape)
+        first = next(iter(dataset)) if isinstance(dataset, torch.utils.data.IterableDataset) else dataset[0]
+        size = tuple(first["inputs"].shape)
         if len(size) != 3:
             return None
         if not hasattr(self.data_preprocessor, "mean"):
@@ -183,12 +188,14 @@ class TimmModel(Task, BaseModel):
         return {"input_size": size, "mean": mean, "std": std, "crop_pct": size[-1] / edge}
 
     def export(self, folder: Path, data_config: dict | None, **facts) -> None:
-        """Write `folder/model.safetensors` and `folder/config.json`, timm's exchange format, each whole or not at all.
+        """Write `folder/model.safetensors` and `folder/config.json`, timm's exchange format, and the Hub's `README.md`.
+
+        Each is whole or not there. transformers loads them, too, if the model is registered.
 
         Args:
             data_config: timm's preprocessing keys (input_size, mean, std ...). None for a model of no images, which
                 timm has no words for: then the weights alone are written.
-            facts: further entries of config.json.
+            facts: further entries of config.json; numbers are metrics.
 
         Where states were tuned, `folder/states.safetensors` holds what was learnt alone.
         """
@@ -199,6 +206,13 @@ class TimmModel(Task, BaseModel):
             else:
                 settings = dict(model_config=facts, data_config=data_config, safe_serialization=True)
                 save_for_hf(self.model, str(partial), **settings)
+                config = json.loads((partial / "config.json").read_text())
+                config.get("model_args", {}).pop("num_classes", None)  # a second place; transformers takes one alone
+                (partial / "config.json").write_text(json.dumps(config, indent=2))
+                name = config["architecture"]
+                metrics = {key: value for key, value in facts.items() if isinstance(value, (int, float))}
+                readme = generate_readme(model_card(name, metrics), name, hub_task(name))
+                (partial / "README.md").write_text(readme, encoding="utf-8")
             if states := tuned_states(self.model):
                 save_file(states, partial / "states.safetensors")
             folder.mkdir(exist_ok=True)
