@@ -39,8 +39,6 @@ def _without_transformers() -> Iterator[None]:
     dependency, imported = importlib.import_module("mmpretrain.utils.dependency"), "transformers" in sys.modules
     if not imported:
         sys.modules["transformers"] = None
-    if decided := sys.modules.get("mmpretrain.utils.dependency"):  # it was imported before, beside transformers
-        setattr(decided, "WITH_MULTIMODAL", False)  # noqa: B010
     try:
         with mock.patch.object(dependency, "WITH_MULTIMODAL", False):
             yield
