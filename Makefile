@@ -28,7 +28,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,det,medical,video,generate,look,export,cuda,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,det,medical,video,generate,look,export,quantize,cuda,dev]"
 	touch $@
 
 quickstart: setup
@@ -54,7 +54,7 @@ test-newest: $(VENV)-newest/.installed
 
 $(VENV)-newest/.installed: pyproject.toml constraints-newest.txt
 	$(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[train,det,medical,video,generate,look,export,dev]"
+	$(VENV)-newest/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[train,det,medical,video,generate,look,export,quantize,dev]"
 	touch $@
 
 test-clients: setup
