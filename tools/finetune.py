@@ -21,6 +21,7 @@ from mmengine.config import Config
 from timm.data import resolve_data_config
 
 from linzoo.backbones import kind_of, list_models
+from linzoo.backbones.checkpoints import load_plain
 from linzoo.backbones.openmmlab import LinZooBackbone
 from linzoo.tools import predict, test, train
 from linzoo.tools.engine.cli import command
@@ -309,6 +310,10 @@ def make_config(args: argparse.Namespace, arranged: Arranged, data: Path) -> Con
         file = Path(folder, "config.py")
         file.write_text("\n".join(lines))
         cfg = Config.fromfile(file)
+    if args.weights and Path(args.weights).is_file() and "pruning" in load_plain(args.weights):
+        note(f"--weights {args.weights!r} is pruned: its zeros stay")
+        keep = dict(type="SparseHook", checkpoint=str(Path(args.weights).resolve()))
+        cfg.custom_hooks = [*cfg.get("custom_hooks", []), keep]
     cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
     cfg.test_cfg = cfg.get("test_cfg", {})
     return cfg

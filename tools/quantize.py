@@ -95,6 +95,22 @@ def calibration(folder: str, count: int, prepare: Prepare) -> list[Tensor]:
     return batches
 
 
+def labelled(folder: str, model: nn.Module, prepare: Prepare) -> tuple[list[Tensor], Tensor]:
+    """Batches of a folder of class folders (--test), and the images' classes."""
+    found = find_classes(folder)
+    if len(found) != model.num_classes:
+        raise InputError(f"--test {folder!r} has {len(found)} class folders; expected {model.num_classes}")
+    labels = torch.tensor([i for i, files in enumerate(found.values()) for _ in files])
+    return prepare([file for files in found.values() for file in files]), labels
+
+
+def write_checkpoint(file: Path, state: dict[str, Tensor], classes: list[str] | None, **facts: dict) -> None:
+    """A checkpoint that `linzoo test`, `predict` and `export` take, with facts about it."""
+    meta = {"dataset_meta": {"classes": list(classes)}} if classes else {}
+    content = {"state_dict": state, "meta": meta, **facts}
+    write_atomically(file, lambda partial: torch.save(content, partial))
+
+
 @torch.no_grad()
 def logits(model: nn.Module, batches: list[Tensor]) -> Tensor:
     """The model's logits ``(images, classes)``."""
@@ -121,14 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     model, prepare, classes = open_model(args.model, args.checkpoint)
     if not getattr(model, "num_classes", 0):
         raise InputError(f"MODEL {args.model!r} has no classes; expected a classifier")
-    batches, labels = calibration(args.calib, args.images, prepare), None
-    compared = batches
-    if args.test:
-        found = find_classes(args.test)
-        if len(found) != model.num_classes:
-            raise InputError(f"--test {args.test!r} has {len(found)} class folders; expected {model.num_classes}")
-        compared = prepare([file for files in found.values() for file in files])
-        labels = torch.tensor([i for i, files in enumerate(found.values()) for _ in files])
+    batches = calibration(args.calib, args.images, prepare)
+    compared, labels = labelled(args.test, model, prepare) if args.test else (batches, None)
     expected = logits(model, compared)
     weight_bits, activation_bits = BITS[args.bits]
     try:
@@ -144,9 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     results.append(logits(model, compared))
     file = Path(args.out, FILE)
     facts = {"method": args.method, "bits": args.bits, "images": args.images, "ranges": quantized.ranges}
-    meta = {"dataset_meta": {"classes": list(classes)}} if classes else {}
-    content = {"state_dict": state, "meta": meta, "quantization": facts}
-    write_atomically(file, lambda partial: torch.save(content, partial))
+    write_checkpoint(file, state, classes, quantization=facts)
     table = rich.table.Table("weights", "MB", "logit error", "same class, %", box=rich.box.SIMPLE)
     if labels is not None:
         table.add_column("accuracy, %")

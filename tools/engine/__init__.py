@@ -29,6 +29,7 @@ from .restorer import PairedImages, RestorationMetric, Restorer  # noqa: E402
 from .resume import ResumeHook  # noqa: E402
 from .runner import Runner  # noqa: E402
 from .segmenter import LoadMask, MaskedImages, MaskMetric, Segmenter  # noqa: E402
+from .sparsity import SparseHook  # noqa: E402
 from .task import Task, TimmModel  # noqa: E402
 from .tracking import ClipMetric, ClipSegmenter, MaskedClips  # noqa: E402
 from .volumes import VolumeMetric, Volumes, VolumeSegmenter  # noqa: E402
@@ -78,6 +79,7 @@ __all__ = [
     "SceneCompleter",
     "Segmenter",
     "Series",
+    "SparseHook",
     "Task",
     "TimmModel",
     "TimmWeightDecay",
