@@ -79,6 +79,14 @@ def float_linears(graph: fx.GraphModule) -> list[str]:
     return [node.name for node in _linears(graph) if not all(_is_dequantized(x) for x in node.args[:2])]
 
 
+def _drop_unused(graph: fx.GraphModule) -> None:
+    """Takes away the weights that integers stand for."""
+    used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in (*graph.named_parameters(), *graph.named_buffers()) if name not in used]:
+        owner, _, key = name.rpartition(".")
+        delattr(graph.get_submodule(owner), key)
+
+
 def pt2e(model: nn.Module, images: Sequence[Tensor], reduce_range: bool | None = None) -> fx.GraphModule:
     """The model exported with 8-bit weights and inputs of every linear map, and of the convolutions that X86 has.
 
@@ -117,6 +125,7 @@ def pt2e(model: nn.Module, images: Sequence[Tensor], reduce_range: bool | None =
         for batch in images:
             prepared(batch)
         converted = convert_pt2e(prepared)
+        _drop_unused(converted)
     modules = sum(isinstance(module, nn.Linear) for module in model.modules())
     found, left = len(list(_linears(converted))), float_linears(converted)
     if left or found < modules:

@@ -4,10 +4,13 @@ MODEL is a model's name (`linzoo models`, or timm's), `local-dir:DIR` of a run's
 checkpoint. DIR of --calib holds images, in folders or not; take those it was trained on, never those of a comparison.
 
 --method: what is done to channels before rounding, without changing the model. minmax: nothing. smooth: SmoothQuant's
-scales. mambaquant: these, rotations in the weights, and a Hadamard matrix before `out_proj`.
---bits: w8a8 and w4a8 round weights and the inputs of layers, w8 the weights alone.
+scales. mambaquant: these, rotations in the weights, and a Hadamard matrix before `out_proj`. repq: one range for all
+channels behind a norm, the best of some quantiles, and attention rounded, its softmax to powers of the square root of
+2. quamba2: what scans read is sorted, clustered and rounded; Hadamard matrices; 4-bit weights in groups of 128.
+--bits: w8a8 and w4a8 round weights and the inputs of layers, w8 and w4a16 the weights alone.
 
-Arithmetic is simulated in floating point; scans, norms and dense convolutions are not rounded. The checkpoint
+Arithmetic is simulated in floating point; norms, dense convolutions and, but for quamba2's inputs, scans are not
+rounded. The checkpoint
 `quantized.pth` is one of the same model: its weights carry the rounding, and `linzoo test`, `predict` and `export` take
 it. They round weights alone; the ranges of the inputs stand in the file, under `quantization`.
 """
@@ -37,7 +40,7 @@ from linzoo.tools.engine.weights import load_weights
 from linzoo.tools.export import load
 from linzoo.tools.outliers import logit_error
 
-BITS = {"w8a8": (8, 8), "w4a8": (4, 8), "w8": (8, None)}
+BITS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a16": (4, None), "w8": (8, None)}
 FILE = "quantized.pth"
 Prepare = Callable[[list[Path]], list[Tensor]]
 

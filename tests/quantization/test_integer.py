@@ -4,6 +4,7 @@ import copy
 import sys
 
 import pytest
+import timm
 import torch
 from test_invariances import built, images
 from torch import nn
@@ -22,10 +23,10 @@ def single(family):
 @torch.no_grad()
 def error(found, model, x):
     expected = model(x)
-    return float((found(x) - expected).norm() / (expected - expected.mean(0)).norm())
+    return float((found(x) - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("family", ["vim", "groupmamba", "vssd"])
+@pytest.mark.parametrize("family", ["vim", *(pytest.param(f, marks=pytest.mark.slow) for f in ("groupmamba", "vssd"))])
 def test_every_linear_map_has_integer_inputs(family):
     model, batch = single(family), images(torch.float32)
     graph = pt2e(model, [batch])
@@ -40,6 +41,7 @@ def test_every_linear_map_has_integer_inputs(family):
         assert "quantize_per_tensor" in str(inputs.target) and inputs.args[-1] == torch.uint8
         assert getattr(graph, weight.target).dtype == torch.int8
     assert error(graph, model, batch) < 0.3
+    assert 2 * benchmark.saved_bytes(graph) < benchmark.saved_bytes(model), "only integers are left"
     plain = torch.export.export(model, (batch,), strict=True).module()
     assert float_linears(plain), "else the check sees nothing"
 
@@ -104,6 +106,7 @@ def test_without_torchao(monkeypatch):
 def test_table(monkeypatch, tmp_path, capsys):
     """Every arithmetic has its row; nothing is compiled here."""
     monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(benchmark, "create", lambda name, size: timm.create_model(name, depths=(1, 1, 1, 1), dim=32))
     file = tmp_path / "quantized.json"
     command = ["quantized", "--models", "vssd_m", "--size", "32", "--batch", "2", "--budget", "0", "--compile"]
     benchmark.main([*command, "--json", str(file)])

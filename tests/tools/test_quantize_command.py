@@ -41,7 +41,7 @@ def run(*options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, bits", [("minmax", "w8a8"), ("smooth", "w4a8"), ("mambaquant", "w8")])
+@pytest.mark.parametrize("method, bits", [("minmax", "w8a8"), ("repq", "w4a8"), ("mambaquant", "w8")])
 def test_checkpoint_serves_the_other_tools(folder, capsys, method, bits):
     run("--method", method, "--bits", bits, "--test", "data/digits/val")
     said = capsys.readouterr().out
@@ -101,6 +101,7 @@ def test_bad_input(folder, capsys):
         ((CONFIG, "w.pth", "--calib", "alike", "--images", "1"), "--images 1: expected at least 2"),
         ((CONFIG, "w.pth", *digits, "--test", "alike"), "data folder 'alike' holds no class folder"),
         ((CONFIG, "w.pth", *digits, "--test", "data/digits"), "--test 'data/digits' has 2 class folders; expected 10"),
+        ((CONFIG, "w.pth", *digits, "--method", "quamba2"), "quamba2 needs a family that declares the channels of its"),
         (("resnet10t", *digits), "--method mambaquant: method: mambaquant needs a family that declares invariances"),
     ):
         assert line in refused(capsys, quantize.main, *argv, "--out", folder / "out"), argv
