@@ -127,7 +127,7 @@ def test_table(monkeypatch, tmp_path, capsys):
     "options, line",
     [
         (("--models", "vim_z"), "--models: timm knows no vim_z"),
-        (("--models", "vssd_m", "--batch", "1"), "a --batch of at least 2"),
+        (("--models", "vssd_m", "--batch", "0"), "--batch and --size must be positive"),
     ],
 )
 def test_bad_input(options, line, capsys):

@@ -25,6 +25,7 @@ from .occupancy import OccupancyMetric, SceneCompleter, VoxelScenes  # noqa: E40
 from .optim import AutocastOptimWrapper, Kar3, LayerDecay, TimmWeightDecay  # noqa: E402
 from .progress import ProgressHook  # noqa: E402
 from .promptable import PromptedMasks, PromptMetric, PromptSegmenter  # noqa: E402
+from .qat import AnnealHook  # noqa: E402
 from .restorer import PairedImages, RestorationMetric, Restorer  # noqa: E402
 from .resume import ResumeHook  # noqa: E402
 from .runner import Runner  # noqa: E402
@@ -35,6 +36,7 @@ from .tracking import ClipMetric, ClipSegmenter, MaskedClips  # noqa: E402
 from .volumes import VolumeMetric, Volumes, VolumeSegmenter  # noqa: E402
 
 __all__ = [
+    "AnnealHook",
     "AutocastOptimWrapper",
     "Classifier",
     "ClipClassifier",
