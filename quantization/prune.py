@@ -31,7 +31,7 @@ INNER = ("channels", "beside", "hidden", "value")
 
 def prunable(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
     """Linear maps by kind and name; ValueError where the model has none of these names."""
-    linear = {k: m for k, m in model.named_modules() if isinstance(m, nn.Linear | GroupedLinear)}
+    linear: dict[str, nn.Module] = {k: m for k, m in model.named_modules() if isinstance(m, nn.Linear | GroupedLinear)}
     found = {kind: {k: m for k, m in linear.items() if names.search(k)} for kind, names in KINDS.items()}
     if not any(found.values()):
         raise ValueError(f"model: expected projections of mixers or MLPs, got none in {type(model).__name__}")
@@ -119,4 +119,5 @@ def sparsity(model: nn.Module) -> dict[str, tuple[int, int]]:
     taken = {id(weight) for weights in found.values() for weight in weights}
     found["all else"] = [parameter for parameter in model.parameters() if id(parameter) not in taken]
     counts = {kind: (sum(int((x == 0).sum()) for x in xs), sum(x.numel() for x in xs)) for kind, xs in found.items()}
-    return counts | {"all": tuple(map(sum, zip(*counts.values(), strict=True)))}
+    zeros, weights = zip(*counts.values(), strict=True)
+    return counts | {"all": (sum(zeros), sum(weights))}

@@ -10,9 +10,9 @@ channels behind a norm, the best of some quantiles, and attention rounded, its s
 --bits: w8a8 and w4a8 round weights and the inputs of layers, w8 and w4a16 the weights alone.
 
 Arithmetic is simulated in floating point; norms, dense convolutions and, but for quamba2's inputs, scans are not
-rounded. The checkpoint
-`quantized.pth` is one of the same model: its weights carry the rounding, and `linzoo test`, `predict` and `export` take
-it. They round weights alone; the ranges of the inputs stand in the file, under `quantization`.
+rounded. The checkpoint `quantized.pth` is one of the same model: its weights carry the rounding, and `linzoo test`,
+`predict` and `export` take it. What layers read is not rounded there, as the last row of the table shows, and they say
+so; the ranges stand in the file, under `quantization`.
 """
 
 import argparse

@@ -57,7 +57,10 @@ def test_checkpoint_serves_the_other_tools(folder, capsys, method, bits):
     assert bool(facts["ranges"]) == (bits != "w8")
     assert content["meta"]["dataset_meta"]["classes"] == list("0123456789")
     evaluate.main([CONFIG, "out/quantized.pth"])
-    accuracy = json.loads(capsys.readouterr().out.splitlines()[-1])
+    said, noted = capsys.readouterr()
+    accuracy = json.loads(said.splitlines()[-1])
+    warned = "checkpoint 'out/quantized.pth' is quantised: its weights are rounded, what layers read is not"
+    assert (warned in noted) == (bits != "w8")
     assert accuracy["accuracy/top1"] == pytest.approx(plain[3], abs=0.01)
     predict.main([CONFIG, "out/quantized.pth", "data/digits/val/3", "--out", "seen"])
     labels = json.loads((folder / "seen/predictions.json").read_text())
