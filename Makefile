@@ -29,7 +29,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,det,medical,video,generate,look,docs,shards,export,cuda,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,det,medical,video,generate,look,docs,shards,export,quantize,cuda,dev]"
 	touch $@
 
 quickstart: setup
@@ -55,7 +55,7 @@ test-newest: $(VENV)-newest/.installed
 
 $(VENV)-newest/.installed: pyproject.toml constraints-newest.txt
 	$(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[train,det,medical,video,generate,look,docs,shards,export,dev]"
+	$(VENV)-newest/bin/python -m pip install --quiet -c constraints-newest.txt -e ".[train,det,medical,video,generate,look,docs,shards,export,quantize,dev]"
 	touch $@
 
 test-clients: setup

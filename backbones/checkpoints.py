@@ -102,6 +102,13 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         classes = json.loads(config.read_text()).get("label_names") if config.is_file() else None
     elif isinstance(content, Mapping) and isinstance(content.get("meta"), Mapping):
         classes = (content["meta"].get("dataset_meta") or {}).get("classes")
+    if (
+        isinstance(content, Mapping)
+        and isinstance(facts := content.get("quantization"), Mapping)
+        and facts.get("ranges")
+    ):
+        message = f"checkpoint {path!r} is quantised: its weights are rounded, what layers read is not"
+        warnings.warn(message, stacklevel=2)
     while isinstance(state, Mapping) and not any(isinstance(value, Tensor) for value in state.values()):
         # mmengine's `state_dict` is the averaged one, where there is one, and its `ema_state_dict` the last.
         averaged = () if "message_hub" in state else AVERAGED

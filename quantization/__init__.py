@@ -1,8 +1,9 @@
 """Quantisation of the zoo: transforms that keep a model's outputs, observers, and simulated quantisers."""
 
-from .fake import Quantizer, log_sqrt2
+from .fake import LogQuantizer, Quantizer, log_sqrt2
 from .invariances import Axis, Slot, invariances
-from .observers import ChannelObserver, MinMaxObserver, PercentileObserver, best_range
+from .observers import BestRangeObserver, ChannelObserver, MinMaxObserver, PercentileObserver, best_range
+from .reorder import clusters, sort_channels
 from .reparam import fold_ranges, shift
 from .rotation import block_hadamard, hadamard, has_hadamard, klt_rotation, rotation
 from .smooth import read_maxima, smoothing
@@ -11,7 +12,9 @@ from .transforms import Online, fold_gains, permute, remove_online, rotate, scal
 
 __all__ = [
     "Axis",
+    "BestRangeObserver",
     "ChannelObserver",
+    "LogQuantizer",
     "MinMaxObserver",
     "Online",
     "PercentileObserver",
@@ -19,6 +22,7 @@ __all__ = [
     "Slot",
     "best_range",
     "block_hadamard",
+    "clusters",
     "fold_gains",
     "fold_ranges",
     "hadamard",
@@ -36,6 +40,7 @@ __all__ = [
     "scale",
     "shift",
     "smoothing",
+    "sort_channels",
     "tap",
     "tapped",
 ]

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Granularity", "Quantizer", "log_sqrt2"]
+__all__ = ["Granularity", "LogQuantizer", "Quantizer", "log_sqrt2"]
 
 Granularity = Literal["tensor", "channel", "token", "group"]
 Range = tuple[Tensor, Tensor]
@@ -104,3 +104,13 @@ def log_sqrt2(a: Tensor, delta: Tensor | float, bits: int = 8) -> Tensor:
     """
     k = (-2 * (a / delta).log2()).round().clamp(min=0)
     return torch.where(k < 2**bits, torch.exp2(-k / 2) * delta, 0.0)
+
+
+@dataclass(frozen=True)
+class LogQuantizer:
+    """`log_sqrt2` with the largest value of a range as `delta`."""
+
+    bits: int = 8
+
+    def __call__(self, x: Tensor, range: Range) -> Tensor:
+        return log_sqrt2(x, range[1].to(x), self.bits)

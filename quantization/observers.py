@@ -1,6 +1,6 @@
 """What calibration notes: ranges of tensors, and maxima and covariances of channels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .fake import Quantizer, Range
 
-__all__ = ["ChannelObserver", "MinMaxObserver", "Observer", "PercentileObserver", "best_range"]
+__all__ = ["BestRangeObserver", "ChannelObserver", "MinMaxObserver", "Observer", "PercentileObserver", "best_range"]
 
 
 class Observer(Protocol):
@@ -69,14 +69,48 @@ class PercentileObserver:
 
     def range(self) -> Range:
         """Edges of the bins that the quantiles lie in; raises ValueError where nothing was seen."""
+        return self.quantiles(self.share)
+
+    def quantiles(self, share: float) -> Range:
+        """`range` of another share."""
         total = self.counts.sum()
         if not total:
             raise ValueError("range: expected tensors to have been seen, got none")
         edges = torch.linspace(-self.reach, self.reach, self.bins + 1)
         sums = self.counts.cumsum(0)
-        high = int(torch.searchsorted(sums, self.share * total).clamp(max=self.bins - 1))
-        low = int(torch.searchsorted(sums, (1 - self.share) * total, right=True).clamp(max=self.bins - 1))
+        high = int(torch.searchsorted(sums, share * total).clamp(max=self.bins - 1))
+        low = int(torch.searchsorted(sums, (1 - share) * total, right=True).clamp(max=self.bins - 1))
         return edges[low], edges[high + 1]
+
+
+SHARES = (0.999, 0.9999, 0.99999)  # RepQ-ViT's quantiles
+
+
+class BestRangeObserver(PercentileObserver):
+    """`best_range` of all values seen, from a histogram.
+
+    Args:
+        quantizer: What rounds them; called with a range.
+        shares: Quantiles to choose from.
+        bins: As for `PercentileObserver`.
+    """
+
+    def __init__(
+        self, quantizer: Callable[[Tensor, Range], Tensor], shares: Sequence[float] = SHARES, bins: int = 8192
+    ):
+        super().__init__(max(shares), bins)
+        self.quantizer, self.shares = quantizer, shares
+
+    def range(self) -> Range:
+        """The quantiles that round with the least squared error; raises ValueError where nothing was seen."""
+        edges = torch.linspace(-self.reach, self.reach, self.bins + 1)
+        centres = (edges[1:] + edges[:-1]) / 2
+        used = self.counts > 0
+
+        def error(range: Range) -> float:
+            return float((self.counts * (self.quantizer(centres, range) - centres).square())[used].sum())
+
+        return min((self.quantiles(share) for share in self.shares), key=error)
 
 
 class ChannelObserver:
@@ -119,7 +153,7 @@ class ChannelObserver:
         return self.products / self.count - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
-def best_range(x: Tensor, quantizer: Quantizer, shares: Sequence[float] = (0.999, 0.9999, 0.99999)) -> Range:
+def best_range(x: Tensor, quantizer: Quantizer, shares: Sequence[float] = SHARES) -> Range:
     """The quantiles ``(1 - q, q)`` of `x` that round it with the least squared error (RepQ-ViT, arXiv 2212.08254).
 
     Args:

@@ -1,7 +1,7 @@
 """A quantised copy of a model: channels transformed, weights rounded, inputs of layers rounded as they come.
 
 Arithmetic is simulated: rounded numbers in floating point. Scans, norms, activations and dense convolutions are not
-rounded.
+rounded; a method may round what scans and softmax attention read.
 """
 
 import copy
@@ -14,18 +14,58 @@ from torch import Tensor, nn
 
 from linzoo.backbones.layers import S6, CausalConv, GroupedLinear
 
-from .fake import Quantizer, Range
+from .fake import LogQuantizer, Quantizer, Range
 from .invariances import Axis, invariances
-from .observers import MinMaxObserver
+from .observers import BestRangeObserver, MinMaxObserver, Observer
+from .reorder import scan_axes, sort_channels
+from .reparam import fold_ranges
 from .rotation import block_hadamard, klt_rotation, rotation
 from .smooth import read_maxima, smoothing
 from .taps import layers, measure, tap, tapped
 from .transforms import fold_gains, remove_online, rotate, scale
 
-__all__ = ["METHODS", "Quantized", "hadamard_only", "hadamard_online", "mambaquant", "minmax", "quantize", "smooth"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Quantized",
+    "hadamard_online",
+    "hadamard_only",
+    "mambaquant",
+    "minmax",
+    "quamba2",
+    "quantize",
+    "repq",
+    "smooth",
+]
 
 Images = Sequence[Tensor]
-Method = Callable[[nn.Module, Images], None]
+Clusters = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is done to channels before rounding, and how is rounded.
+
+    Attributes:
+        name: As `METHODS` has it.
+        transform: Changes a model's weights without what it computes; returns clusters ``(n,)`` of the channels that a
+            tap shows, each of which gets a range of its own.
+        applies: Whether a model has what it needs, and what that is, in words.
+        best_ranges: Whether ranges of inputs are the best of some quantiles, not the least and the largest value.
+        attention: Whether the factors of softmax attention are rounded.
+        scans: Whether x, B and C of scans are rounded, symmetrically; B and C by scan.
+        symmetric: Whether weights are rounded symmetrically.
+        group: Input channels that share a scale in weights of 4 bits or fewer; None for all of a row.
+    """
+
+    name: str
+    transform: Callable[[nn.Module, Images], Clusters | None]
+    applies: tuple[Callable[[nn.Module], bool], str]
+    best_ranges: bool = False
+    attention: bool = False
+    scans: bool = False
+    symmetric: bool = False
+    group: int | None = None
 
 
 @dataclass(frozen=True)
@@ -36,8 +76,9 @@ class Quantized:
         model: The copy, whose inputs of layers are rounded by hooks.
         weight_bits: Of the weights of layers.
         activation_bits: Of the inputs of layers; None where they are not rounded.
-        ranges: Of these inputs, by the names of taps.
+        ranges: Of these inputs, by the names of taps; over all clusters where a method has some.
         left: Taps of scans whose mixer multiplies by `x_proj` itself; what it reads is not rounded.
+        method: What was done.
     """
 
     model: nn.Module
@@ -45,6 +86,7 @@ class Quantized:
     activation_bits: int | None
     ranges: dict[str, tuple[float, float]]
     left: tuple[str, ...]
+    method: Method
 
     def state_dict(self) -> dict[str, Tensor]:
         """An ordinary state dict of the model: its weights carry the rounding; inputs are rounded no more."""
@@ -53,28 +95,35 @@ class Quantized:
         return plain.state_dict()
 
     def size(self) -> int:
-        """Bytes of the weights, packed: integers and, for each output channel, a scale and a zero point of 4 bytes."""
+        """Bytes of the weights, packed: integers and, for each scale, itself and its zero point, 4 bytes each."""
         total = sum(x.numel() * x.element_size() for x in self.model.state_dict().values())
-        for weight, quantizer in weights_of(self.model, self.weight_bits):
-            scales = quantizer.range(weight)[0].numel()
+        for weight, quantizer in weights_of(self.model, self.weight_bits, self.method):
+            grouped = quantizer.granularity == "group"
+            scales = weight.numel() // quantizer.group if grouped else quantizer.range(weight)[0].numel()
             total += weight.numel() * self.weight_bits / 8 + 8 * scales - weight.numel() * weight.element_size()
         return round(total)
 
 
-def weights_of(model: nn.Module, bits: int) -> list[tuple[nn.Parameter, Quantizer]]:
-    """The weights of `layers`, and how they are rounded: affine, by output channel."""
+def weights_of(model: nn.Module, bits: int, method: Method) -> list[tuple[nn.Parameter, Quantizer]]:
+    """The weights of `layers`, and how they are rounded: by output channel, or by group where a method has groups."""
     found = []
+
+    def quantizer(weight: Tensor, axis: int | tuple[int, ...]) -> Quantizer:
+        if method.group and bits <= 4 and weight.shape[-1] % method.group == 0:
+            return Quantizer(bits, method.symmetric, "group", group=method.group)
+        return Quantizer(bits, method.symmetric, "channel", axis)
+
     for module in layers(model).values():
         if isinstance(module, S6):
             weights, axes = (module.x_proj, module.dt_weight), (0, 1)
         else:
             weights = (module.weight,)
             axes = (0, 1) if isinstance(module, GroupedLinear | CausalConv) else 0
-        found += [(weight, Quantizer(bits, granularity="channel", axis=axes)) for weight in weights]
+        found += [(weight, quantizer(weight, axes)) for weight in weights]
     return found
 
 
-def minmax(model: nn.Module, images: Images) -> None:
+def _nothing(model: nn.Module, images: Images) -> None:
     """Leaves all channels as they are."""
 
 
@@ -82,7 +131,7 @@ def _axes(model: nn.Module, move: str) -> list[Axis]:
     return [axis for axis in invariances(model) if move in axis.moves and axis.tap]
 
 
-def smooth(model: nn.Module, images: Images) -> None:
+def _smooth(model: nn.Module, images: Images) -> None:
     """Moves outliers of channels into the weights that read them, wherever a family allows scales (S1, S2, S5, S7).
 
     What may be scaled in weights is not scaled again as it comes.
@@ -120,29 +169,124 @@ def _rotate_online(model: nn.Module) -> None:
             rotate(model, axis, block_hadamard(axis.size))
 
 
-def hadamard_only(model: nn.Module, images: Images) -> None:
+def _hadamard_only(model: nn.Module, images: Images) -> None:
     """Hadamard matrices where weights write the channels (R1, R5), and no smoothing: for comparison."""
     _rotate_written(model, images, klt=False)
 
 
-def hadamard_online(model: nn.Module, images: Images) -> None:
-    """`hadamard_only`, and before `out_proj` as it comes (R2): for comparison."""
+def _hadamard_online(model: nn.Module, images: Images) -> None:
+    """`_hadamard_only`, and before `out_proj` as it comes (R2): for comparison."""
     _rotate_written(model, images, klt=False)
     _rotate_online(model)
 
 
-def mambaquant(model: nn.Module, images: Images) -> None:
+def _mambaquant(model: nn.Module, images: Images) -> None:
     """MambaQuant (arXiv 2501.13484): smoothing, ``K H`` where weights write the channels, H before `out_proj`.
 
     Its R1, R2, R5, S1, S2, S5 and S7; not R3, R4, R6 and S3, which rotate and scale the states of a scan, as these stay
     float32, nor S4, "which may lower", nor its percentiles.
     """
-    smooth(model, images)
+    _smooth(model, images)
     _rotate_written(model, images)
     _rotate_online(model)
 
 
-METHODS: dict[str, Method] = {"minmax": minmax, "smooth": smooth, "mambaquant": mambaquant}
+def _norm_axes(model: nn.Module) -> list[Axis]:
+    """Axes from the norm of a block to the linear maps that read it."""
+    return [axis for axis in _axes(model, "scale") if axis.name.rpartition(".")[2].startswith("norm")]
+
+
+def _repq(model: nn.Module, images: Images) -> None:
+    """RepQ-ViT's fold (arXiv 2212.08254): behind a block's norm all channels get one range."""
+    channels = Quantizer(8, granularity="channel", axis=-1)
+    axes = {axis.tap: axis for axis in _norm_axes(model)}
+    seen = {name: MinMaxObserver(channels) for name in axes}
+
+    def see(name: str, x: Tensor) -> Tensor:
+        if name in seen:
+            seen[name].see(x)
+        return x
+
+    with torch.no_grad(), tapped(model, see):
+        for batch in images:
+            model(batch)
+    for name, axis in axes.items():
+        if seen[name].low is not None:
+            low, high = (x.flatten() for x in seen[name].range())
+            fold_ranges(model, axis, low, high, Quantizer(8))
+
+
+def _quamba2(model: nn.Module, images: Images) -> Clusters:
+    """Quamba2 (arXiv 2503.22879): what scans read is sorted and clustered; H in the stream and before `out_proj`.
+
+    Without GPTQ; heads keep their places, since a cluster need not be contiguous here.
+    """
+    found = sort_channels(model, images)
+    for axis in _axes(model, "rotate"):
+        if axis.name == "stream":
+            rotate(model, axis, rotation(axis.size))
+    _rotate_online(model)
+    return found
+
+
+_any_axis = (
+    lambda model: any(_axes(model, move) for move in ("scale", "rotate")),
+    "a family that declares invariances",
+)
+minmax = Method("minmax", _nothing, (lambda model: True, ""))
+smooth = Method("smooth", _smooth, _any_axis)
+hadamard_only = Method("hadamard_only", _hadamard_only, _any_axis)
+hadamard_online = Method("hadamard_online", _hadamard_online, _any_axis)
+mambaquant = Method("mambaquant", _mambaquant, _any_axis)
+repq = Method(
+    "repq",
+    _repq,
+    (lambda model: bool(_norm_axes(model)), "a family that declares what reads its norms"),
+    best_ranges=True,
+    attention=True,
+)
+quamba2 = Method(
+    "quamba2",
+    _quamba2,
+    (lambda model: bool(scan_axes(model)), "a family that declares the channels of its scans"),
+    scans=True,
+    symmetric=True,
+    group=128,
+)
+METHODS: dict[str, Method] = {method.name: method for method in (minmax, smooth, mambaquant, repq, quamba2)}
+
+
+class _ClusterObserver(MinMaxObserver):
+    """The range of each cluster, for each of its channels."""
+
+    def __init__(self, quantizer: Quantizer, labels: Tensor):
+        super().__init__(quantizer)
+        self.labels = labels
+
+    def range(self) -> Range:
+        low, high = (x.clone() for x in super().range())
+        labels = self.labels.to(low.device)
+        for label in labels.unique():
+            mine = labels == label
+            low[..., mine], high[..., mine] = low[..., mine].amin(), high[..., mine].amax()
+        return low, high
+
+
+def _rounding(
+    name: str, scans: set[str], bits: int, method: Method, clusters: Clusters
+) -> tuple[Quantizer | LogQuantizer, Observer]:
+    """How the input of a tap is rounded, and what finds its range."""
+    if name in clusters:
+        quantizer = Quantizer(bits, True, "channel", -1)
+        return quantizer, _ClusterObserver(quantizer, clusters[name])
+    owner, _, part = name.rpartition(".")
+    if method.scans and part in ("x", "B", "C"):
+        quantizer = Quantizer(bits, True, "channel", -2) if owner in scans else Quantizer(bits, True)
+        return quantizer, MinMaxObserver(quantizer)
+    if part == "softmax":
+        return LogQuantizer(bits), BestRangeObserver(LogQuantizer(bits))
+    quantizer = Quantizer(bits, method.scans)
+    return quantizer, BestRangeObserver(quantizer) if method.best_ranges else MinMaxObserver(quantizer)
 
 
 def quantize(
@@ -154,51 +298,69 @@ def quantize(
 ) -> Quantized:
     """A quantised copy of a model; the model itself stays as it is.
 
-    Weights are rounded by output channel, inputs of layers by tensor, both affine between the least and the largest
-    value, those of the inputs over all `images`.
+    Unless the method says otherwise, weights are rounded by output channel, inputs of layers by tensor, both affine
+    between the least and the largest value, those of the inputs over all `images`.
 
     Args:
-        model: Any model of the zoo. Methods other than `minmax` need a family that `invariances` knows.
+        model: Any model of the zoo. Methods other than `minmax` need a family that declares what they change.
         images: Batches ``(B, C, H, W)`` to calibrate on, as the model takes them.
         method: What is done to channels first.
         weight_bits: 2 to 16.
         activation_bits: 2 to 16; None to round weights alone.
 
     Raises:
-        ValueError: no images; a method that finds nothing to do; a linear map or convolution that no image reaches;
+        ValueError: no images; a method that does not apply; a linear map or convolution that no image reaches;
             bits out of range.
     """
     if not images:
         raise ValueError("images: expected at least one batch, got none")
     model = copy.deepcopy(model).eval()
-    if method is not minmax and not any(_axes(model, move) for move in ("scale", "rotate")):
-        raise ValueError(f"method: {method.__name__} needs a family that declares invariances, got {_name(model)}")
-    activations = Quantizer(activation_bits or 8)
-    weights = weights_of(model, weight_bits)
-    method(model, images)
+    applies, needed = method.applies
+    if not applies(model):
+        raise ValueError(f"method: {method.name} needs {needed}, got {_name(model)}")
+    weights = weights_of(model, weight_bits, method)
+    if activation_bits is not None:
+        Quantizer(activation_bits)
+    clusters = method.transform(model, images) or {}
     with torch.no_grad():
         for weight, quantizer in weights:
             weight.copy_(quantizer(weight))
     if activation_bits is None:
-        return Quantized(model, weight_bits, None, {}, ())
+        return Quantized(model, weight_bits, None, {}, (), method)
 
-    observers = {name: MinMaxObserver(activations) for name in layers(model)}
+    scans = {name for name, module in model.named_modules() if isinstance(module, S6)}
+    rounding = {name: _rounding(name, scans, activation_bits, method, clusters) for name in layers(model)}
+    kinds = dict(scans=method.scans, attention=method.attention)
 
     def see(name: str, x: Tensor) -> Tensor:
-        observers.setdefault(name, MinMaxObserver(activations)).see(x)
+        if name not in rounding:
+            rounding[name] = _rounding(name, scans, activation_bits, method, clusters)
+        rounding[name][1].see(x)
         return x
 
-    with torch.no_grad(), tapped(model, see):
+    with torch.no_grad(), tapped(model, see, **kinds):
         for batch in images:
             model(batch)
-    unseen = [name for name, observer in observers.items() if observer.low is None]
-    missed = [name for name in unseen if not isinstance(model.get_submodule(name), S6)]
+    found: dict[str, tuple[Quantizer | LogQuantizer, Range]] = {}
+    unseen = []
+    for name, (quantizer, observer) in rounding.items():
+        try:
+            found[name] = quantizer, observer.range()
+        except ValueError:
+            unseen.append(name)
+    missed = [name for name in unseen if name not in scans]
     if missed:
         raise ValueError(f"model: no image reaches {missed[0]!r} of {_name(model)}; expected all layers to be used")
-    found: dict[str, Range] = {name: observer.range() for name, observer in observers.items() if name not in unseen}
-    tap(model, lambda name, x: activations(x, found[name]) if name in found else x)
-    ranges = {name: (float(low), float(high)) for name, (low, high) in found.items()}
-    return Quantized(model, weight_bits, activation_bits, ranges, tuple(unseen))
+
+    def rounded(name: str, x: Tensor) -> Tensor:
+        if name not in found:
+            return x
+        quantizer, range = found[name]
+        return quantizer(x, range)
+
+    tap(model, rounded, **kinds)
+    ranges = {name: (float(low.min()), float(high.max())) for name, (_, (low, high)) in found.items()}
+    return Quantized(model, weight_bits, activation_bits, ranges, tuple(unseen), method)
 
 
 def _name(model: nn.Module) -> str:

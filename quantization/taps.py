@@ -1,7 +1,9 @@
 """What a quantised layer reads, shown to a function: the inputs of linear maps and of depthwise convolutions.
 
 A tap's name is its module's. An `S6` holds its linear maps as bare parameters: its own name stands for what `x_proj`
-reads, ``<name>.step`` for the narrow vector r that `dt_weight` reads inside the scan.
+reads, ``<name>.step`` for the narrow vector r that `dt_weight` reads inside the scan. On demand ``<name>.x``, ``.B``
+and ``.C`` of a mixer or `S6` are what its scan reads, and ``<name>.query``, ``.key``, ``.softmax`` and ``.value`` of
+softmax attention the factors of its products.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -9,10 +11,14 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.nn.functional as F
+from timm.layers import Attention
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from linzoo.backbones.layers import S6, CausalConv, GroupedLinear
+from linzoo.backbones import vssd
+from linzoo.backbones.layers import NCSSD, S6, CausalConv, GroupedLinear
 
 from .invariances import Axis
 from .observers import ChannelObserver
@@ -20,6 +26,7 @@ from .observers import ChannelObserver
 __all__ = ["layers", "measure", "tap", "tapped"]
 
 Seen = Callable[[str, Tensor], Tensor]
+ATTENTION = (Attention, vssd.Attention)
 
 
 @register_notrace_module
@@ -28,13 +35,56 @@ class TappedS6(S6):
 
     show: Seen
     name: str
+    scans: bool
 
     def project(self, u):
         return super().project(self.show(self.name, u))
 
     def scan(self, u, projected, order=None, merge=False):
-        r, rest = projected.split([self.dt_rank, projected.shape[-1] - self.dt_rank], dim=-1)
-        return super().scan(u, torch.cat([self.show(f"{self.name}.step", r), rest], -1), order, merge)
+        r, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.scans:
+            u, B, C = (self.show(f"{self.name}.{part}", x) for part, x in (("x", u), ("B", B), ("C", C)))
+        return super().scan(u, torch.cat([self.show(f"{self.name}.step", r), B, C], -1), order, merge)
+
+
+class TappedNCSSD(NCSSD):
+    """An `NCSSD` that shows what its scan reads."""
+
+    show: Seen
+    name: str
+
+    def scan(self, x, weight, B, C):
+        x, B, C = (self.show(f"{self.name}.{part}", value) for part, value in (("x", x), ("B", B), ("C", C)))
+        return super().scan(x, weight, B, C)
+
+
+class TappedAttention(TorchFunctionMode):
+    """Shows the factors of the products of softmax attention, while a module runs."""
+
+    def __init__(self, name: str, show: Seen):
+        self.name, self.show = name, show
+
+    def enter(self, *args) -> None:
+        self.__enter__()
+
+    def leave(self, *args) -> None:
+        self.__exit__(None, None, None)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self.attend(*args, **(kwargs or {}))
+
+    def attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+        if is_causal:
+            raise ValueError(f"model: attention {self.name!r} is causal; expected that of images")
+        q, k, v = (
+            self.show(f"{self.name}.{part}", x) for part, x in (("query", query), ("key", key), ("value", value))
+        )
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None:
+            scores = torch.where(attn_mask, scores, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        return self.show(f"{self.name}.softmax", scores.softmax(-1)) @ v
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -52,17 +102,36 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def tap(model: nn.Module, show: Seen) -> Callable[[], None]:
+def tap(model: nn.Module, show: Seen, scans: bool = False, attention: bool = False) -> Callable[[], None]:
     """Calls `show(name, x)` for what each of `layers` reads, which goes on with what it returns.
+
+    Args:
+        model: Changed in place.
+        show: Called with names of taps.
+        scans: Whether inputs of selective scans and of NC-SSD are shown, too.
+        attention: Whether the factors of softmax attention are shown, too.
 
     Returns:
         A function that takes all taps away again.
     """
     handles, changed = [], []
+
+    def change(module: nn.Module, kind: type, **attributes: object) -> None:
+        changed.append((module, type(module), attributes))
+        module.__class__ = kind
+        for key, value in attributes.items():
+            setattr(module, key, value)
+
+    for name, module in model.named_modules():
+        if scans and type(module) is NCSSD:
+            change(module, TappedNCSSD, show=show, name=name)
+        if attention and type(module) in ATTENTION:
+            mode = TappedAttention(name, show)
+            handles.append(module.register_forward_pre_hook(mode.enter))
+            handles.append(module.register_forward_hook(mode.leave, always_call=True))
     for name, module in layers(model).items():
         if isinstance(module, S6):
-            module.__class__, module.show, module.name = TappedS6, show, name
-            changed.append(module)
+            change(module, TappedS6, show=show, name=name, scans=scans)
         else:
 
             def hook(_: nn.Module, args: tuple, name: str) -> tuple:
@@ -73,17 +142,18 @@ def tap(model: nn.Module, show: Seen) -> Callable[[], None]:
     def undo() -> None:
         for handle in handles:
             handle.remove()
-        for module in changed:
-            module.__class__ = S6
-            del module.show, module.name
+        for module, kind, attributes in reversed(changed):
+            module.__class__ = kind
+            for key in attributes:
+                delattr(module, key)
 
     return undo
 
 
 @contextmanager
-def tapped(model: nn.Module, show: Seen) -> Iterator[None]:
+def tapped(model: nn.Module, show: Seen, **kinds: bool) -> Iterator[None]:
     """`tap` while it lasts."""
-    undo = tap(model, show)
+    undo = tap(model, show, **kinds)
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """Times the zoo: `ops` its operators, backend against backend, `models` whole networks beside the usual baselines,
-`linfusion` linear against softmax attention.
+`linfusion` linear against softmax attention, `quantized` networks in 8 bits beside float32.
 
 Whatever is compared is timed in turns within one run, so that a busy moment of the machine hits all alike, and the
 median counts. The first line says what was timed on what.
@@ -8,8 +8,10 @@ median counts. The first line says what was timed on what.
 
 import argparse
 import contextlib
+import copy
 import functools
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -44,6 +46,7 @@ from linzoo.ops import (
     wkv7,
 )
 from linzoo.ops.selective_scan.reference import tokens_in_order, tokens_in_place
+from linzoo.quantization.integer import pt2e, weight_only
 from linzoo.tools.models import create, family_of, measure
 
 SWIN_TINY = "swin_tiny_patch4_window7_224"
@@ -746,6 +749,82 @@ def run_linfusion(args):
     print_rows("linfusion: one self-attention, forward", facts, rows, ATTENTION_COLUMNS, args.json)
 
 
+# --- quantised networks ---------------------------------------------------------------------------------------------
+
+QUANTIZED_COLUMNS = {
+    "model": lambda r: r["model"],
+    "arithmetic": lambda r: r["arithmetic"],
+    "images/s": lambda r: f"{r['images_per_s']:.2f}",
+    "/ float32": lambda r: f"{r['speedup']:.2f}x",
+    "MB": lambda r: f"{r['bytes'] / 1e6:.2f}",
+    "relative error": lambda r: f"{r['error']:.4f}",
+    "made in s": lambda r: f"{r['preparation_s']:.0f}",
+}
+
+
+def saved_bytes(model):
+    """Bytes of the file that `torch.save` makes of the weights."""
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.tell()
+
+
+def arithmetics(model, calibration, compile_float):
+    """Ways to run a model: by name, what makes its copy and the dtype of its images; compiled ones last."""
+
+    def compiled(made):
+        with torch._inductor.config.patch(freezing=True):
+            run = torch.compile(made)
+            run(calibration)
+        return made, run
+
+    def eager(made):
+        return made, made
+
+    ways = {
+        "float32": (lambda: eager(model), torch.float32),
+        "bfloat16": (lambda: eager(copy.deepcopy(model).bfloat16()), torch.bfloat16),
+        "8-bit weights (torchao)": (lambda: eager(weight_only(model)), torch.float32),
+    }
+    if compile_float:
+        ways["float32, compiled"] = lambda: compiled(copy.deepcopy(model)), torch.float32
+    ways["8-bit PT2E, compiled"] = lambda: compiled(pt2e(model, [calibration])), torch.float32
+    return ways
+
+
+@torch.no_grad()
+def quantized_rows(name, args):
+    """Prepares every arithmetic of one model, which stderr tells, and times them in turns."""
+    torch.manual_seed(0)
+    model = create(name, args.size).eval()
+    calibration, x = torch.randn(2, args.batch, model.in_chans, args.size, args.size)
+    calls, rows = {}, {}
+    for arithmetic, (make, dtype) in arithmetics(model, calibration, args.compile).items():
+        begin = time.perf_counter()
+        made, run = make()
+        took = time.perf_counter() - begin
+        calls[arithmetic] = functools.partial(torch.no_grad()(run), x.to(dtype))
+        expected = model(x)
+        error = float((calls[arithmetic]().float() - expected).norm() / expected.norm())
+        rows[arithmetic] = {"bytes": saved_bytes(made), "error": error, "preparation_s": took}
+        print(f"{name}, {arithmetic}: made in {took:.0f} s, relative error {error:.4f}", file=sys.stderr, flush=True)
+    times = medians(calls, "cpu", args.budget)
+    return [
+        {"model": name, "arithmetic": arithmetic, "images_per_s": args.batch / times[arithmetic]}
+        | {"speedup": times["float32"] / times[arithmetic]}
+        | row
+        for arithmetic, row in rows.items()
+    ]
+
+
+def run_quantized(args):
+    """The `quantized` part: random weights and images; the error is the norm of the logits' over that of logits."""
+    facts = environment("cpu") | {"instructions": torch.backends.cpu.get_cpu_capability()}
+    facts |= {"vnni": torch.cpu._is_vnni_supported(), "batch": args.batch, "size": args.size}
+    for name in args.models:
+        print_rows(f"quantized: {name}", facts, quantized_rows(name, args), QUANTIZED_COLUMNS, args.json)
+
+
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -775,12 +854,20 @@ def parse(argv):
     linfusion.add_argument("--batch", type=int, default=1)
     linfusion.add_argument("--dim", type=int, default=320, help="channels (default: of Stable Diffusion's first level)")
     linfusion.add_argument("--heads", type=int, default=8)
+    quantized = parts.add_parser("quantized", help="networks in float32, bfloat16 and 8 bits, on the CPU")
+    quantized.add_argument(
+        "--models", nargs="+", required=True, metavar="NAME", help="classifiers registered with timm"
+    )
+    quantized.add_argument("--size", type=int, default=224, help="side of the square images")
+    quantized.add_argument("--batch", type=int, default=4)
+    quantized.add_argument("--compile", action="store_true", help="also what torch.compile makes of float32")
     for part in (ops, models, linfusion):
         part.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    for part in (ops, models, linfusion, quantized):
         part.add_argument("--budget", type=float, default=2.0, metavar="S", help="seconds that each timing may take")
         part.add_argument("--json", type=Path, metavar="FILE", help="add the results to this JSON file")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.part != "quantized" and args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     if args.json:
         try:
@@ -801,6 +888,13 @@ def parse(argv):
         if args.picture and len(args.sizes) < 2:
             parser.error(f"--picture {str(args.picture)!r}: expected two --sizes or more to draw")
         args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    elif args.part == "quantized":
+        if importlib.util.find_spec("torchao") is None:
+            parser.error("quantized needs torchao: pip install 'linzoo[quantize]'")
+        if wrong := [n for n in args.models if not timm.is_model(n)]:
+            parser.error(f"--models: timm knows no {', '.join(wrong)}")
+        if min(args.batch, args.size) < 1:
+            parser.error("--batch and --size must be positive")
     elif args.part == "linfusion":
         if importlib.util.find_spec("diffusers") is None:
             parser.error("linfusion needs diffusers: pip install 'linzoo[generate]'")
@@ -817,7 +911,8 @@ def main(argv: list[str] | None = None) -> None:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     if args.device == "cpu" and load > torch.get_num_threads():
         warn(f"the machine is busy: a load of {load:.1f} on {torch.get_num_threads()} threads")
-    {"ops": run_ops, "models": run_models, "linfusion": run_linfusion}[args.part](args)
+    parts = {"ops": run_ops, "models": run_models, "linfusion": run_linfusion, "quantized": run_quantized}
+    parts[args.part](args)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": "make images of classes",
     "export": "write a model for ONNX Runtime or torch.export",
     "quantize": "round a classifier's weights and inputs to 8 or 4 bits, simulated",
+    "prune": "set a classifier's weights or channels to 0, in one shot",
     "outliers": "methods of quantisation side by side, on planted outliers",
     "look": "into a model: heat maps, receptive field, features, scan orders, states, dynamics",
     "benchmark": "time operators and models on this machine",

@@ -22,6 +22,8 @@ from mmengine.config import Config
 from timm.data import resolve_data_config
 
 from linzoo.backbones import kind_of, list_models
+from linzoo.backbones.checkpoints import load_plain
+from linzoo.backbones.layers.adapters import ADAPTERS
 from linzoo.tools import predict, test, train
 from linzoo.tools.engine import LinZooBackbone
 from linzoo.tools.engine.cli import command
@@ -152,6 +154,7 @@ def _classes(args: argparse.Namespace, arranged: Arranged, data: Path) -> dict[s
     steps = {"train": train_steps, "val": test_steps}
     sets = [dict(found, pipeline=steps[part]) for part, found in (args.sets or folders).items()]
     frozen = [dict(type="FreezeHook")] if args.freeze else []
+    anneal = [dict(type="AnnealHook", begin=args.epochs - args.epochs // 4)] if args.weight_bits else []
     extra = dict(img_size=size) if timm.get_pretrained_cfg(args.model).fixed_input_size else {}
     return dict(
         _base_=["runtime.py"],
@@ -160,6 +163,8 @@ def _classes(args: argparse.Namespace, arranged: Arranged, data: Path) -> dict[s
             type="Classifier",
             num_classes=count,
             loss=dict(type="LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
+            **(dict(adapter=dict(kind=args.adapter, rank=args.rank)) if args.adapter else {}),
+            **(dict(weight_bits=args.weight_bits) if args.weight_bits else {}),
             **_start(args),
             **extra,
         ),
@@ -168,7 +173,7 @@ def _classes(args: argparse.Namespace, arranged: Arranged, data: Path) -> dict[s
         val_evaluator=dict(type="Accuracy", topk=(1,)),
         val_cfg=dict(),
         default_hooks=_hooks("cls", args.steps) | dict(export=dict(type="ExportHook")),
-        custom_hooks=frozen,
+        custom_hooks=frozen + anneal,
         **_schedule(args, 1e-3, 0.75 if args.weights else 1.0),
     )
 
@@ -313,6 +318,10 @@ def make_config(args: argparse.Namespace, arranged: Arranged, data: Path) -> Con
         file = Path(folder, "config.py")
         file.write_text("\n".join(lines))
         cfg = Config.fromfile(file)
+    if args.weights and Path(args.weights).is_file() and "pruning" in load_plain(args.weights):
+        note(f"--weights {args.weights!r} is pruned: its zeros stay")
+        keep = dict(type="SparseHook", checkpoint=str(Path(args.weights).resolve()))
+        cfg.custom_hooks = [*cfg.get("custom_hooks", []), keep]
     cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
     cfg.test_cfg = cfg.get("test_cfg", {})
     return cfg
@@ -353,13 +362,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, help="learning rate of the last layers")
     parser.add_argument("--workers", type=int, default=1, help="processes that read images")
     parser.add_argument("--freeze", action="store_true", help="train the head alone")
+    parser.add_argument("--adapter", choices=ADAPTERS, help="train the head and low-rank adapters of projections alone")
+    parser.add_argument("--rank", type=int, default=4, help="of --adapter; default: 4")
+    parser.add_argument(
+        "--weight-bits", type=int, help="train with projections rounded to so many bits, 2 to 8 (OFQ), as exported"
+    )
     parser.add_argument("--no-flip", action="store_true", help="left and right are not the same, as in letters")
     parser.add_argument("--resume", action="store_true", help="continue the run of the work dir")
     args = parser.parse_args(argv)
     stream = args.data.startswith(("wds/", "hfds/"))
     data, work_dir = Path(args.data), Path(args.work_dir or f"work_dirs/finetune_{args.model}")
     config = work_dir / "config.py"
-    for name, least in (("epochs", 1), ("batch", 1), ("lr", 1e-12), ("workers", 0)):
+    for name, least in (("epochs", 1), ("batch", 1), ("lr", 1e-12), ("workers", 0), ("rank", 1)):
         value = getattr(args, name)
         if value is not None and not (value >= least and math.isfinite(value)):
             raise InputError(f"--{name} {value}: expected {'a positive number' if least else '0 or more'}")
@@ -369,6 +383,16 @@ def main(argv: list[str] | None = None) -> None:
     _check_model(args.model, args.task)
     if args.freeze and args.weights is None:
         note("--freeze without --weights: the head learns from random features")
+    chosen = {"adapter": args.adapter, "weight-bits": args.weight_bits, "freeze": args.freeze}
+    chosen = [f"--{name} {value}" for name, value in chosen.items() if value]
+    if len(chosen) > 1:
+        raise InputError(f"{' and '.join(chosen)}: expected one of them")
+    if chosen and not args.freeze and args.task != "cls":
+        raise InputError(f"{chosen[0]} with --task {args.task}: expected --task cls")
+    if args.weight_bits is not None and not 2 <= args.weight_bits <= 8:
+        raise InputError(f"--weight-bits {args.weight_bits}: expected 2 to 8")
+    if args.adapter and args.weights is None:
+        raise InputError(f"--adapter {args.adapter} without --weights: expected weights to adapt")
     if config.exists() and not args.resume:
         raise InputError(f"--work-dir {str(work_dir)!r} holds a run; --resume continues it, or choose another folder")
     if not config.exists():

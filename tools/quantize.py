@@ -4,12 +4,15 @@ MODEL is a model's name (`linzoo models`, or timm's), `local-dir:DIR` of a run's
 checkpoint. DIR of --calib holds images, in folders or not; take those it was trained on, never those of a comparison.
 
 --method: what is done to channels before rounding, without changing the model. minmax: nothing. smooth: SmoothQuant's
-scales. mambaquant: these, rotations in the weights, and a Hadamard matrix before `out_proj`.
---bits: w8a8 and w4a8 round weights and the inputs of layers, w8 the weights alone.
+scales. mambaquant: these, rotations in the weights, and a Hadamard matrix before `out_proj`. repq: one range for all
+channels behind a norm, the best of some quantiles, and attention rounded, its softmax to powers of the square root of
+2. quamba2: what scans read is sorted, clustered and rounded; Hadamard matrices; 4-bit weights in groups of 128.
+--bits: w8a8 and w4a8 round weights and the inputs of layers, w8 and w4a16 the weights alone.
 
-Arithmetic is simulated in floating point; scans, norms and dense convolutions are not rounded. The checkpoint
-`quantized.pth` is one of the same model: its weights carry the rounding, and `linzoo test`, `predict` and `export` take
-it. They round weights alone; the ranges of the inputs stand in the file, under `quantization`.
+Arithmetic is simulated in floating point; norms, dense convolutions and, but for quamba2's inputs, scans are not
+rounded. The checkpoint `quantized.pth` is one of the same model: its weights carry the rounding, and `linzoo test`,
+`predict` and `export` take it. What layers read is not rounded there, as the last row of the table shows, and they say
+so; the ranges stand in the file, under `quantization`.
 """
 
 import argparse
@@ -37,7 +40,7 @@ from linzoo.tools.engine.weights import load_weights
 from linzoo.tools.export import load
 from linzoo.tools.outliers import logit_error
 
-BITS = {"w8a8": (8, 8), "w4a8": (4, 8), "w8": (8, None)}
+BITS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a16": (4, None), "w8": (8, None)}
 FILE = "quantized.pth"
 Prepare = Callable[[list[Path]], list[Tensor]]
 
@@ -95,6 +98,22 @@ def calibration(folder: str, count: int, prepare: Prepare) -> list[Tensor]:
     return batches
 
 
+def labelled(folder: str, model: nn.Module, prepare: Prepare) -> tuple[list[Tensor], Tensor]:
+    """Batches of a folder of class folders (--test), and the images' classes."""
+    found = find_classes(folder)
+    if len(found) != model.num_classes:
+        raise InputError(f"--test {folder!r} has {len(found)} class folders; expected {model.num_classes}")
+    labels = torch.tensor([i for i, files in enumerate(found.values()) for _ in files])
+    return prepare([file for files in found.values() for file in files]), labels
+
+
+def write_checkpoint(file: Path, state: dict[str, Tensor], classes: list[str] | None, **facts: dict) -> None:
+    """A checkpoint that `linzoo test`, `predict` and `export` take, with facts about it."""
+    meta = {"dataset_meta": {"classes": list(classes)}} if classes else {}
+    content = {"state_dict": state, "meta": meta, **facts}
+    write_atomically(file, lambda partial: torch.save(content, partial))
+
+
 @torch.no_grad()
 def logits(model: nn.Module, batches: list[Tensor]) -> Tensor:
     """The model's logits ``(images, classes)``."""
@@ -121,14 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     model, prepare, classes = open_model(args.model, args.checkpoint)
     if not getattr(model, "num_classes", 0):
         raise InputError(f"MODEL {args.model!r} has no classes; expected a classifier")
-    batches, labels = calibration(args.calib, args.images, prepare), None
-    compared = batches
-    if args.test:
-        found = find_classes(args.test)
-        if len(found) != model.num_classes:
-            raise InputError(f"--test {args.test!r} has {len(found)} class folders; expected {model.num_classes}")
-        compared = prepare([file for files in found.values() for file in files])
-        labels = torch.tensor([i for i, files in enumerate(found.values()) for _ in files])
+    batches = calibration(args.calib, args.images, prepare)
+    compared, labels = labelled(args.test, model, prepare) if args.test else (batches, None)
     expected = logits(model, compared)
     weight_bits, activation_bits = BITS[args.bits]
     try:
@@ -144,9 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     results.append(logits(model, compared))
     file = Path(args.out, FILE)
     facts = {"method": args.method, "bits": args.bits, "images": args.images, "ranges": quantized.ranges}
-    meta = {"dataset_meta": {"classes": list(classes)}} if classes else {}
-    content = {"state_dict": state, "meta": meta, "quantization": facts}
-    write_atomically(file, lambda partial: torch.save(content, partial))
+    write_checkpoint(file, state, classes, quantization=facts)
     table = rich.table.Table("weights", "MB", "logit error", "same class, %", box=rich.box.SIMPLE)
     if labels is not None:
         table.add_column("accuracy, %")

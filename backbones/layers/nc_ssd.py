@@ -49,5 +49,8 @@ class NCSSD(nn.Module):
         z, mixed, dt = self.in_proj(u).split(self.sizes, dim=-1)
         x, B, C = F.silu(self.conv(mixed)).flatten(1, 2).split(self.split, dim=-1)
         weight = F.softplus(dt.flatten(1, 2) + self.dt_bias) * torch.exp(self.A_log)
-        y = nc_ssd(x.unflatten(-1, (self.num_heads, -1)), weight, B, C, self.D)
-        return self.out_proj(self.norm(y.flatten(2)).view(z.shape) * z)
+        return self.out_proj(self.norm(self.scan(x, weight, B, C)).view(z.shape) * z)
+
+    def scan(self, x, weight, B, C):
+        """`linzoo.ops.nc_ssd` of all heads' channels ``(B, L, D)``."""
+        return nc_ssd(x.unflatten(-1, (self.num_heads, -1)), weight, B, C, self.D).flatten(2)

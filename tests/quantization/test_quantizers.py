@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from linzoo.quantization import (
+    BestRangeObserver,
     ChannelObserver,
     MinMaxObserver,
     PercentileObserver,
@@ -145,6 +146,18 @@ def test_best_range_leaves_outliers_out():
     x = torch.cat([torch.linspace(-1, 1, 20000), torch.tensor([10.0])])
     low, high = best_range(x, Quantizer(4))
     assert -1 <= low < -0.9 and 0.9 < high <= 1
+
+
+def test_best_range_of_a_histogram():
+    """It chooses as `best_range` does that sees all values."""
+    x = torch.cat([torch.linspace(-1, 1, 20000), torch.tensor([10.0])])
+    observer = BestRangeObserver(Quantizer(4))
+    for part in x.chunk(3):
+        observer.see(part)
+    found, expected = observer.range(), best_range(x, Quantizer(4))
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=0.01, rtol=0)
+    with pytest.raises(ValueError, match="range: expected tensors to have been seen"):
+        BestRangeObserver(Quantizer(4)).range()
 
 
 def test_smoothing_balances():

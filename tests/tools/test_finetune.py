@@ -245,6 +245,50 @@ def run(model: str, data: Path, out: Path, *options: str) -> str:
     return (out / "report.html").read_text()
 
 
+@pytest.mark.parametrize("kind", ["wara", pytest.param("lora", marks=pytest.mark.slow)])
+def test_adapters(tmp_path, kind):
+    """What is exported is plain, and differs from the start in the projections and the head alone, by a low rank."""
+    torch.manual_seed(0)
+    start = timm.create_model("test_vit").state_dict()
+    torch.save(start, tmp_path / "w.pth")
+    data, out = write_classes(tmp_path / "data"), tmp_path / "out"
+    run("test_vit", data, out, "--weights", str(tmp_path / "w.pth"), "--adapter", kind, "--rank", "2", "--size", "160")
+    trained = timm.create_model(f"local-dir:{out}/export", pretrained=True).state_dict()
+    assert trained.keys() == start.keys()
+    changed = {key for key in start if not key.startswith("head.") and not torch.equal(start[key], trained[key])}
+    parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert changed == {f"blocks.{i}.{part}.weight" for i in range(6) for part in parts}
+    change = trained["blocks.0.mlp.fc1.weight"].double() - start["blocks.0.mlp.fc1.weight"].double()
+    assert torch.linalg.matrix_rank(change, rtol=1e-3) == (2 if kind == "lora" else 4)
+
+
+@pytest.mark.slow
+def test_rounded_weights(tmp_path):
+    """The exported projections have 2^3 values a row; everything else learns as usual."""
+    torch.manual_seed(0)
+    start = timm.create_model("test_vit").state_dict()
+    torch.save(start, tmp_path / "w.pth")
+    data, out = write_classes(tmp_path / "data"), tmp_path / "out"
+    run(
+        "test_vit",
+        data,
+        out,
+        "--weights",
+        str(tmp_path / "w.pth"),
+        "--weight-bits",
+        "3",
+        "--epochs",
+        "4",
+        "--size",
+        "160",
+    )
+    trained = timm.create_model(f"local-dir:{out}/export", pretrained=True).state_dict()
+    assert trained.keys() == start.keys()
+    for row in trained["blocks.0.mlp.fc1.weight"]:
+        assert row.unique().numel() <= 8 and (row != 0).all()
+    assert not torch.equal(trained["norm.weight"], start["norm.weight"])
+
+
 @pytest.mark.parametrize("options", [(), ("--freeze", "--size", "32")])
 def test_classifier(tmp_path, options, capsys):
     """From files to a report; the weights load in timm, the config goes on by hand, the work dir is not overwritten."""
@@ -305,6 +349,10 @@ def test_restorer(tmp_path):
         (["test_byobnet", "--size", "50"], "--size 50: expected a multiple of 32"),
         (["test_byobnet", "--epochs", "0"], "--epochs 0: expected a positive number"),
         (["test_byobnet", "--lr", "nan"], "--lr nan: expected a positive number"),
+        (["test_vit", "--adapter", "lora"], "--adapter lora without --weights: expected weights to adapt"),
+        (["test_vit", "--adapter", "lora", "--freeze"], "--adapter lora and --freeze True: expected one of them"),
+        (["test_vit", "--adapter", "lora", "--task", "seg"], "--adapter lora with --task seg: expected --task cls"),
+        (["test_vit", "--weight-bits", "1"], "--weight-bits 1: expected 2 to 8"),
         (["test_byobnet", "--weights", "absent.pth"], "--weights 'absent.pth': no such file"),
     ],
 )

@@ -41,7 +41,7 @@ def run(*options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, bits", [("minmax", "w8a8"), ("smooth", "w4a8"), ("mambaquant", "w8")])
+@pytest.mark.parametrize("method, bits", [("minmax", "w8a8"), ("repq", "w4a8"), ("mambaquant", "w8")])
 def test_checkpoint_serves_the_other_tools(folder, capsys, method, bits):
     run("--method", method, "--bits", bits, "--test", "data/digits/val")
     said = capsys.readouterr().out
@@ -57,7 +57,10 @@ def test_checkpoint_serves_the_other_tools(folder, capsys, method, bits):
     assert bool(facts["ranges"]) == (bits != "w8")
     assert content["meta"]["dataset_meta"]["classes"] == list("0123456789")
     evaluate.main([CONFIG, "out/quantized.pth"])
-    accuracy = json.loads(capsys.readouterr().out.splitlines()[-1])
+    said, noted = capsys.readouterr()
+    accuracy = json.loads(said.splitlines()[-1])
+    warned = "checkpoint 'out/quantized.pth' is quantised: its weights are rounded, what layers read is not"
+    assert (warned in noted) == (bits != "w8")
     assert accuracy["accuracy/top1"] == pytest.approx(plain[3], abs=0.01)
     predict.main([CONFIG, "out/quantized.pth", "data/digits/val/3", "--out", "seen"])
     labels = json.loads((folder / "seen/predictions.json").read_text())
@@ -101,6 +104,7 @@ def test_bad_input(folder, capsys):
         ((CONFIG, "w.pth", "--calib", "alike", "--images", "1"), "--images 1: expected at least 2"),
         ((CONFIG, "w.pth", *digits, "--test", "alike"), "data folder 'alike' holds no class folder"),
         ((CONFIG, "w.pth", *digits, "--test", "data/digits"), "--test 'data/digits' has 2 class folders; expected 10"),
+        ((CONFIG, "w.pth", *digits, "--method", "quamba2"), "quamba2 needs a family that declares the channels of its"),
         (("resnet10t", *digits), "--method mambaquant: method: mambaquant needs a family that declares invariances"),
     ):
         assert line in refused(capsys, quantize.main, *argv, "--out", folder / "out"), argv

@@ -25,16 +25,19 @@ from .occupancy import OccupancyMetric, SceneCompleter, VoxelScenes  # noqa: E40
 from .optim import AutocastOptimWrapper, Kar3, LayerDecay, TimmWeightDecay  # noqa: E402
 from .progress import ProgressHook  # noqa: E402
 from .promptable import PromptedMasks, PromptMetric, PromptSegmenter  # noqa: E402
+from .qat import AnnealHook  # noqa: E402
 from .restorer import PairedImages, RestorationMetric, Restorer  # noqa: E402
 from .resume import ResumeHook  # noqa: E402
 from .runner import Runner  # noqa: E402
 from .segmenter import LoadMask, MaskedImages, MaskMetric, Segmenter  # noqa: E402
 from .shards import TimmImages, TimmShards  # noqa: E402
+from .sparsity import SparseHook  # noqa: E402
 from .task import Task, TimmModel  # noqa: E402
 from .tracking import ClipMetric, ClipSegmenter, MaskedClips  # noqa: E402
 from .volumes import VolumeMetric, Volumes, VolumeSegmenter  # noqa: E402
 
 __all__ = [
+    "AnnealHook",
     "AutocastOptimWrapper",
     "Classifier",
     "ClipClassifier",
@@ -79,6 +82,7 @@ __all__ = [
     "SceneCompleter",
     "Segmenter",
     "Series",
+    "SparseHook",
     "Task",
     "TimmImages",
     "TimmModel",

@@ -17,6 +17,10 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linzoo.backbones.layers.adapters import adapt
+from linzoo.quantization.ofq import quantize_weights
+from linzoo.quantization.prune import prunable
+
 from .data import NamesImages, check_heads, existing_folder
 from .errors import InputError
 from .images import ENDINGS, find_files, read_rgb
@@ -119,6 +123,10 @@ class Classifier(TimmModel):
         tau: temperature of "soft".
         mesa: weight of MESA's term, which `MesaHook` switches on; not with a teacher.
         auxiliary: weights of the losses that the model's `auxiliary_losses()` gives, by name; others do not count.
+        adapter: ``dict(kind="lora", rank=4, alpha=None)``, or "wara": projections of mixers and MLPs learn by low-rank
+            adapters, beside the classifier; the rest is frozen. The exported model has them merged.
+        weight_bits: weights of projections of mixers and MLPs are trained rounded to so many bits, 2 to 8 (see
+            `linzoo.quantization.ofq`); those of the exported model are rounded. Not with an adapter.
     """
 
     kinds = ("backbone", "adopted", "fixed")
@@ -136,6 +144,8 @@ class Classifier(TimmModel):
         tau: float = 1.0,
         mesa: float = 0.0,
         auxiliary: dict[str, float] | None = None,
+        adapter: dict | None = None,
+        weight_bits: int | None = None,
         **kwargs,
     ):
         data_preprocessor = {"type": "mmpretrain.ClsDataPreprocessor", **(data_preprocessor or {})}
@@ -146,6 +156,15 @@ class Classifier(TimmModel):
         self.mesa, self.ask_average, self.auxiliary = mesa, None, dict(auxiliary or {})
         if self.auxiliary and not hasattr(self.model, "auxiliary_losses"):
             raise InputError(f"auxiliary={self.auxiliary}: model_name={model_name!r} has no such losses; expected none")
+        if adapter and weight_bits is not None:
+            raise InputError(f"adapter={adapter} with weight_bits={weight_bits}; expected one or the other")
+        if adapter:
+            self._adapt(**adapter)
+        if weight_bits is not None:
+            try:
+                quantize_weights(self._projections(), weight_bits)
+            except ValueError as e:
+                raise InputError(f"weight_bits={weight_bits}: {e}") from e
         if distillation not in ("hard", "soft", "none"):
             raise InputError(f"distillation={distillation!r}; expected 'hard', 'soft' or 'none'")
         self.distillation, self.alpha, self.tau = distillation, alpha, tau
@@ -159,6 +178,19 @@ class Classifier(TimmModel):
             raise InputError(f"model_name={model_name!r} has no distillation head; expected distillation='none'")
         self.model.set_distilled_training(True)
         self.ask_teacher = _frozen(create_model(**teacher))
+
+    def _projections(self) -> list[nn.Module]:
+        return [module for modules in prunable(self.model).values() for module in modules.values()]
+
+    def _adapt(self, kind: str, **settings: Any) -> None:
+        heads = self.model.pretrained_cfg["classifier"]
+        self.model.requires_grad_(False)
+        for name in (heads,) if isinstance(heads, str) else heads:
+            self.model.get_submodule(name).requires_grad_(True)
+        try:
+            adapt(self._projections(), kind, **settings)
+        except ValueError as e:
+            raise InputError(f"adapter={dict(kind=kind, **settings)}: {e}") from e
 
     def forward(self, inputs: Tensor, data_samples: list[DataSample] | None = None, mode: str = "tensor") -> Any:
         """Images (B, 3, H, W) to logits (B, K), to the losses ("loss"), or to samples with scores ("predict")."""

@@ -9,6 +9,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from linzoo.backbones.layers.adapters import merge_adapters
+from linzoo.quantization.ofq import settle_weights
+
 from .curves import best_metric
 from .task import TimmModel
 from .weights import load_weights
@@ -42,6 +45,8 @@ class ExportHook(Hook):
         best._modules = {**trained._modules, "model": copy.deepcopy(trained.model)}
         # A moved work dir keeps its old path in the message hub.
         classes = load_weights(best.model, Path(runner.work_dir, Path(source).name))
+        merge_adapters(best.model)
+        settle_weights(best.model)
         data, metric = runner.cfg.val_dataloader.dataset, best_metric(runner) or ""
         folder = Path(runner.work_dir, FOLDER)
         best.export(

@@ -10,6 +10,7 @@ from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 
 from linzoo.backbones import checkpoints
+from linzoo.backbones.layers.adapters import plain_to_adapted
 from linzoo.backbones.openmmlab import LinZooBackbone
 
 from .errors import InputError, note
@@ -88,6 +89,7 @@ def fit(model: nn.Module, state: dict[str, Tensor], path: str | Path, start: boo
             state = checkpoints.convert_state_dict(state, model)
     except (AttributeError, IndexError, KeyError, RuntimeError, ValueError):
         pass  # of no layout that the family knows: what differs is said below
+    state = plain_to_adapted(state, ours)
     want, have = _shapes(ours), _shapes(state)
     # Files of old have no step counts of BatchNorms.
     wrong = {key for key in want.keys() | have.keys() if want.get(key) != have.get(key)}

@@ -1,0 +1,134 @@
+"""Integer arithmetic by torchao: 8-bit weights alone, or 8-bit weights and inputs of every linear map (PT2E).
+
+Scans stay in floating point, and with them the step size's `dt_weight`, which the scan's operator multiplies itself.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models._features_fx import register_notrace_module
+from torch import Tensor, fx, nn
+
+from linzoo.backbones.layers import S6, GroupedLinear
+
+__all__ = ["float_linears", "per_group", "pt2e", "weight_only"]
+
+NEEDED = "torchao is missing; pip install 'linzoo[quantize]'"
+
+
+def _by_group(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.stack([F.linear(x[..., g, :], w) for g, w in enumerate(weight)], -2)
+
+
+class _GroupedLinear(GroupedLinear):
+    def forward(self, x):
+        return _by_group(x, self.weight)
+
+
+@register_notrace_module
+class _S6(S6):
+    def project(self, u):
+        return super().project(u) if u.dim() == 3 else _by_group(u, self.x_proj)
+
+
+def per_group(model: nn.Module) -> nn.Module:
+    """A copy whose `GroupedLinear` and `x_proj` of each group are linear maps of their own, which quantisers see."""
+    model = copy.deepcopy(model).eval()
+    kinds = {GroupedLinear: _GroupedLinear, S6: _S6}
+    for module in model.modules():
+        module.__class__ = kinds.get(type(module), type(module))
+    return model
+
+
+def weight_only(model: nn.Module) -> nn.Module:
+    """A copy with 8-bit weights of every `torch.nn.Linear`, one scale a row; inputs stay in floating point.
+
+    Raises:
+        ImportError: torchao is missing.
+        ValueError: the model has no such layer, or torchao left one as it was.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as e:
+        raise ImportError(NEEDED) from e
+    model = copy.deepcopy(model).eval()
+    before = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not before:
+        raise ValueError(f"model: expected linear maps, got none in {type(model).__name__}")
+    quantize_(model, Int8WeightOnlyConfig(version=2))
+    left = [name for name, weight in before.items() if type(model.get_submodule(name).weight) is type(weight)]
+    if left:
+        raise ValueError(f"model: {len(left)} linear maps keep their weights, such as {left[0]!r}")
+    return model
+
+
+def _linears(graph: fx.GraphModule) -> Iterator[fx.Node]:
+    return (node for node in graph.graph.nodes if node.target == torch.ops.aten.linear.default)
+
+
+def _is_dequantized(node: Any) -> bool:
+    return isinstance(node, fx.Node) and str(node.target).startswith("quantized_decomposed.dequantize")
+
+
+def float_linears(graph: fx.GraphModule) -> list[str]:
+    """Linear maps of an exported graph whose input or weight is not a dequantised integer, by the names of nodes."""
+    return [node.name for node in _linears(graph) if not all(_is_dequantized(x) for x in node.args[:2])]
+
+
+def _drop_unused(graph: fx.GraphModule) -> None:
+    """Takes away the weights that integers stand for."""
+    used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in (*graph.named_parameters(), *graph.named_buffers()) if name not in used]:
+        owner, _, key = name.rpartition(".")
+        delattr(graph.get_submodule(owner), key)
+
+
+def pt2e(model: nn.Module, images: Sequence[Tensor], reduce_range: bool | None = None) -> fx.GraphModule:
+    """The model exported with 8-bit weights and inputs of every linear map, and of the convolutions that X86 has.
+
+    Weights are symmetric, one scale a row; inputs affine, one static scale a tensor. `torch.compile` under
+    ``torch._inductor.config.freezing`` turns the graph into integer products.
+
+    Args:
+        model: Of one input.
+        images: Batches ``(B, C, H, W)`` of one shape to calibrate on; the graph takes this shape alone.
+        reduce_range: 7 bits for inputs, since products of 8 overflow 16-bit sums on processors without VNNI; None where
+            this processor has none.
+
+    Raises:
+        ImportError: torchao is missing.
+        ValueError: no images, or of several shapes; a linear map that is not quantised.
+    """
+    try:
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+        from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+            X86InductorQuantizer,
+            get_default_x86_inductor_quantization_config,
+        )
+    except ImportError as e:
+        raise ImportError(NEEDED) from e
+    shapes = sorted({tuple(batch.shape) for batch in images})
+    if len(shapes) != 1:
+        raise ValueError(f"images: expected batches of one shape, got {shapes or 'none'}")
+    if reduce_range is None:
+        reduce_range = not torch.cpu._is_vnni_supported()
+    model = per_group(model)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = torch.export.export(model, (images[0],), strict=True).module()
+        config = get_default_x86_inductor_quantization_config(reduce_range=reduce_range)
+        prepared = prepare_pt2e(graph, X86InductorQuantizer().set_global(config))
+        for batch in images:
+            prepared(batch)
+        converted = convert_pt2e(prepared)
+        _drop_unused(converted)
+    modules = sum(isinstance(module, nn.Linear) for module in model.modules())
+    found, left = len(list(_linears(converted))), float_linears(converted)
+    if left or found < modules:
+        what = f"{left[0]!r} is not quantised" if left else f"only {found} of them are in the graph"
+        raise ValueError(f"model: expected {modules} linear maps with integer inputs, but {what}")
+    return converted
