@@ -861,6 +861,7 @@ def parse(argv):
     quantized.add_argument("--size", type=int, default=224, help="side of the square images")
     quantized.add_argument("--batch", type=int, default=4)
     quantized.add_argument("--compile", action="store_true", help="also what torch.compile makes of float32")
+    quantized.set_defaults(device="cpu")
     for part in (ops, models, linfusion):
         part.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     for part in (ops, models, linfusion, quantized):
