@@ -690,7 +690,7 @@ def draw_models(rows, args):
     memory_axes.set_ylabel("peak GiB an image, beside the weights")
     for axes in (time_axes, memory_axes):
         axes.set(xscale="log", yscale="log", xlabel="pixels")
-        axes.set_xticks([size**2 for size in args.sizes], [f"{size}²" for size in args.sizes], minor=False)
+        axes.set_xticks([size**2 for size in args.sizes], [f"{size}²" for size in args.sizes])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(True, which="both", alpha=0.3)
     time_axes.legend(fontsize="small")
@@ -844,10 +844,7 @@ def parse(argv):
     models.add_argument("--train", action="store_true", help="forward and backward in training mode")
     models.add_argument("--compile", action="store_true", help="also time what torch.compile makes of each")
     models.add_argument(
-        "--picture",
-        type=Path,
-        metavar="FILE",
-        help="draw time and memory against pixels; takes several sizes",
+        "--picture", type=Path, metavar="FILE", help="draw time and memory against pixels; takes several sizes"
     )
     linfusion = parts.add_parser("linfusion", help="LinFusion's attention against softmax, by the number of tokens")
     linfusion.add_argument("--tokens", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 16384])
@@ -909,8 +906,8 @@ def parse(argv):
 def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler calls a machine without a GPU an error
     args = parse(argv)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    if args.device == "cpu" and load > torch.get_num_threads():
+    load = environment(args.device).get("load") or 0
+    if load > torch.get_num_threads():
         warn(f"the machine is busy: a load of {load:.1f} on {torch.get_num_threads()} threads")
     parts = {"ops": run_ops, "models": run_models, "linfusion": run_linfusion, "quantized": run_quantized}
     parts[args.part](args)

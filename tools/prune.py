@@ -43,8 +43,6 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < args.ratio < 1:
         raise InputError(f"--ratio {args.ratio:g}: expected more than 0 and less than 1")
     model, prepare, classes = open_model(args.model, args.checkpoint)
-    if not getattr(model, "num_classes", 0):
-        raise InputError(f"MODEL {args.model!r} has no classes; expected a classifier")
     compared, labels = labelled(args.test, model, prepare) if args.test else ([], None)
     expected = logits(model, compared) if compared else None
     try:

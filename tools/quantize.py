@@ -70,6 +70,8 @@ def open_model(name: str, weights: str | None) -> tuple[nn.Module, Prepare, list
 
         return task.model.eval(), by_config, classes
     model, _ = load(name, weights)
+    if not getattr(model, "num_classes", 0):
+        raise InputError(f"MODEL {name!r} has no classes; expected a classifier")
     transform = create_transform(**resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg)), is_training=False)
 
     def by_name(files: list[Path]) -> list[Tensor]:
@@ -138,8 +140,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.images < 2:
         raise InputError(f"--images {args.images}: expected at least 2")
     model, prepare, classes = open_model(args.model, args.checkpoint)
-    if not getattr(model, "num_classes", 0):
-        raise InputError(f"MODEL {args.model!r} has no classes; expected a classifier")
     batches = calibration(args.calib, args.images, prepare)
     compared, labels = labelled(args.test, model, prepare) if args.test else (batches, None)
     expected = logits(model, compared)
