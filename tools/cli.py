@@ -17,7 +17,7 @@ COMMANDS = {
     "quantize": "round a classifier's weights and inputs to 8 or 4 bits, simulated",
     "prune": "set a classifier's weights or channels to 0, in one shot",
     "outliers": "methods of quantisation side by side, on planted outliers",
-    "look": "into a model: heat maps, receptive field, features, scan orders, states, dynamics",
+    "look": "into a model: heat maps, receptive field, features, scan orders, states, attention, dynamics",
     "benchmark": "time operators and models on this machine",
     "build": "compile the CPU kernels ahead",
     "make_data": "write the data sets of the examples",

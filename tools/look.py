@@ -9,6 +9,7 @@ features: the maps of all stages; colours are the three principal components of 
 orders: the ways along which the operators walk over the tokens, each once, from dark to light; step by step where --out
 ends in .gif.
 states: which tokens reach the middle one through a state: how much each moves an operator's output there.
+attention: where the middle token of each softmax attention looks, the mean over its heads.
 dynamics: of each selective scan the signs of the eigenvalues of S_C^T S_B, by their real parts. Where all are negative,
 tokens of a deep model collapse to 0; where one is positive, they diverge, which serves a model better
 (arXiv 2410.03292). `linzoo.backbones.layers.definite_projection` makes all of them positive.
@@ -32,6 +33,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linzoo.backbones.layers.dynamics import scans_of, state_eigenvalues
@@ -241,12 +243,55 @@ def states(model: nn.Module, images: Tensor, target: int | None) -> list[Picture
     return pictures
 
 
+class Queries(TorchFunctionMode):
+    """Records the queries and keys ``(B, heads, N, d)``, and the scale, of each softmax attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[tuple[Tensor, Tensor, float]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            q, k = (kwargs[key] if key in kwargs else args[i] for i, key in enumerate(("query", "key")))
+            if not kwargs.get("is_causal") and kwargs.get("attn_mask") is None:
+                self.found.append((q, k, kwargs.get("scale") or q.shape[-1] ** -0.5))
+        return func(*args, **kwargs)
+
+
+def attention(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
+    """``mean over heads of softmax(scale q(middle) k^T)`` of each layer, over the tokens of its map.
+
+    Attention within windows is drawn where one window covers the map. Causal and masked attention is left out.
+    """
+    with torch.no_grad():
+        grids = {math.prod(y.shape[2:]): y.shape[2:] for y in maps_of(model, images[:1])}
+        with Queries() as queries:
+            model(images[:1])
+    token = 1 if getattr(model, "cls_token", None) is not None else 0
+    pictures = []
+    for q, k, scale in queries.found:
+        length = q.shape[-2]
+        if q.dim() != 4 or len(q) != 1 or k.shape[-2] != length or length - token not in grids:
+            continue
+        height, width = grids[length - token]
+        place = token_place(length, getattr(model, "token_first", True)) if token else None
+        tokens = [i for i in range(length) if i != place]
+        middle = tokens[height // 2 * width + width // 2]
+        weights = (q[0, :, middle, None] @ k[0].transpose(-2, -1) * scale).float().softmax(-1).mean(0)[0, tokens]
+        pictures.append(Picture(f"attention, {height} x {width}", weights.view(height, width).numpy()))
+    if not pictures:
+        raise InputError(f"--what attention: {type(model).__name__} has no softmax attention over a map of tokens")
+    return pictures
+
+
 PICTURES: dict[str, Callable[[nn.Module, Tensor, int | None], list[Picture]]] = {
     "cam": cam,
     "erf": erf,
     "features": features,
     "orders": orders,
     "states": states,
+    "attention": attention,
 }
 
 

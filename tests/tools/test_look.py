@@ -1,4 +1,4 @@
-"""`linzoo look`: dynamics, heat maps, receptive fields, features, orders; what is not there is said in one line."""
+"""`linzoo look`: dynamics, heat maps, receptive fields, features, orders, states, attention; refusals are one line."""
 
 import inspect
 import json
@@ -140,6 +140,25 @@ def test_states_reach_what_a_scan_has_seen():
     assert all((p.pixels > 0).all() for p in pictures)
 
 
+def test_attention_of_the_middle():
+    """Means of the heads' softmax, as the layer itself has it without the fused kernel; the class token is left out."""
+    model = timm.create_model("kat_tiny_patch16_224", depth=2, img_size=64).eval()
+    kept = []
+    layer = model.blocks[1].attn
+    layer.fused_attn = False
+    layer.attn_drop.register_forward_hook(lambda module, args, out: kept.append(args[0]))
+    with torch.no_grad():
+        model(x := torch.rand(1, 3, 64, 64))
+    layer.fused_attn = True
+    pictures = look.attention(model, x, None)
+    assert [p.title for p in pictures] == ["attention, 4 x 4"] * 2
+    expected = kept[0][0].mean(0)[1 + 2 * 4 + 2, 1:].view(4, 4)
+    np.testing.assert_allclose(pictures[1].pixels, expected.detach().numpy(), rtol=1e-4)
+    window = timm.create_model("mambavision_t", depths=(1, 1, 2, 2)).eval()
+    found = [p.title for p in look.attention(window, torch.rand(1, 3, 224, 224), None)]
+    assert found == ["attention, 14 x 14", "attention, 7 x 7"]
+
+
 def test_moving_orders(image, tmp_path):
     """The last frame is the still picture's; the ones before show a part of it."""
     look.main(["plain_ss2d_t", "--what", "orders", "--images", image, "--out", str(tmp_path / "way.gif")])
@@ -169,6 +188,7 @@ def test_pictures_that_cannot_be(image, capsys, tmp_path):
 
     assert "--what erf: --images is missing" in said("vmamba_t", "--what", "erf")
     assert "walks along no order" in said("kat_tiny_patch16_224", "--what", "orders", "--images", image)
+    assert "has no softmax attention" in said("vmamba_t", "--what", "attention", "--images", image)
     assert "carries no state" in said("kat_tiny_patch16_224", "--what", "states", "--images", image)
     gif = ["--images", image, "--out", tmp_path / "out.gif"]
     assert "expected .png; orders alone move" in refused(capsys, look.main, "vmamba_t", "--what", "erf", *gif)
