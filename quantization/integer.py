@@ -1,11 +1,14 @@
-"""Integer arithmetic by torchao: 8-bit weights alone, or 8-bit weights and inputs of every linear map (PT2E).
+"""Integer arithmetic by libraries: torchao's 8-bit weights alone, and 8-bit weights and inputs of every linear map, by
+torchao (PT2E) or ONNX Runtime (QDQ).
 
 Scans stay in floating point, and with them the step size's `dt_weight`, which the scan's operator multiplies itself.
 """
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from linzoo.backbones.layers import S6, GroupedLinear
 
-__all__ = ["float_linears", "per_group", "pt2e", "weight_only"]
+__all__ = ["float_linears", "per_group", "pt2e", "qdq", "weight_only"]
 
 NEEDED = "torchao is missing; pip install 'linzoo[quantize]'"
 
@@ -132,3 +135,71 @@ def pt2e(model: nn.Module, images: Sequence[Tensor], reduce_range: bool | None =
         what = f"{left[0]!r} is not quantised" if left else f"only {found} of them are in the graph"
         raise ValueError(f"model: expected {modules} linear maps with integer inputs, but {what}")
     return converted
+
+
+def qdq(file: str | Path, images: Sequence[Tensor], out: str | Path) -> int:
+    """Write an ONNX file with 8-bit weights and inputs of every linear map and convolution; how many there are.
+
+    The file holds QuantizeLinear and DequantizeLinear (QDQ) around them, which runtimes turn into integer products.
+    Weights are symmetric, one scale a row; inputs affine, one static scale a tensor. Products of two inputs stay in
+    floating point. Export `per_group` of a model: weights of several groups in one product are not reached.
+
+    Args:
+        file: A model of one input.
+        images: Batches ``(B, C, H, W)`` to calibrate on.
+        out: The file to write.
+
+    Raises:
+        ImportError: onnx or onnxruntime is missing.
+        ValueError: no images; no map with a constant weight, or one that is not quantised.
+    """
+    try:
+        import onnx
+        import onnxscript.optimizer
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    except ImportError as e:
+        raise ImportError(f"{e.name} is missing; pip install 'linzoo[export]'") from e
+    if not images:
+        raise ValueError("images: expected batches to calibrate on, got none")
+    model = onnx.load(str(file))
+    onnxscript.optimizer.fold_constants(model, input_size_limit=2**40, output_size_limit=2**40)  # parts of weights
+    [entry] = model.graph.input
+    varying = {entry.name}
+    for node in model.graph.node:
+        if node.op_type.startswith("Random") or varying.intersection(node.input):
+            varying.update(node.output)
+    products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
+    maps = [node.name for node in products if node.input[1] not in varying]
+    if not maps:
+        raise ValueError(f"file: expected linear maps or convolutions of constant weights, got none in {str(file)!r}")
+
+    class Batches(CalibrationDataReader):
+        def __init__(self):
+            self.left = iter(images)
+
+        def get_next(self):
+            batch = next(self.left, None)
+            return batch if batch is None else {entry.name: batch.numpy()}
+
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it asks for a step that files of torch.onnx have no need of
+    try:
+        quantize_static(
+            model,
+            str(out),
+            Batches(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_quantize=maps,
+        )
+    finally:
+        logger.setLevel(level)
+    graph = onnx.load(str(out), load_external_data=False).graph
+    made = {output: node.op_type for node in graph.node for output in node.output}
+    quantized = {n.name for n in graph.node if all(made.get(x) == "DequantizeLinear" for x in n.input[:2])}
+    if left := [name for name in maps if name not in quantized]:
+        raise ValueError(f"file: {len(left)} of {len(maps)} maps are not quantised, such as {left[0]!r}")
+    return len(maps)

@@ -1,8 +1,11 @@
 """Write a model for other programs: `linzoo export MODEL [WEIGHTS] --format onnx --out DIR`.
 
+onnx: what ONNX Runtime and its kin run without LinZoo or torch. torch: an archive of torch.export, with our operators.
+qdq: ONNX whose linear maps and convolutions have 8-bit weights and inputs, calibrated on the images of `--calib DIR`.
+
 MODEL is a model's name (`linzoo models`, or timm's), `local-dir:DIR` of a run's export, or a config of ours with its
 checkpoint as WEIGHTS. The file is compared with the model itself, at the size that it was traced at and, where axes are
-dynamic, at another; a difference beyond the tolerance ends with status 1.
+dynamic, at another; a difference beyond the tolerance ends with status 1. What qdq rounds is measured on its images.
 """
 
 import argparse
@@ -11,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import rich.box
 import rich.console
@@ -22,12 +26,15 @@ from torch import Tensor, nn
 
 from linzoo.backbones import kind_of
 from linzoo.ops import use_backend
+from linzoo.quantization.integer import per_group, qdq
+from linzoo.tools.engine.calibration import calibration, prepared_by_timm
 from linzoo.tools.engine.cli import command
 from linzoo.tools.engine.config import load_config, shipped_configs
 from linzoo.tools.engine.errors import InputError, did_you_mean, note
 from linzoo.tools.engine.files import write_atomically
 from linzoo.tools.engine.task import TimmModel, build
 from linzoo.tools.engine.weights import create_model, load_weights
+from linzoo.tools.outliers import logit_error
 
 AXES = ("batch", "depth", "height", "width")  # depth of volumes alone
 VOLUME = 64  # side of the volumes that are written, if no size is asked for
@@ -86,11 +93,28 @@ def to_torch(model: nn.Module, x: Tensor, dynamic: dict, file: Path) -> Callable
     return lambda x: _as_list(made(x))
 
 
+def to_qdq(model: nn.Module, batches: list[Tensor], dynamic: dict, file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Write an ONNX file of 8-bit integers, calibrated on batches ``(B, C, H, W)``; how ONNX Runtime runs it."""
+    import onnxruntime
+
+    with TemporaryDirectory() as folder:
+        plain = Path(folder, file.name)
+        to_onnx(per_group(model), batches[0][:2], dynamic, plain)
+        write_atomically(file, lambda partial: qdq(plain, batches, partial))
+    session = onnxruntime.InferenceSession(file)
+    [entry] = session.get_inputs()
+    return lambda x: [torch.from_numpy(y) for y in session.run(None, {entry.name: x.numpy()})]
+
+
 def _as_list(y: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [y] if isinstance(y, Tensor) else list(y)
 
 
-FORMATS = {"onnx": (to_onnx, "model.onnx"), "torch": (to_torch, "model.pt2")}
+FORMATS: dict[str, tuple[Callable, str]] = {
+    "onnx": (to_onnx, "model.onnx"),
+    "torch": (to_torch, "model.pt2"),
+    "qdq": (to_qdq, "model_int8.onnx"),
+}
 
 
 def compare(run: Callable, model: nn.Module, x: Tensor) -> tuple[float, float, float]:
@@ -122,13 +146,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--dynamic", default="batch", help="axes of any length, of batch,depth,height,width; default: batch"
     )
+    parser.add_argument("--calib", metavar="DIR", help="of qdq: a folder of images to calibrate on")
+    parser.add_argument("--images", type=int, default=32, metavar="N", help="of qdq: how many of them; default: 32")
     parser.add_argument("--out", required=True, help="folder")
     args = parser.parse_args(argv)
+    integers = args.format == "qdq"
+    if integers != (args.calib is not None):
+        raise InputError(f"--calib {args.calib}: expected a folder with --format qdq, and with it alone")
+    if args.images < 2:
+        raise InputError(f"--images {args.images}: expected at least 2")
     model, (channels, *own) = load(args.model, args.weights)
     kind = kind_of(model.pretrained_cfg["architecture"])
     if kind in ("promptable", "occupancy", "video", "forecasting", "generation"):
         raise InputError(f"MODEL {args.model!r} is of kind {kind!r}; expected one that takes images or volumes alone")
     if kind == "volume":
+        if integers:
+            raise InputError(f"MODEL {args.model!r} takes volumes; expected one of images for --format qdq")
         channels, own = model.in_chans, [VOLUME] * 3
     axes = {"batch": 0} | {axis: 2 + i for i, axis in enumerate(AXES[-len(own) :])}
     asked = [axis for axis in args.dynamic.split(",") if axis]
@@ -149,13 +182,15 @@ def main(argv: list[str] | None = None) -> None:
     except (RuntimeError, ValueError, AssertionError) as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(f"--size {' '.join(map(str, size))}: MODEL {args.model!r} does not take it ({reason})") from e
+    batches = calibration(args.calib, args.images, prepared_by_timm(model, size)) if integers else []
+    x = batches[0][:2] if batches else x
     write, file_name = FORMATS[args.format]
     file = Path(args.out, file_name)
     begin = time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            run = write(model, x, {axes[axis]: torch.export.Dim.AUTO for axis in asked}, file)
+            run = write(model, batches or x, {axes[axis]: torch.export.Dim.AUTO for axis in asked}, file)
     except ImportError as e:
         raise InputError(f"--format {args.format} needs the export part: `pip install 'linzoo[export]'` ({e})") from e
     except Exception as e:  # whatever a tracer finds in the way
@@ -178,9 +213,15 @@ def main(argv: list[str] | None = None) -> None:
                 f"{(str(e).strip().splitlines() or [type(e).__name__])[0]}"
             ) from e
         table.add_row(" x ".join(map(str, images.shape)), f"{error:.1e}", f"{theirs:.3f}", f"{ours:.3f}")
-        wrong += [error] if not error <= TOLERANCE else []
+        wrong += [error] if not (integers or error <= TOLERANCE) else []
     rich.console.Console(highlight=False).print(table)
-    print(f"{file}: written in {seconds:.0f} s; tolerance {TOLERANCE:g}")
+    if integers:
+        with torch.inference_mode():
+            found, expected = (torch.cat([_as_list(f(b))[0] for b in batches]) for f in (run, model))
+        same = f", same class {100 * (found.argmax(1) == expected.argmax(1)).double().mean():.1f} %"
+        print(f"over {len(found)} calibration images: error {logit_error(found, expected):.3f} of their spread", end="")
+        print(same if found.dim() == 2 else "")
+    print(f"{file}: written in {seconds:.0f} s" + ("" if integers else f"; tolerance {TOLERANCE:g}"))
     if wrong:
         print(f"error: {str(file)!r} is off by {max(wrong):.1e} of the outputs' deviation", file=sys.stderr)
         sys.exit(1)

@@ -16,25 +16,23 @@ so; the ranges stand in the file, under `quantization`.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import rich.box
 import rich.console
 import rich.table
 import torch
-from PIL import Image
-from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from linzoo.backbones.checkpoints import load_plain
 from linzoo.quantization.quantize import METHODS, quantize
+from linzoo.tools.engine.calibration import Prepare, calibration, prepared_by_timm
 from linzoo.tools.engine.classifier import Classifier, find_classes
 from linzoo.tools.engine.cli import command
 from linzoo.tools.engine.config import load_config, shipped_configs
 from linzoo.tools.engine.errors import InputError, note
 from linzoo.tools.engine.files import write_atomically
-from linzoo.tools.engine.images import find_files, read_rgb
 from linzoo.tools.engine.task import Job, build
 from linzoo.tools.engine.weights import load_weights
 from linzoo.tools.export import load
@@ -42,7 +40,6 @@ from linzoo.tools.outliers import logit_error
 
 BITS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a16": (4, None), "w8": (8, None)}
 FILE = "quantized.pth"
-Prepare = Callable[[list[Path]], list[Tensor]]
 
 
 def open_model(name: str, weights: str | None) -> tuple[nn.Module, Prepare, list[str] | None]:
@@ -72,32 +69,7 @@ def open_model(name: str, weights: str | None) -> tuple[nn.Module, Prepare, list
     model, _ = load(name, weights)
     if not getattr(model, "num_classes", 0):
         raise InputError(f"MODEL {name!r} has no classes; expected a classifier")
-    transform = create_transform(**resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg)), is_training=False)
-
-    def by_name(files: list[Path]) -> list[Tensor]:
-        images = [torch.as_tensor(transform(Image.fromarray(read_rgb(file)))) for file in files]
-        return [torch.stack(images[i : i + 32]) for i in range(0, len(images), 32)]
-
-    return model, by_name, model.pretrained_cfg.get("label_names")
-
-
-def calibration(folder: str, count: int, prepare: Prepare) -> list[Tensor]:
-    """Batches of `count` images of a folder, at even distances in the order of their names."""
-    if not Path(folder).is_dir():
-        raise InputError(f"--calib {folder!r}: no such folder; expected one of images")
-    found = find_files(folder)
-    if len(found) < count:
-        raise InputError(f"--calib {folder!r} holds {len(found)} images; expected {count}, or a smaller --images")
-    chosen = [found[i * len(found) // count] for i in range(count)]
-    batches = prepare(chosen)
-    sizes = {tuple(batch.shape[2:]) for batch in batches}
-    if len(sizes) > 1:
-        (a, b), (c, d) = sorted(sizes)[:2]
-        raise InputError(f"--calib {folder!r} holds images of {b} x {a} and {d} x {c}; expected one size")
-    first = batches[0][0]
-    if all(torch.equal(image, first) for batch in batches for image in batch):
-        raise InputError(f"--calib {folder!r}: the {count} images are all alike; expected different ones")
-    return batches
+    return model, prepared_by_timm(model), model.pretrained_cfg.get("label_names")
 
 
 def labelled(folder: str, model: nn.Module, prepare: Prepare) -> tuple[list[Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections import Counter
 
 import pytest
 import timm
@@ -10,8 +11,10 @@ from test_invariances import built, images
 from torch import nn
 
 from linzoo.backbones.layers import S6, GroupedLinear
-from linzoo.quantization.integer import float_linears, per_group, pt2e, weight_only
+from linzoo.backbones.layers.vim_mixer import CausalConv
+from linzoo.quantization.integer import float_linears, per_group, pt2e, qdq, weight_only
 from linzoo.tools import benchmark
+from linzoo.tools.export import to_onnx
 
 pytest.importorskip("torchao")
 
@@ -52,6 +55,31 @@ def test_groups_compute_the_same(family):
     model, x = built(family), images(torch.float64)
     torch.testing.assert_close(per_group(model)(x), model(x), rtol=1e-12, atol=1e-12)
     assert {type(m) for m in model.modules()} & {S6, GroupedLinear}, "the model itself stays"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["vim", "groupmamba"])
+def test_onnx_maps_have_integer_inputs(family, tmp_path):
+    """Every linear map and convolution of the file reads integers, the scans' products do not."""
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = single(family), images(torch.float32)
+    layers = sum(isinstance(m, (nn.Linear, nn.Conv2d, CausalConv)) for m in model.modules())
+    layers += sum(m.groups for m in model.modules() if isinstance(m, S6))
+    layers += sum(len(m.weight) for m in model.modules() if isinstance(m, GroupedLinear))
+    to_onnx(per_group(model), x, {0: torch.export.Dim.AUTO}, tmp_path / "float.onnx")
+    count = qdq(tmp_path / "float.onnx", [x, x.flip(-1)], tmp_path / "int8.onnx")
+    assert count == layers
+    nodes = onnx.load(tmp_path / "int8.onnx").graph.node
+    made = {output: node.op_type for node in nodes for output in node.output}
+    kinds = Counter(made[n.input[0]] for n in nodes if n.op_type in ("MatMul", "Gemm", "Conv"))
+    assert kinds["DequantizeLinear"] == count
+    session = onnxruntime.InferenceSession(tmp_path / "int8.onnx")
+    [found] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert error(lambda _: torch.from_numpy(found), model, x) < 0.3
+    sizes = [(tmp_path / name).stat().st_size for name in ("float.onnx", "int8.onnx")]
+    assert sizes[1] < sizes[0]
 
 
 def test_weights_alone():

@@ -1,8 +1,12 @@
 """Models written for other programs by `linzoo export`."""
 
+import re
+
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from linzoo.tools import cli, export
 
@@ -41,6 +45,24 @@ def test_archive_of_torch(tmp_path, capsys):
     assert "0.0e+00" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_integers(tmp_path, capsys):
+    """The error is that of --calib's images."""
+    pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        pixels = np.kron(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8), np.ones((12, 12, 1), np.uint8))
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    options = ("--format", "qdq", "--calib", str(tmp_path), "--out", str(tmp_path / "out"))
+    export.main(["test_vit2", *options, "--images", "6"])
+    said = capsys.readouterr().out
+    error = float(re.search(r"over 6 calibration images: error ([0-9.]+) of their spread, same class", said)[1])
+    assert 0 < error < 0.5
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model_int8.onnx"]
+    assert "holds 6 images; expected 32" in refused(capsys, "test_vit2", *options)
+    assert "'segmamba' takes volumes" in refused(capsys, "segmamba", *options)
+
+
 def test_a_wrong_file_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(export.FORMATS, "torch", (lambda *args: lambda x: [torch.zeros(len(x), 1000)], "model.pt2"))
     with pytest.raises(SystemExit) as ended:
@@ -57,6 +79,8 @@ def test_a_wrong_file_is_said(tmp_path, capsys, monkeypatch):
         (["test_vit", "--size", "33", "33"], "MODEL 'test_vit' takes 160 x 160 alone"),
         (["test_byobnet", "absent.pth"], "absent.pth"),
         (["vim2_t.untrained"], "no weights of 'vim2_t.untrained' are published"),
+        (["test_byobnet", "--format", "qdq"], "--calib None: expected a folder with --format qdq"),
+        (["test_byobnet", "--calib", "."], "--calib .: expected a folder with --format qdq, and with it alone"),
         (["rwkvsam"], "MODEL 'rwkvsam' is of kind 'promptable'; expected one that takes images or volumes alone"),
         (["cls/groupmamba_t_digits"], "is a config: WEIGHTS is missing; expected its checkpoint"),
     ],
