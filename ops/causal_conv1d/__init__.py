@@ -14,6 +14,9 @@ from . import cuda, reference
 
 __all__ = ["causal_conv1d"]
 
+TILE = 32  # steps that the CPU kernel takes at once
+PARALLEL_TASKS = 16  # the CPU kernel splits the steps until it has about so many tasks
+
 
 def causal_conv1d(
     x: Tensor,
@@ -29,8 +32,8 @@ def causal_conv1d(
 
         y[b, order[g, t], g, c] = act(bias[g, c] + sum_k weight[g, c, k] x[b, order[g, t - K + 1 + k], g, c])
 
-    On CUDA the `causal-conv1d` package computes it where it is installed; elsewhere our kernel does, which reads the
-    tokens where they lie. On the CPU it is PyTorch's convolution.
+    On CUDA the `causal-conv1d` package computes it where it is installed; elsewhere our kernels do, which read the
+    tokens where they lie. The CPU's has 2 to 4 taps; of others PyTorch's convolution takes its place.
 
     Args:
         x: ``(B, L, G, C)``; may be expanded over G.
@@ -52,11 +55,9 @@ def causal_conv1d(
     if x.is_cuda and forced_backend() is None and not torch.compiler.is_compiling() and (conv := _package()):
         run = functools.partial(_package_conv, conv=conv, activation=activation)
         return reference.causal_conv1d(x, weight, bias, order, run)
-    if x.is_cuda and forced_backend() in (None, "cuda"):
-        dtype = state_dtype(x.dtype)
-        bias = None if bias is None else bias.to(dtype)
-        return _operator(x, weight.to(dtype), bias, order, activation == "silu")
-    return _composed(x, weight, bias, order, activation == "silu")
+    dtype = state_dtype(x.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return _operator(x, weight.to(dtype), bias, order, activation == "silu")
 
 
 @functools.cache
@@ -73,9 +74,6 @@ def _package_conv(x, weight, bias, conv, activation):
     return conv(x.transpose(1, 2), weight.to(x.dtype), bias, activation=activation).transpose(1, 2)
 
 
-# The operator serves CUDA tensors; elsewhere autograd sees PyTorch's own.
-
-
 def _composed(x, weight, bias, order, silu):
     y = reference.causal_conv1d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), order)
     return F.silu(y) if silu else y
@@ -86,13 +84,42 @@ def _kernel_inputs(x, weight, bias, order):
     return dense_rows(x), weight.contiguous(), bias, None if order is None else order.to(torch.int32).contiguous()
 
 
+def _segment_steps(x):
+    """Steps per task of the CPU kernel, whole tiles: from the problem's shape alone, not from the number of threads."""
+    batch, length, groups, _ = x.shape
+    segments = max(PARALLEL_TASKS // max(batch * groups, 1), 1)
+    return -(-length // (segments * TILE)) * TILE
+
+
+def _cpu_inputs(*inputs):
+    x, weight, bias, order = _kernel_inputs(*inputs)
+    return dict(x=x, weight=weight.mT.contiguous(), bias=bias, order=order, segment_steps=_segment_steps(x))
+
+
 def _forward(backend, x, weight, bias, order, silu):
-    return cuda.forward(*_kernel_inputs(x, weight, bias, order), silu)
+    if backend == "cuda":
+        return cuda.forward(*_kernel_inputs(x, weight, bias, order), silu)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.ops.linzoo_cpu.causal_conv1d_forward(**_cpu_inputs(x, weight, bias, order), silu=silu, y=y)
+    return y
 
 
 def _backward(backend, dy, x, weight, bias, order, silu):
-    grads = cuda.backward(dy, *_kernel_inputs(x, weight, bias, order), silu)
-    return list(grads if bias is not None else grads[:2])
+    if backend == "cuda":
+        grads = cuda.backward(dy, *_kernel_inputs(x, weight, bias, order), silu)
+        return list(grads if bias is not None else grads[:2])
+    named = _cpu_inputs(x, weight, bias, order)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    parts = x.shape[0] * -(-x.shape[1] // named["segment_steps"])
+    groups, channels, taps = weight.shape
+    sums = weight.new_empty(parts, groups, taps + 1, channels)
+    torch.ops.linzoo_cpu.causal_conv1d_backward(dy=dy.contiguous(), **named, silu=silu, dx=dx, sums=sums)
+    sums = sums.sum(0)
+    return [dx, sums[:, :taps].mT.contiguous(), *([] if bias is None else [sums[:, taps].contiguous()])]
+
+
+def _limit(backend, x, weight, *_):
+    return "its kernel has 2 to 4 taps" if backend == "cpu" and not 2 <= weight.shape[2] <= 4 else None
 
 
 def _flops(x, weight, **_):
@@ -109,4 +136,5 @@ _operator = Operator(
     backward=_backward,
     fake=lambda x, *_: x.new_empty(x.shape),
     flops=_flops,
+    limit=_limit,
 )

@@ -1,5 +1,6 @@
 """causal_conv1d against its sum written out."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from linzoo.ops import causal_conv1d, scan_order
+from linzoo.ops import causal_conv1d, scan_order, use_backend
 
 
 def make_inputs(B=2, L=12, G=2, C=3, K=4, dtype=torch.float64):
@@ -50,6 +51,50 @@ def test_order_per_batch_item():
 def test_gradcheck(activation):
     order = scan_order.cross(3, 2)[:2]
     assert gradcheck(lambda *a: causal_conv1d(*a, order=order, activation=activation), make_inputs(B=1, L=6))
+
+
+def results(backend, inputs, **kwargs):
+    """Of one backend: y, and the gradients of a loss that every element moves differently."""
+    with use_backend(backend) if backend else contextlib.nullcontext():
+        y = causal_conv1d(*inputs, **kwargs)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+        return [y, *torch.autograd.grad(y, [x for x in inputs if x is not None], dy)]
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3, 4), (2, 33, 2, 17, 3), (1, 200, 2, 40, 2), (2, 70, 1, 16, 4)])
+@pytest.mark.parametrize("activation", (None, "silu"))
+def test_kernel_equals_the_reference(shape, dtype, tol, activation):
+    """Several tiles and segments, channels that fill no vector, tokens shared by groups, with and without bias."""
+    B, L, G, C, K = shape
+    x, weight, bias = make_inputs(B, L, G, C, K, dtype)
+    order = torch.stack([torch.randperm(L) for _ in range(G)])
+    for inputs in ((x, weight, bias), (x[:, :, :1].expand(-1, -1, G, -1), weight, None)):
+        found, expected = (results(b, inputs, order=order, activation=activation) for b in ("cpu", "reference"))
+        for y, z in zip(found, expected, strict=True):
+            assert (y - z).double().norm() <= tol * z.double().norm()
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    inputs = make_inputs(L=300, C=24, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(results("cpu", inputs, activation="silu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_other_taps():
+    """The kernel has 2 to 4 taps; the reference serves others."""
+    inputs = make_inputs(K=5)
+    for y, z in zip(results(None, inputs), results("reference", inputs), strict=True):
+        torch.testing.assert_close(y, z)
+    with pytest.raises(RuntimeError, match="'cpu' is forced, but .* 2 to 4 taps"):
+        results("cpu", inputs)
 
 
 def test_compile_and_dtypes():
