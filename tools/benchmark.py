@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Times the zoo: `ops` its operators, backend against backend, `models` whole networks beside the usual baselines,
-`linfusion` linear against softmax attention, `quantized` networks in 8 bits beside float32.
+`linfusion` linear against softmax attention, `quantized` networks in 8 bits beside float32, `exports` what
+`linzoo export` writes beside the network itself.
 
 Whatever is compared is timed in turns within one run, so that a busy moment of the machine hits all alike, and the
 median counts. The first line says what was timed on what.
@@ -19,7 +20,9 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import timm
@@ -47,6 +50,7 @@ from linzoo.ops import (
 )
 from linzoo.ops.selective_scan.reference import tokens_in_order, tokens_in_place
 from linzoo.quantization.integer import pt2e, weight_only
+from linzoo.tools import export
 from linzoo.tools.models import create, family_of, measure
 
 SWIN_TINY = "swin_tiny_patch4_window7_224"
@@ -829,6 +833,69 @@ def run_quantized(args):
         print_rows(f"quantized: {name}", facts, quantized_rows(name, args), QUANTIZED_COLUMNS, args.json)
 
 
+# --- exported networks ----------------------------------------------------------------------------------------------
+
+EXPORT_COLUMNS = {
+    "model": lambda r: r["model"],
+    "format": lambda r: r["format"],
+    "of any length": lambda r: r["axes"] or "none",
+    "error / std": lambda r: f"{r['error']:.0e}" if "error" in r else r["reason"],
+    "at another size": lambda r: f"{r['other_error']:.0e}" if "other_error" in r else "-",
+    "written in s": lambda r: f"{r['written_s']:.0f}",
+    "file ms": lambda r: f"{r['file_ms']:.1f}" if "file_ms" in r else "-",
+    "model / file": lambda r: f"{r['model_ms'] / r['file_ms']:.2f}x" if "file_ms" in r else "-",
+}
+
+
+def smallest_of_families():
+    """The classifier with the fewest weights of each family."""
+    found = {}
+    for name in list_models():
+        size = sum(p.numel() for p in timm.create_model(name, device="meta").parameters())
+        found[family_of(name)] = min(found.get(family_of(name), (size, name)), (size, name))
+    return sorted(name for _, name in found.values())
+
+
+def exported(model, form, size, axes, folder, budget):
+    """Writes a network and times the file: what is known of it, up to the first step that fails."""
+    places = {"batch": 0, "height": 2, "width": 3}
+    write, file = export.FORMATS[form]
+    x, row, begin = torch.randn(2, model.in_chans, size, size), {"axes": ",".join(axes)}, time.perf_counter()
+    sides = [size + 64 if axis in axes else size for axis in ("height", "width")]
+    try:
+        run = write(model, x, {places[axis]: torch.export.Dim.AUTO for axis in axes}, folder / file)
+        row["written_s"] = time.perf_counter() - begin
+        row["error"] = export.compare(run, model, x)[0]
+        if axes:
+            row["other_error"] = export.compare(run, model, torch.randn(3, model.in_chans, *sides))[0]
+    except Exception as e:  # whatever a tracer or a runtime finds in the way
+        return row | {"reason": type(e).__name__, "written_s": row.get("written_s", time.perf_counter() - begin)}
+    calls = {"file": functools.partial(run, x), "model": functools.partial(torch.no_grad()(model), x)}
+    return row | {f"{name}_ms": s * 1e3 for name, s in medians(calls, "cpu", budget).items()}
+
+
+def run_exports(args):
+    """The `exports` part: the widest choice of axes that a file is right for, of random weights and images."""
+    rows = []
+    for name in args.models or smallest_of_families():
+        torch.manual_seed(0)
+        fixed = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
+        model = create(name, args.size).eval()
+        for form in args.formats:
+            for axes in [["batch"], []] if fixed else [["batch", "height", "width"], ["batch"], []]:
+                with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    row = exported(model, form, args.size, axes, Path(folder), args.budget)
+                errors = [row.get(key, 0) for key in ("error", "other_error")]
+                row |= {} if max(errors) <= export.TOLERANCE else {"reason": "wrong"}
+                print(f"{name}, {form}, {row['axes']}: {row.get('reason', 'right')}", file=sys.stderr, flush=True)
+                if "reason" not in row:
+                    break
+            rows.append({"model": name, "format": form} | row)
+    facts = environment("cpu") | {"batch": 2, "size": args.size}
+    print_rows("exports", facts, rows, EXPORT_COLUMNS, args.json)
+
+
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -862,14 +929,19 @@ def parse(argv):
     quantized.add_argument("--size", type=int, default=224, help="side of the square images")
     quantized.add_argument("--batch", type=int, default=4)
     quantized.add_argument("--compile", action="store_true", help="also what torch.compile makes of float32")
+    exports = parts.add_parser("exports", help="files of `linzoo export`: axes, errors, seconds, beside the networks")
+    exports.add_argument("--models", nargs="+", metavar="NAME", help="default: each family's smallest")
+    exports.add_argument("--formats", nargs="+", choices=["onnx", "torch"], default=["onnx", "torch"])
+    exports.add_argument("--size", type=int, default=64, help="side of the square images")
     quantized.set_defaults(device="cpu")
+    exports.set_defaults(device="cpu")
     for part in (ops, models, linfusion):
         part.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    for part in (ops, models, linfusion, quantized):
+    for part in (ops, models, linfusion, quantized, exports):
         part.add_argument("--budget", type=float, default=2.0, metavar="S", help="seconds that each timing may take")
         part.add_argument("--json", type=Path, metavar="FILE", help="add the results to this JSON file")
     args = parser.parse_args(argv)
-    if args.part != "quantized" and args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     if args.json:
         try:
@@ -897,6 +969,13 @@ def parse(argv):
             parser.error(f"--models: timm knows no {', '.join(wrong)}")
         if min(args.batch, args.size) < 1:
             parser.error("--batch and --size must be positive")
+    elif args.part == "exports":
+        if importlib.util.find_spec("onnxruntime") is None:
+            parser.error("exports needs onnxruntime: pip install 'linzoo[export]'")
+        if wrong := [n for n in args.models or () if not timm.is_model(n)]:
+            parser.error(f"--models: timm knows no {', '.join(wrong)}")
+        if args.size < 1:
+            parser.error("--size must be positive")
     elif args.part == "linfusion":
         if importlib.util.find_spec("diffusers") is None:
             parser.error("linfusion needs diffusers: pip install 'linzoo[generate]'")
@@ -911,7 +990,8 @@ def main(argv: list[str] | None = None) -> None:
     load = environment(args.device).get("load") or 0
     if load > torch.get_num_threads():
         warn(f"the machine is busy: a load of {load:.1f} on {torch.get_num_threads()} threads")
-    parts = {"ops": run_ops, "models": run_models, "linfusion": run_linfusion, "quantized": run_quantized}
+    parts = {"ops": run_ops, "models": run_models, "linfusion": run_linfusion}
+    parts |= {"quantized": run_quantized, "exports": run_exports}
     parts[args.part](args)
 
 

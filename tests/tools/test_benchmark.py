@@ -261,3 +261,28 @@ def test_linfusion_part(tmp_path, capsys):
         with pytest.raises(SystemExit):
             benchmark.main(["linfusion", *wrong])
         assert "expected two numbers of --tokens" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_exports(tmp_path, capsys):
+    """The widest choice of axes that is right: all of a convolutional network, the batch of a ViT of one size."""
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "exports.json"
+    command = ["exports", "--models", "test_byobnet", "test_vit", "--budget", "0", "--json", str(file)]
+    benchmark.main(command)
+    said = capsys.readouterr().out
+    [table] = benchmark.tables_of(file)
+    found = {(row["model"], row["format"]): row for row in table["rows"]}
+    for (model, form), row in found.items():
+        assert row["axes"] == ("batch" if model == "test_vit" else "batch,height,width"), (model, form)
+        assert row["error"] < 1e-3 and row["other_error"] < 1e-3 and row["file_ms"] > 0
+        assert model in said
+    assert len(found) == 4
+
+
+def test_exports_that_fail(monkeypatch, capsys):
+    """A row says what stood in the way; the others go on."""
+    monkeypatch.setattr(benchmark.export, "FORMATS", {"torch": (lambda *args: [][0], "model.pt2")})
+    benchmark.main(["exports", "--models", "test_byobnet", "--formats", "torch", "--budget", "0"])
+    said = capsys.readouterr()
+    assert "IndexError" in said.out and "test_byobnet, torch, batch: IndexError" in said.err
