@@ -421,6 +421,8 @@ def test_torchvision_without_operators(monkeypatch):
 def test_mmseg_imported_first():
     """Modules that were loaded without operators get them: mmseg imports half of mmdet on its own."""
     script = """
+        import sys
+        sys.modules["transformers"] = None  # mmpretrain, which mmdet imports, fails beside new ones
         import mmseg.models
         from mmdet.models.dense_heads import rpn_head, vfnet_head
         from mmdet.models.losses import focal_loss

@@ -19,7 +19,7 @@ from linzoo.tools.engine.runner import Runner
 from linzoo.tools.engine.shards import count_samples, find_shards
 
 CLASSES = ["dark", "grey", "light"]
-LOAD = [dict(type="LoadImageFromFile"), dict(type="PackInputs")]
+LOAD = [dict(type="LoadImageFromFile"), dict(type="mmpretrain.PackInputs")]
 
 
 def write_shards(folder: Path, images: Path, info: bool = True) -> Path:
