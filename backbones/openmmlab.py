@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from timm.layers import LayerNorm2d
@@ -20,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .checkpoints import convert_state_dict, read_checkpoint
 from .layers.simple_pyramid import STRIDES, rescale
 from .layers.vit_adapter import ViTAdapter
+from .layers.without_memory import without_memory
 from .openmmlab_ops import stand_in
 
 __all__ = ["LinZooBackbone"]
@@ -206,7 +206,7 @@ def _levels(strides):
 
 def _normed_features(model_name):
     """Whether the model's `features_only` gives its last map after the final norm."""
-    with torch.device("meta"):
+    with without_memory():
         net = timm.create_model(model_name, features_only=True)
     return bool(getattr(net, "norm", False))
 

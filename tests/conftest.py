@@ -2,10 +2,16 @@
 
 Unwritten memory is filled with NaN (the largest integer for integer dtypes): `torch.empty` and its relatives, in Python
 and in C++ kernels that allocate through the dispatcher, so that a kernel that leaves an element unwritten is seen.
+
+Two things that take a tiny training run most of its time are left out: yapf, which lays out the text of a config each
+time that mmengine writes it (runs in processes of their own have it), and collecting garbage among what imports made.
 """
 
+import contextlib
+import gc
 import logging
 import os
+import sys
 
 import pytest
 import torch
@@ -18,6 +24,25 @@ def pytest_configure(config):
     logging.getLogger("torch.__trace").disabled = True  # thousands of empty lines beside a failure under torch.compile
     if "PYTEST_XDIST_WORKER" in os.environ:  # several workers with several threads each fight for the same cores
         torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session):
+    with contextlib.suppress(ImportError):
+        import yapf.yapflib.yapf_api
+
+        yapf.yapflib.yapf_api.FormatCode = lambda text, **_: (text, False)
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """What a file's tests compiled is dropped, and what they leave behind is no garbage to look through again."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
-import torch
 from mmengine.config import Config
 from timm.data import resolve_data_config
 
 from linzoo.backbones import kind_of, list_models
 from linzoo.backbones.checkpoints import load_plain
 from linzoo.backbones.layers.adapters import ADAPTERS
+from linzoo.backbones.layers.without_memory import without_memory
 from linzoo.tools import predict, test, train
 from linzoo.tools.engine import LinZooBackbone
 from linzoo.tools.engine.cli import command
@@ -182,7 +182,7 @@ def _backbone(args: argparse.Namespace, size: int) -> tuple[dict, LinZooBackbone
     """Settings of a backbone, and the backbone without memory."""
     kwargs = dict(img_size=size) if timm.get_pretrained_cfg(args.model).fixed_input_size else {}
     settings = dict(type="LinZooBackbone", model_kwargs=kwargs, **_start(args))
-    with torch.device("meta"):
+    with without_memory():
         made = LinZooBackbone(settings["model_name"], dict(kwargs))
     if args.freeze:
         settings["frozen_stages"] = len(made.channels)

@@ -22,6 +22,7 @@ from timm.models import get_pretrained_cfg, get_pretrained_cfg_value, model_entr
 from torch.utils.flop_counter import FlopCounterMode
 
 from linzoo.backbones import KINDS, kind_of, list_models
+from linzoo.backbones.layers.without_memory import without_memory
 from linzoo.backbones.published import PUBLISHED, Published
 
 VOLUME = 64  # side of the cubes in which models of volumes are measured
@@ -51,7 +52,8 @@ def measure(name: str, size: int = 224) -> tuple[int, float | None]:
 
     MACs are None where they depend on what is in the scene, as those of occupancy do.
     """
-    model, kind = create(name, size, device="meta").eval(), kind_of(name)
+    with without_memory():
+        model, kind = create(name, size).eval(), kind_of(name)
     parameters = sum(p.numel() for p in model.parameters())
     if kind == "occupancy":
         return parameters, None

@@ -24,6 +24,7 @@ from torch import nn
 
 from linzoo.backbones import list_models
 from linzoo.backbones.layers import fuse_for_inference
+from linzoo.backbones.layers.without_memory import Unfilled
 
 # {wildcard of model names: {name of the test: why the family cannot keep this clause}}
 EXCEPTIONS = {
@@ -44,14 +45,15 @@ def representatives():
     """The first variant of each model class."""
     classes = {}
     for name in sorted(list_models(), key=lambda n: model_entrypoint(n).__code__.co_firstlineno):
-        classes.setdefault(type(timm.create_model(name, device="meta")), name)
+        classes.setdefault(type(create(name, device="meta")), name)
     return sorted(classes.values())
 
 
 def create(name, size=SIZE, **kwargs):
     if get_pretrained_cfg_value(name, "fixed_input_size"):
         kwargs["img_size"] = size
-    return timm.create_model(name, **kwargs)
+    with Unfilled():
+        return timm.create_model(name, **kwargs)
 
 
 def few_blocks(name, size=SIZE):
@@ -198,35 +200,6 @@ def test_shapes(meta):
         assert features.shape[axis] == meta.num_features
 
 
-def test_reset_classifier(meta):
-    x = images(2, meta.default_cfg["input_size"][1:], device="meta")
-    meta.reset_classifier(7)
-    assert meta.num_classes == 7
-    layers = [m for fc in as_tuple(meta.get_classifier()) for m in fc.modules() if isinstance(m, nn.Linear)]
-    assert layers
-    assert {fc.out_features for fc in layers} == {7}
-    assert meta(x).shape == (2, 7)
-
-    meta.reset_classifier(0)
-    assert meta.num_classes == 0
-    assert meta(x).shape == (2, meta.head_hidden_size), "without classifier the output is what the classifier saw"
-
-    meta.reset_classifier(0, "")
-    assert meta(x).ndim > 2, "global_pool='' leaves the positions"
-    meta.reset_classifier(0)
-    assert meta(x).ndim > 2, "a reset that names no pooling keeps the pooling"
-
-
-def test_created_without_classifier(name):
-    model = create(name, num_classes=0, device="meta").eval()
-    assert model(images(2, device="meta")).shape == (2, model.head_hidden_size)
-
-
-def test_unknown_keyword(name):
-    with pytest.raises(TypeError):
-        create(name, no_such_argument=1, device="meta")
-
-
 def test_parameter_groups(meta):
     names = {name for name, _ in meta.named_parameters()}
     for coarse in (False, True):
@@ -235,21 +208,6 @@ def test_parameter_groups(meta):
         assert sorted(n for group in groups.values() for n in group) == sorted(names)
     unknown = set(meta.no_weight_decay()) - names if hasattr(meta, "no_weight_decay") else set()
     assert not unknown, f"no_weight_decay names no parameter: {unknown}"
-
-
-def test_factory_device_and_dtype(name):
-    model = create(name, device="meta", dtype=torch.bfloat16)
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    assert [n for n, t in tensors if not t.is_meta] == []
-    assert [n for n, t in tensors if t.is_floating_point() and t.dtype != torch.bfloat16] == []
-    assert model.eval()(images(2, device="meta", dtype=torch.bfloat16)).dtype == torch.bfloat16
-
-
-def test_factory_device_is_not_the_default_device(name):
-    """Everything is made where `device` says, not where a surrounding default says."""
-    with torch.device("meta"):
-        model = create(name, device="cpu")
-    assert [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta] == []
 
 
 def test_features_only(name):
@@ -274,6 +232,53 @@ def test_forward(name):
     assert y.shape == (1, model.num_classes)
     assert y.isfinite().all()
     assert y.std() > 0
+
+
+# --- one variant a family: classifiers, devices ---------------------------------------------------------------------
+
+
+def test_reset_classifier(family):
+    meta, x = create_small(family, device="meta").eval(), images(2, device="meta")
+    meta.reset_classifier(7)
+    assert meta.num_classes == 7
+    layers = [m for fc in as_tuple(meta.get_classifier()) for m in fc.modules() if isinstance(m, nn.Linear)]
+    assert layers
+    assert {fc.out_features for fc in layers} == {7}
+    assert meta(x).shape == (2, 7)
+
+    meta.reset_classifier(0)
+    assert meta.num_classes == 0
+    assert meta(x).shape == (2, meta.head_hidden_size), "without classifier the output is what the classifier saw"
+
+    meta.reset_classifier(0, "")
+    assert meta(x).ndim > 2, "global_pool='' leaves the positions"
+    meta.reset_classifier(0)
+    assert meta(x).ndim > 2, "a reset that names no pooling keeps the pooling"
+
+
+def test_created_without_classifier(family):
+    model = create_small(family, num_classes=0, device="meta").eval()
+    assert model(images(2, device="meta")).shape == (2, model.head_hidden_size)
+
+
+def test_unknown_keyword(family):
+    with pytest.raises(TypeError):
+        create_small(family, no_such_argument=1, device="meta")
+
+
+def test_factory_device_and_dtype(family):
+    model = create_small(family, device="meta", dtype=torch.bfloat16)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    assert [n for n, t in tensors if not t.is_meta] == []
+    assert [n for n, t in tensors if t.is_floating_point() and t.dtype != torch.bfloat16] == []
+    assert model.eval()(images(2, device="meta", dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_factory_device_is_not_the_default_device(family):
+    """Everything is made where `device` says, not where a surrounding default says."""
+    with torch.device("meta"):
+        model = create_small(family, device="cpu")
+    assert [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta] == []
 
 
 # --- one variant a family: values -----------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from linzoo.tools import predict, test, train
 from linzoo.tools.engine import InputError, Runner
 from linzoo.tools.engine.classifier import distillation_loss
-from linzoo.tools.engine.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDENT = {
@@ -289,11 +288,3 @@ def test_imagenet_recipe(data, tmp_path):
     facts = json.loads((tmp_path / "w/export/config.json").read_text())
     assert facts["pretrained_cfg"]["input_size"] == [3, 224, 224]
     assert facts["pretrained_cfg"]["crop_pct"] == pytest.approx(0.875)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[!_]*/*.py")), ids=lambda p: p.stem)
-def test_shipped_config(path):
-    """Every shipped config reads, its keys are known, its model exists (built without memory) and so do its parts."""
-    cfg = load_config(str(path))
-    if cfg.model.type == "Classifier":  # whose preprocessor makes vectors of the labels
-        assert cfg.model.num_classes == cfg.data_preprocessor.num_classes

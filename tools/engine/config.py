@@ -13,7 +13,6 @@ from typing import Any
 
 import mmengine.registry
 import timm
-import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope, Registry
 from mmengine.runner import EpochBasedTrainLoop, LogProcessor, TestLoop, ValLoop
@@ -21,6 +20,8 @@ from mmpretrain.registry import MODELS
 from timm.models import PretrainedCfg
 from torch import nn
 from torch.utils.data import DataLoader
+
+from linzoo.backbones.layers.without_memory import without_memory
 
 from ..configs import shipped_configs
 from .dense import DENSE
@@ -279,7 +280,7 @@ def _check_name(name: str, key: str) -> None:
 
 def _build_without_memory(settings: dict, key: str) -> nn.Module:
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with without_memory(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nothing is copied to where there is no memory
             return MODELS.build(settings)
     except FileNotFoundError as e:

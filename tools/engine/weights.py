@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import timm
-import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 
 from linzoo.backbones import checkpoints
 from linzoo.backbones.layers.adapters import plain_to_adapted
+from linzoo.backbones.layers.without_memory import without_memory
 from linzoo.backbones.openmmlab import LinZooBackbone
 
 from .errors import InputError, note
@@ -154,7 +154,7 @@ def _variant_of(shapes: dict, name: str, num_classes: int | None) -> str | None:
 
 @functools.cache
 def _shapes_of(variant: str, num_classes: int | None) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
+    with without_memory():
         return _shapes(timm.create_model(variant, num_classes=num_classes).state_dict())
 
 
