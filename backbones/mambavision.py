@@ -138,7 +138,7 @@ class WindowStage(Stage):
         shape = x.shape
         x = super().run_blocks(x.flatten(3, 4).flatten(0, 2)).view(shape)
         x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        torch._check(height <= x.shape[1])  # a tracer cannot see this, and would guess
+        torch._check(height <= x.shape[1])  # which a tracer does not see, and would guess at
         torch._check(width <= x.shape[2])
         return x[:, :height, :width].contiguous()
 

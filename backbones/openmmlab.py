@@ -80,7 +80,7 @@ class LinZooBackbone(BaseModule):
         if not timm.is_model(model_name.partition(".")[0]):
             raise ValueError(f"model_name: expected a model of timm or LinZoo, got {model_name!r}")
         kwargs = dict(model_kwargs or {}, drop_path_rate=drop_path_rate)
-        if get_pretrained_cfg_value(model_name, "fixed_input_size"):  # timm's ViTs take any size if told to
+        if get_pretrained_cfg_value(model_name, "fixed_input_size"):  # timm's ViTs take any size where they are told to
             kwargs = dict(dynamic_img_size=True, dynamic_img_pad=True) | kwargs
         model = timm.create_model(model_name, pretrained=pretrained is True, num_classes=0, **kwargs)
 

@@ -181,7 +181,7 @@ def _classes(args: argparse.Namespace, arranged: Arranged, data: Path) -> dict[s
 
 
 def _backbone(args: argparse.Namespace, size: int) -> tuple[dict, LinZooBackbone]:
-    """Settings of a backbone, and the backbone on the meta device."""
+    """Settings of a backbone, and the backbone, built without memory."""
     kwargs = dict(img_size=size) if timm.get_pretrained_cfg(args.model).fixed_input_size else {}
     settings = dict(type="LinZooBackbone", model_kwargs=kwargs, **_start(args))
     with torch.device("meta"):

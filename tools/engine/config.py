@@ -241,7 +241,7 @@ def _arguments(of: Callable) -> set[str]:
 
 
 def _check_model(model: ConfigDict, start: bool = False) -> None:
-    """A timm model must exist and take the keywords and files in the config. It is built on the meta device.
+    """A timm model must exist and take the keywords and files in the config. It is built without memory.
 
     Args:
         start: whether start files are read; published weights never are.
@@ -280,7 +280,7 @@ def _check_name(name: str, key: str) -> None:
 def _build_without_memory(settings: dict, key: str) -> nn.Module:
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about copies to the meta device having no effect
+            warnings.simplefilter("ignore")  # that nothing is copied to where there is no memory
             return MODELS.build(settings)
     except FileNotFoundError as e:
         raise InputError(f"config key {key}.pretrained: {e}") from e

@@ -214,7 +214,7 @@ class ImageGenerator(TimmModel):
 
 
 def drop_labels(y: Tensor, null: int | None, rate: float) -> Tensor:
-    """Labels, replaced by "no class" at a rate."""
+    """Labels, randomly replaced by "no class" at a rate."""
     return y if null is None or rate <= 0 else torch.where(torch.rand(len(y), device=y.device) < rate, null, y)
 
 
@@ -292,7 +292,7 @@ class FlowMatching(ImageGenerator):
         self, y: Tensor, seeds: Sequence[int], guidance: float | None = None, sampler: str | None = None,
         steps: int | None = None, **options,
     ) -> Tensor:  # fmt: skip
-        """Images ``(B, C, H, W)`` in [0, 1]; the config replaces arguments that are None."""
+        """Images ``(B, C, H, W)`` in [0, 1]; arguments that are None come from the config."""
         shape = (self.model.in_channels, *self.model.img_resolution)
         guided = flow.guide(self.model, y, self.model.null_class, self.guidance if guidance is None else guidance)
         x = flow.noise(shape, flow.generators(seeds), y.device)
@@ -350,7 +350,7 @@ class NextScale(ImageGenerator):
         self, y: Tensor, seeds: Sequence[int], guidance: float | None = None, top_k: int | None = None,
         top_p: float | None = None, **options,
     ) -> Tensor:  # fmt: skip
-        """Images ``(B, C, H, W)`` in [0, 1]; the config replaces arguments that are None."""
+        """Images ``(B, C, H, W)`` in [0, 1]; arguments that are None come from the config."""
         given = dict(guidance=guidance, top_k=top_k, top_p=top_p)
         settings = {name: getattr(self, name) if value is None else value for name, value in given.items()}
         tokenizer, sources = self.tokenizer.on(y.device), flow.generators(seeds)

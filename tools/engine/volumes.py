@@ -190,7 +190,7 @@ class Volumes(Dataset):
         folders: names of the folders of volumes and of labels. `case_0000.nii.gz`, `case_0001.nii.gz` are channels.
         spacing: millimetres along D, H and W to resample to; None for the files' own.
         crop: size of the random training crops; None for whole volumes.
-        foreground: share of the crops that are centred at a voxel of the foreground.
+        foreground: share of the crops that are around a voxel of the foreground.
         flip: axes along which crops are flipped at random.
         length: items per epoch, taken from the cases in turns; None for one per case.
         make: name of a data set of `tools/make_data.py`, written to `data_root` if that is missing.
