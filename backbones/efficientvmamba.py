@@ -49,9 +49,9 @@ class ES2D(SS2D):
     def scan(self, p):
         """Scans each phase of the map `p` ``(B, H, W, D)``.
 
-        Zeros make the sides even; a state decays when its scan passes over them. All scans read and write the map in
-        place. A token has one [r, B, C], that of its phase: the projection is a linear map per phase, and its output is
-        expanded over the scans like the map.
+        Zeros make the sides even; a state decays when its scan passes over them. All scans read and write the map
+        where it is stored. A token has one [r, B, C], that of its phase: the projection is a linear map per phase, and
+        its output is expanded over the scans like the map.
         """
         bottom, right = p.shape[1] % 2, p.shape[2] % 2
         p = zero_pad(p, (0, 0, 0, right, 0, bottom)).contiguous()

@@ -179,7 +179,7 @@ class Exchange(nn.Module):
     Args:
         dims: Channels of each stream.
         drop_path: Rates of the two blocks.
-            block: `DVSSBlock` with the arguments that all blocks of the model share.
+        block: `DVSSBlock` with the arguments that all blocks of the model share.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class ParallelStage(nn.Module):
 
 
 class Neck(nn.Module):
-    """Classification neck of HRNet: the streams, widened, are added from the finest down to 2048 channels."""
+    """Classification neck of HRNet: the widened streams are added from the finest down, to a map of 2048 channels."""
 
     widths = (128, 256, 512, 1024)
     out_width = 2048

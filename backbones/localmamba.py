@@ -167,7 +167,7 @@ class LocalVMamba(Pyramid):
 
 
 class LocalVimMixer(VimMixer):
-    """Vim's mixer along four routes of the layer's own, ``(B, L, C)`` on a grid, with or without a class token inside.
+    """Vim's mixer along four routes of the layer's own, ``(B, L, C)`` on a grid; a class token may be in the middle.
 
     ``[x, z] = W_in u;  o_i = S6_i(SiLU(conv_i(x))) * SiLU(z);  W_out sum_i o_i * gate(o_i)``. The zeros that fill up
     windows pass through the convolutions, whose biases make them count.

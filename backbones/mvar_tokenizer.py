@@ -339,7 +339,7 @@ _RENAMES = [
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: MVARTokenizer) -> dict[str, Tensor]:
     """Converts the authors' state dict to ours, without the counts of how often codes are used."""
-    top = len(model.decoder.levels) - 1  # it runs first
+    top = len(model.decoder.levels) - 1  # their top level runs first
     state_dict, out = unwrap_state_dict(state_dict), {}
     if "quantize.embedding.weight" not in state_dict:
         return state_dict

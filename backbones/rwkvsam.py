@@ -253,8 +253,7 @@ def check_prompts(size, points=None, labels=None, boxes=None, device=None):
 
     Raises:
         ValueError: neither points nor boxes; labels without points; wrong shapes; labels other
-            than 1, 0 and -1, or no point inside the object; points outside of the image; boxes that are empty or
-            outside.
+            than 1, 0 and -1, or only -1 without a box; points outside of the image; boxes that are empty or outside.
     """
     height, width = size
     if points is None and boxes is None:

@@ -85,7 +85,7 @@ class Block(nn.Module):
 
 
 class S4NDConvNeXt(Pyramid):
-    """ConvNeXt with S4ND instead of every depthwise convolution, and in stem and downsampling (arXiv 2210.06583, 4.1).
+    """ConvNeXt with S4ND for every depthwise convolution, and in stem and downsampling (arXiv 2210.06583, section 4.1).
 
     Args:
         img_size: Side of the images that kernels span. Images of any size fit; on larger ones, kernels reach no

@@ -4,7 +4,7 @@ Paper: VFIMamba: Video Frame Interpolation with State Space Models (NeurIPS 2024
 
 It takes two frames and a time between them, and returns the frame at that time. There are features at five scales; at
 the last two, scans over interleaved tokens mix the frames. From these features it computes, coarse to fine, the flow
-from the middle frame to each of the two; then a local refinement of the flow; then a U-Net's residual for the blend of
+from the new frame to each of the two; then a local refinement of the flow; then a U-Net's residual for the blend of
 the two warped frames. The cost is linear in pixels.
 
 Images and maps are (B, C, H, W), but channel-last in the blocks that scan. Maps of both frames are stacked along the
@@ -30,7 +30,7 @@ __all__ = ["InterleavedSS2D", "Motion", "VFIMamba", "warp"]
 
 
 class Motion(NamedTuple):
-    """Motion from the middle frame to the two: in pixels, x before y.
+    """Motion from the new frame to the two: in pixels, x before y.
 
     Attributes:
         flow: ``(B, 4, H, W)``, to the first frame, then to the second.
