@@ -205,7 +205,7 @@ def _levels(strides):
 
 
 def _normed_features(model_name):
-    """Whether the model's `features_only` returns its last map after the final norm."""
+    """Whether the model's `features_only` gives its last map after the final norm."""
     with torch.device("meta"):
         net = timm.create_model(model_name, features_only=True)
     return bool(getattr(net, "norm", False))

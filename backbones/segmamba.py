@@ -4,7 +4,8 @@ Paper: SegMamba: Long-range Sequential Modeling Mamba for 3D Medical Image Segme
 - https://arxiv.org/abs/2401.13560
 
 A segmenter of volumes with four encoder stages at strides 2 to 16. Each has a gated convolution (GSC) and two Mamba
-layers whose mixer scans the voxels forwards, backwards and through the slices. The convolutional decoder is like UNETR's.
+layers, whose mixer scans the voxels forwards, backwards and through the slices. The convolutional decoder is like
+UNETR's.
 
 Maps are channel-first (B, C, D, H, W).
 """
