@@ -165,12 +165,12 @@ def list_models(filter: str | list[str] = "", kind: Kind | None = "backbone") ->
     Args:
         filter: Wildcard pattern or a list of them, as in `timm.list_models`.
         kind: "backbone"; "adopted" for backbones of linear complexity that timm itself registers; "pyramid" for
-            backbones that only give maps; "segmentation" for models that return mask logits; "restoration" for models
-            that return the restored image; "promptable" for models that return the masks of points and boxes;
+            backbones that only return maps; "segmentation" for models that return mask logits; "restoration" for models
+            that return the restored image; "promptable" for models that return masks for points and boxes;
             "occupancy" for models of voxels; "video" for models of clips; "volume" for models that segment volumes;
             "tracking" for models that segment clips, frame by frame;
-            "interpolation" for models that put frames between two;
-            "generation" for models that make images, and for their tokenizers;
+            "interpolation" for models that insert frames between two;
+            "generation" for models that generate images, and for their tokenizers;
             "fixed" for classifiers of square images of one size, whose outputs depend on the batch;
             "forecasting" for models of time series.
             None for all of them.
@@ -185,7 +185,7 @@ def list_models(filter: str | list[str] = "", kind: Kind | None = "backbone") ->
 
 
 def kind_of(name: str) -> Kind | None:
-    """The kind of a registered model, as `list_models` has it; None for a model that is not of the zoo."""
+    """The kind of a registered model, as in `list_models`; None for a model outside the zoo."""
     if not _is_model(name):
         return None
     family = _model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2]
@@ -193,7 +193,7 @@ def kind_of(name: str) -> Kind | None:
 
 
 def _check_registration() -> None:
-    """RuntimeError where a listed family registers no model, or a family that registers models is not listed."""
+    """RuntimeError if a listed family registers no model, or an unlisted family registers models."""
     listed = {family for families in _FAMILIES.values() for family in families}
     for family in sorted(listed):
         if not _timm_list_models(module=family):

@@ -1,4 +1,4 @@
-"""Weights out of the checkpoints of any trainer: timm's, mmengine's, Lightning's, DDP's, `torch.compile`'s.
+"""Reads weights from the checkpoints of any trainer: timm's, mmengine's, Lightning's, DDP's, `torch.compile`'s.
 
 Like `linzoo.backbones.openmmlab`, this module needs mmengine.
 """
@@ -26,7 +26,7 @@ from .layers.checkpoint import unwrap_state_dict
 
 __all__ = ["Checkpoint", "convert_state_dict", "load_plain", "read_checkpoint", "strip_prefixes"]
 
-# What checkpoints hold beside tensors and plain data: mmengine's histories, NumPy's numbers, timm's arguments.
+# What checkpoints contain besides tensors and plain data: mmengine's histories, NumPy's numbers, timm's arguments.
 SAFE_GLOBALS = [
     *get_torch_safe_globals(),
     *(kind for name, kind in vars(np.dtypes).items() if name.endswith("DType")),
@@ -38,14 +38,14 @@ WRAPPERS = ("module.", "_orig_mod.", "model_ema.", "ema_model.", "model.", "netw
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint's weights and the names of its classes, where it knows them."""
+    """A checkpoint's weights, and its class names if it has them."""
 
     state: dict[str, Tensor]
     classes: list[str] | None
 
 
 def load_plain(path: str | Path, mmap: bool = False) -> Any:
-    """What `torch.save` or safetensors wrote to a file, where that is tensors and plain data; on the CPU.
+    """Reads a file from `torch.save` or safetensors to the CPU, if it holds only tensors and plain data.
 
     Args:
         mmap: leave tensors on disk until they are used.
@@ -69,7 +69,7 @@ def load_plain(path: str | Path, mmap: bool = False) -> Any:
             "expected tensors and plain data. If you trust the file, convert it where that code is installed: "
             f"torch.save(torch.load({path!r}, weights_only=False)['state_dict'], 'weights.pth')"
         ) from e
-    except Exception as e:  # a damaged or foreign file raises one of a dozen kinds, and all mean the same
+    except Exception as e:  # a damaged or foreign file raises one of a dozen kinds, which all mean the same
         raise ValueError(
             f"checkpoint {path!r} cannot be read ({type(e).__name__}); expected a whole .safetensors file or one that "
             "torch.save wrote"
@@ -77,15 +77,15 @@ def load_plain(path: str | Path, mmap: bool = False) -> Any:
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
-    """The weights in a file or behind a URL; the averaged ones where it has both, which a warning says.
+    """The weights in a file or behind a URL. If it has both averaged and last ones, the averaged, with a warning.
 
     Args:
-        source: .safetensors (class names from timm's `config.json` beside it), or what `torch.save` wrote. Nothing but
-            tensors and plain data is unpickled. `FILE#name` takes the entry `name` of the file, such as `state_dict`
+        source: .safetensors (class names come from timm's `config.json` beside it), or a file from `torch.save`. Only
+            tensors and plain data are unpickled. `FILE#name` takes the entry `name` of the file, such as `state_dict`
             for the last weights instead of the averaged ones.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or needs unpickling; the message says what it holds and how to convert it.
     """
     path, entry = str(source), None
@@ -110,7 +110,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         message = f"checkpoint {path!r} is quantised: its weights are rounded, what layers read is not"
         warnings.warn(message, stacklevel=2)
     while isinstance(state, Mapping) and not any(isinstance(value, Tensor) for value in state.values()):
-        # mmengine's `state_dict` is the averaged one, where there is one, and its `ema_state_dict` the last.
+        # mmengine's `state_dict` holds the averaged weights, if there are any, and its `ema_state_dict` the last ones.
         averaged = () if "message_hub" in state else AVERAGED
         entries = [name for name in (*averaged, *LAST) if isinstance(state.get(name), Mapping) and state[name]]
         if entry is not None:
@@ -135,10 +135,10 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def strip_prefixes(state: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """A state dict without what wrappers put before its names, unless a model whose own `names` begin so needs it."""
+    """A state dict without the prefixes that wrappers add, unless the model's own `names` start with them."""
     for prefix in WRAPPERS:
         part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        # Beside the model's own a trainer's file may have a loss's or metric's tensors.
+        # A trainer's file may also hold tensors of a loss or a metric.
         if 3 * len(part) > len(state) and not any(name.startswith(prefix) for name in names):
             if prefix.removesuffix(".") in AVERAGED and len(part) < len(state):
                 warnings.warn(f"the averaged weights ({prefix}*) of a checkpoint are taken, not the last", stacklevel=2)
@@ -147,9 +147,9 @@ def strip_prefixes(state: dict[str, Tensor], names: Collection[str]) -> dict[str
 
 
 def convert_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict of any trainer and layout, ours or the authors', in the names of a timm model.
+    """Renames a state dict of any trainer and layout, ours or the authors', to the names of a timm model.
 
-    Of a model around a backbone (a segmenter's, a detector's) it is the backbone's part.
+    From a model around a backbone (a segmenter, a detector) it takes the backbone's part.
     """
     ours = model.state_dict()
     state = strip_prefixes(state, ours.keys())

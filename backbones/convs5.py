@@ -1,10 +1,10 @@
-"""ConvS5 for video: a network that says what each frame of a clip is followed by.
+"""ConvS5 for video: a network that predicts the next frame for each frame of a clip.
 
 Paper: Convolutional State Space Models for Long-Range Spatiotemporal Modeling (NeurIPS 2023)
 - https://arxiv.org/abs/2310.19694
 
-All frames of a clip are predicted in parallel, by a scan over time; afterwards frames are generated one by one, at a
-cost that does not depend on how many there were.
+All frames of a clip are predicted in parallel, by a scan over time. Afterwards frames are generated one by one, at a
+cost that does not depend on the number of earlier frames.
 """
 
 import torch
@@ -38,16 +38,16 @@ class ResBlock(nn.Module):
 
 
 class ConvS5Video(AnyMemoryFormat):
-    """Next-frame model: a ResNet encoder of each frame, ConvS5 layers over time, the encoder's mirror image.
+    """Next-frame model: a ResNet encoder of each frame, ConvS5 layers over time, and a mirrored decoder.
 
     Args:
         in_chans: Channels of a frame.
-        dims: Widths of the encoder's blocks; between two of them the map is halved.
+        dims: Widths of the encoder's blocks; the map is halved between two of them.
         dim: Channels U of the ConvS5 layers.
-        depth: Layers.
-        d_state: Real states of each, at every pixel of the small map.
-        blocks: Blocks of HiPPO matrices that the states begin as.
-        head: `layers.ConvS5Head`'s kind.
+        depth: Number of layers.
+        d_state: Real states of each layer, at every pixel of the small map.
+        blocks: Number of HiPPO blocks in the initial states.
+        head: Kind of `layers.ConvS5Head`.
         num_groups: Groups of the GroupNorms.
         drop: Dropout in the layers.
     """
@@ -84,14 +84,14 @@ class ConvS5Video(AnyMemoryFormat):
         self.decoder = nn.Sequential(*up, nn.Conv2d(dims[0], in_chans, 3, padding=1, **dd))
 
     def forward(self, frames, states=None):
-        """What follows each frame, given it and those before.
+        """Predicts the frame after each frame, given it and the frames before.
 
         Args:
             frames: ``(B, T, C, H, W)`` with values in [-1, 1]; H and W multiples of `reduction`.
-            states: States of the layers after the frames before these; None at the beginning.
+            states: States of the layers after the frames before these; None at the start.
 
         Returns:
-            The frames that follow, ``(B, T, C, H, W)``, and the states after these frames.
+            The next frames ``(B, T, C, H, W)``, and the states after these frames.
 
         Raises:
             ValueError: a shape does not fit.
@@ -111,7 +111,7 @@ class ConvS5Video(AnyMemoryFormat):
         return F.tanh(y).unflatten(0, frames.shape[:2]), after
 
     def generate(self, frames, steps):
-        """Continues clips ``(B, T, C, H, W)`` by `steps` frames, each seen by the model as the next one's past."""
+        """Continues clips ``(B, T, C, H, W)`` by `steps` frames, feeding each generated frame back to the model."""
         y, states = self(frames)
         made = [y[:, -1:]]
         for _ in range(steps - 1):

@@ -3,13 +3,13 @@
 Paper: DiMSUM: Diffusion Mamba - A Scalable and Unified Spatial-Frequency Method for Image Generation -
 https://arxiv.org/abs/2411.04168
 
-A denoiser of latents (B, 4, h, w), at a time t in [0, 1] and for a class y. Of each block's channels, half pass a Mamba
-along a raster order, half a Mamba over their Haar wavelets; attention across both joins them::
+A denoiser of latents (B, 4, h, w), for a time t in [0, 1] and a class y. In each block, half of the channels pass a
+Mamba along a raster order, half a Mamba over their Haar wavelets. Attention across both halves joins them::
 
     r = r + h;   u = RMS(r);   u = u + Fuse(Spatial(u_1), Frequency(u_2));   h = u + g MLP((1 + s) RMS(u) + b)
 
 One transformer block, with the same weights each time, follows every fourth block. Tokens are (B, L, D), row by row.
-The published model drops the last r, and has a projection of the condition in each Mamba that nothing reads.
+The published model drops the last r. Each Mamba has a projection of the condition that nothing reads.
 """
 
 import math
@@ -30,7 +30,7 @@ from .layers.script import refuse_script
 __all__ = ["DiMSUM"]
 
 FUSION_HEADS, SHARED_HEADS = 8, 16
-FREQUENCIES = 128  # of the time
+FREQUENCIES = 128  # of the time embedding
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -69,14 +69,14 @@ def haar_packet(device=None) -> Tensor:
 
 
 class Half(nn.Module):
-    """``q + g Mamba((1 + s) q + b)`` along an order; tokens ``(B, L, C)``, condition ``(B, D)`` behind its SiLU."""
+    """``q + g Mamba((1 + s) q + b)`` along an order; tokens ``(B, L, C)``, condition ``(B, D)`` after its SiLU."""
 
     def __init__(self, dim: int, cond_dim: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.modulation = nn.Linear(cond_dim, 3 * dim, **dd)
         self.mixer = MambaMixer(dim, **dd)
-        self.cond_proj = nn.Linear(cond_dim, 2 * dim, **dd).requires_grad_(False)  # which nothing reads
+        self.cond_proj = nn.Linear(cond_dim, 2 * dim, **dd).requires_grad_(False)  # nothing reads it
 
     def forward(self, q: Tensor, cond: Tensor, order: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(cond).chunk(3, 1)
@@ -109,7 +109,7 @@ class FrequencyHalf(Half):
 
 
 class CrossFusion(nn.Module):
-    """Each half asks the other: ``W [softmax(q_1 k_2) v_2 | softmax(q_2 k_1) v_1]``; halves ``(B, L, C)``."""
+    """Each half attends to the other: ``W [softmax(q_1 k_2) v_2 | softmax(q_2 k_1) v_1]``; halves ``(B, L, C)``."""
 
     def __init__(self, dim: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -125,7 +125,7 @@ class CrossFusion(nn.Module):
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values ``(B, heads, L, C / heads)`` out of ``(B, L, 3 C)``."""
+    """Splits ``(B, L, 3 C)`` into queries, keys and values ``(B, heads, L, C / heads)``."""
     return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
@@ -143,7 +143,7 @@ class Attention(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """``W_3 (GELU(a) b)``, ``[a | b] = W_12 u``, four times as wide inside."""
+    """``W_3 (GELU(a) b)``, ``[a | b] = W_12 u``, with four times the width inside."""
 
     def __init__(self, dim: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -172,7 +172,7 @@ class SharedBlock(nn.Module):
 
 
 class Block(nn.Module):
-    """See the module's docstring; hands on (h, r)."""
+    """See the module's docstring; returns (h, r)."""
 
     def __init__(self, dim: int, drop_path: float = 0.0, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -196,23 +196,22 @@ class Block(nn.Module):
 
 
 class DiMSUM(nn.Module):
-    """DiMSUM (arXiv 2411.04168): the velocity of noise on its way to a latent.
+    """DiMSUM (arXiv 2411.04168): predicts the velocity from noise to a latent.
 
     Args:
-        img_resolution: Side of the latents, or height and width; in tokens these are multiples of 4, and the height one
-            of a quarter of the width.
+        img_resolution: Side of the latents, or height and width. In tokens, both are multiples of 4, and the height is
+            also a multiple of a quarter of the width.
         patch_size: Side p of a token.
         in_channels: Channels of the latents.
         hidden_size: Width D, a multiple of 32.
         depth: Blocks.
         num_classes: Classes; 1 for none.
-        label_dropout: The table of classes has a last row for "no class" where this is positive; how often training
-            takes it.
-        drop_path_rate: Of what enters the last block; the first has none.
-        use_final_norm: Put out ``RMS(r + h)`` in place of h, as no published model does.
+        label_dropout: How often training takes "no class". If positive, the class table has a last row for it.
+        drop_path_rate: Rate before the last block; the first block has none.
+        use_final_norm: Output ``RMS(r + h)`` instead of h. No published model does.
 
     Raises:
-        ValueError: latents of a size that the wavelets or their windows forbid; another width.
+        ValueError: the latents' size does not suit the wavelets or their windows; the width is not supported.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -305,12 +304,12 @@ class DiMSUM(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layer groups for layer-wise decay of the learning rate."""
+        """Layer groups for layer-wise learning rate decay."""
         return dict(stem=r"^(patch_embed|pos_embed|time_mlp|class_embed)", blocks=r"^blocks\.(\d+)")
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The layer that gives the velocity."""
+        """The layer that outputs the velocity."""
         return self.head
 
     def orders(self, device=None) -> tuple[list[Tensor], list[Tensor]]:
@@ -343,7 +342,7 @@ class DiMSUM(nn.Module):
         return h, r, cond
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """The velocity at latents.
+        """The velocity for latents.
 
         Args:
             x: ``(B, in_channels, h, w)``.
@@ -354,7 +353,7 @@ class DiMSUM(nn.Module):
             As `x`.
 
         Raises:
-            ValueError: latents of another size; classes that are not one integer each.
+            ValueError: the latents have another size; classes are not one integer each.
         """
         h, r, cond = self.forward_features(x, t, y)
         h = h if self.final_norm is None else self.final_norm(r + h)
@@ -384,8 +383,8 @@ _RENAMES = [
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: DiMSUM) -> dict[str, Tensor]:
-    """Converts the authors' state dict to ours: of a training file the averaged weights; positions of another size are
-    resized."""
+    """Converts the authors' state dict to ours. From a training file it takes the averaged weights; positions of
+    another size are resized."""
     for name in ("ema", "model", "state_dict"):
         if isinstance(state_dict.get(name), dict):
             state_dict = state_dict[name]  # pyright: ignore[reportAssignmentType]

@@ -3,7 +3,7 @@
 Paper: EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba (AAAI 2025) - https://arxiv.org/abs/2403.09977
 
 A light pyramid. Its first two stages mix tokens with ES2D, a selective scan of every second token of every second row:
-four scans over a quarter of the map each, instead of four over all of it; a depthwise convolution beside it couples
+four scans over a quarter of the map each, instead of four over all of it. A parallel depthwise convolution couples
 what the scans keep apart. The last two stages are the inverted residuals of EfficientNet.
 
 Maps are channel-last (B, H, W, C) throughout.
@@ -39,7 +39,7 @@ def atrous_routes(H, W, device=None):
     return torch.stack([even.flatten(1), odd.mT.flatten(1)], dim=1).flatten(0, 1)
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+@register_notrace_module  # FX cannot trace scan orders, which depend on the map's size
 class ES2D(SS2D):
     """Efficient 2-D scanning (section 3.2): every token is visited once, by the scan of its phase."""
 
@@ -47,11 +47,11 @@ class ES2D(SS2D):
         super().__init__(dim, ratio=2.0, d_state=16, gated=True, device=device, dtype=dtype)
 
     def scan(self, p):
-        """The phases' scans of the map `p` ``(B, H, W, D)``.
+        """Scans each phase of the map `p` ``(B, H, W, D)``.
 
-        Zeros make the sides even; where a scan passes over them, its state decays. All scans read and write the map
-        where it lies. A token has one [r, B, C], that of its phase: the projection is a linear map per phase, and what
-        it gives is expanded over the scans as the map is.
+        Zeros make the sides even; a state decays when its scan passes over them. All scans read and write the map
+        where it is stored. A token has one [r, B, C], that of its phase: the projection is a linear map per phase, and
+        its output is expanded over the scans like the map.
         """
         bottom, right = p.shape[1] % 2, p.shape[2] % 2
         p = zero_pad(p, (0, 0, 0, right, 0, bottom)).contiguous()
@@ -82,7 +82,7 @@ class ConvBranch(nn.Sequential):
 class EVSSBlock(nn.Module):
     """Efficient visual state space block (section 3.3): ``x += se(ES2D(u)) + se(conv(u))`` with ``u = LN(x)``.
 
-    The gate `se` is one module; each branch is weighed by what it holds itself.
+    Both branches share the module `se`, but each is weighted by its own values.
     """
 
     def __init__(self, dim: int, drop_path: float = 0.0, device=None, dtype=None):
@@ -101,7 +101,7 @@ class EVSSBlock(nn.Module):
 
 
 class ConvBlock(InvertedResidual):
-    """Inverted residual of four times the width, with squeeze and excite, on a channel-last map."""
+    """Inverted residual with four times the width, and squeeze and excite, on a channel-last map."""
 
     def __init__(self, dim: int, drop_path: float = 0.0, device=None, dtype=None):
         se_layer = partial(SqueezeExcite, rd_ratio=1 / 8)
@@ -186,7 +186,7 @@ def _convert_key(key):
 
 
 def checkpoint_filter_fn(state_dict, model):
-    """Converts the published state dict, that of the classifiers or of the dense predictors' files, to ours."""
+    """Converts the published state dict, from a classifier or a dense predictor, to ours."""
     state_dict = unwrap_state_dict(state_dict)
     if "stem.proj.weight" in state_dict:
         return state_dict

@@ -3,9 +3,9 @@
 Paper: FS-RWKV: Leveraging Frequency Spatial-Aware RWKV for 3T-to-7T MRI Translation
 - https://arxiv.org/abs/2510.08951
 
-Restore-RWKV whose token shift acts on the low band of a wavelet transform (FSO-Shift), and whose skip connections pass
-a block that fuses features of space and frequency (SFEB). No code was published: what the abstract leaves open is ours,
-and the card says what.
+Restore-RWKV with a token shift on the low band of a wavelet transform (FSO-Shift), and with skip connections that pass
+a block that fuses spatial and frequency features (SFEB). No code was published. What the abstract leaves open is our
+choice, listed in the model card.
 """
 
 import torch
@@ -34,7 +34,7 @@ def from_bands(ll: Tensor, lh: Tensor, hl: Tensor, hh: Tensor) -> Tensor:
 class FSOShift(nn.Module):
     """Frequency-spatial omnidirectional shift: Omni-Shift of the low band of a Haar transform, ``(B, H, W, C)``.
 
-    The high bands, which hold fine structure, pass as they are; sides that are odd are padded by repetition.
+    The high bands, which hold fine structure, pass unchanged. Odd sides are padded by repetition.
     """
 
     def __init__(self, dim: int, device=None, dtype=None):
@@ -50,11 +50,11 @@ class FSOShift(nn.Module):
 
 
 class SFEB(nn.Module):
-    """Structural fidelity enhancement block on a map ``(B, C, H, W)``: features of space and of frequency, gated.
+    """Structural fidelity enhancement block on a map ``(B, C, H, W)``: gated spatial and frequency features.
 
     ``s = W_s GELU(DWConv(x));  f = IFFT(W_f GELU(W_e FFT(x)));  g = sigmoid(W_g [s, f]);  x + g s + (1 - g) f``. The
-    1x1 convolutions W_e and W_f mix real and imaginary parts of each frequency of the real FFT. The block begins near
-    the identity: W_s and W_f begin small.
+    1x1 convolutions W_e and W_f mix real and imaginary parts of each frequency of the real FFT. W_s and W_f start
+    small, so the block starts near the identity.
     """
 
     def __init__(self, dim: int, device=None, dtype=None):
@@ -91,13 +91,13 @@ class SFEB(nn.Module):
 
 
 class FSRWKV(RWKVUNet):
-    """FS-RWKV (arXiv 2510.08951): Restore-RWKV's U-Net with FSO-Shift for its token shift and SFEB on its skips.
+    """FS-RWKV (arXiv 2510.08951): Restore-RWKV's U-Net with FSO-Shift as its token shift and SFEB on its skips.
 
     Args:
-        in_chans, dim, depths, refinement: As for `RWKVUNet`.
+        in_chans, dim, depths, refinement: As in `RWKVUNet`.
     """
 
-    multiple = 16  # the deepest level's low band is of half its size
+    multiple = 16  # the deepest level's low band has half its size
 
     def __init__(
         self,
@@ -142,5 +142,5 @@ default_cfgs = generate_default_cfgs({"fs_rwkv": _cfg()})
 
 @register_model
 def fs_rwkv(pretrained=False, **kwargs):
-    """FS-RWKV in the sizes of Restore-RWKV."""
+    """FS-RWKV with the sizes of Restore-RWKV."""
     return build_model_with_cfg(FSRWKV, "fs_rwkv", pretrained, kwargs_filter=("num_classes",), **kwargs)

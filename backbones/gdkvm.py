@@ -3,12 +3,12 @@
 Paper: GDKVM: Echocardiography Video Segmentation via Spatiotemporal Key-Value Memory with Gated Delta Rule (ICCV 2025)
 - https://arxiv.org/abs/2512.10252
 
-Clips in, a mask per frame out. Each object has a memory of 64 keys and 256 values. A gated delta rule updates it once a
-frame, with all pixels of the frame at once, and the frame's keys then read it: the cost is linear in pixels and in
-frames, and the state is all that is carried. Around it stand the parts of Cutie (https://arxiv.org/abs/2310.12982): an
-encoder of masks, a sensory memory, object queries and a decoder.
+It takes clips and returns a mask per frame. Each object has a memory of 64 keys and 256 values. Once per frame, a gated
+delta rule updates it with all pixels of the frame; then the frame's keys read it. The cost is linear in pixels and in
+frames, and only the state is carried along. The other parts come from Cutie (https://arxiv.org/abs/2310.12982): a mask
+encoder, a sensory memory, object queries and a decoder.
 
-Maps are (B, C, H, W); of N objects they are folded into the batch, (B N, C, H, W).
+Maps are (B, C, H, W); with N objects, these are folded into the batch, (B N, C, H, W).
 """
 
 import math
@@ -30,7 +30,7 @@ KEYS, HEADS, QUERIES = 64, 8, 16
 
 
 class ClipState(NamedTuple):
-    """What is carried from frame to frame; of constant size.
+    """The state carried from frame to frame, of constant size.
 
     Attributes:
         memory: Values under keys ``(B, N, 64, 256)``.
@@ -52,11 +52,11 @@ def delta_memory(memory: Tensor, keys: Tensor, values: Tensor, decay: Tensor, be
 
         S' = decay (S - beta (sum_p k_p k_p^T) S) + beta sum_p k_p v_p^T
 
-    elementwise in decay and beta. `linzoo.ops.gated_delta` is the rule of one token after the other.
+    elementwise in decay and beta. `linzoo.ops.gated_delta` is the rule for one token after the other.
 
     Args:
         memory: S ``(B, N, K, V)``.
-        keys: ``(B, P, K)`` of P pixels.
+        keys: ``(B, P, K)`` for P pixels.
         values: ``(B, N, P, V)``.
         decay, beta: ``(B, N, K, V)``.
 
@@ -114,13 +114,13 @@ class SensoryGRU(nn.Conv2d):
 
 
 def _resnet(name: str, in_chans: int, levels: tuple[int, ...], device, dtype) -> nn.Module:
-    """A ResNet of timm up to its third stage, with the maps of `levels`."""
+    """A timm ResNet up to its third stage, with the maps of `levels`."""
     options = dict(in_chans=in_chans, features_only=True, out_indices=levels)
     return timm.create_model(name, **options, device=device, dtype=dtype)
 
 
 class MaskEncoder(nn.Module):
-    """Images and masks of N objects to their values ``(B N, 256, h, w)``, with the frame's features fused in."""
+    """Images and masks of N objects to their values ``(B N, 256, h, w)``, fused with the frame's features."""
 
     def __init__(self, dim: int, trunk: str, device=None, dtype=None):
         super().__init__()
@@ -135,7 +135,7 @@ class MaskEncoder(nn.Module):
 
 
 def others(mask: Tensor) -> Tensor:
-    """For each object's mask ``(B, N, H, W)`` that of all other objects."""
+    """For each object's mask ``(B, N, H, W)``, the mask of all other objects."""
     return (mask.sum(1, keepdim=True) - mask).clamp(0, 1)
 
 
@@ -183,7 +183,7 @@ class Summariser(nn.Module):
 
 
 class QueryBlock(nn.Module):
-    """Queries read what their masks let them see of the pixels, each other, and are read by the pixels."""
+    """Queries read the pixels that their masks allow, then each other; then the pixels read the queries."""
 
     def __init__(self, dim: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -196,7 +196,7 @@ class QueryBlock(nn.Module):
         self.pixel_ffn = CARes(dim, **dd)
 
     def forward(self, x: Tensor, at: Tensor, pixels: Tensor, where: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries x at ``(B N, 16, C)`` and pixels where ``(B N, C, h, w)``; `hidden` are pixels not to be read."""
+        """Queries x at ``(B N, 16, C)`` and pixels where ``(B N, C, h, w)``; `hidden` marks pixels not to be read."""
         flat, where = pixels.flatten(2).mT, where.flatten(2).mT
         x = self.norm1(x)
         x = x + self.read_pixels(x + at, flat + where, flat, attn_mask=hidden, need_weights=False)[0]
@@ -208,7 +208,7 @@ class QueryBlock(nn.Module):
 
 
 class QueryTransformer(nn.Module):
-    """Object queries, begun from the sums of the object's features, refine the map that was read from memory."""
+    """Object queries, initialised from the sums of the object's features, refine the map read from memory."""
 
     def __init__(self, dim: int, depth: int = 3, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -220,10 +220,10 @@ class QueryTransformer(nn.Module):
         self.mask_pred = nn.ModuleList(nn.Conv2d(dim, 1, 1, **dd) for _ in range(depth + 1))
 
     def hidden(self, logits: Tensor) -> Tensor:
-        """Of logits ``(B, 1 + N, h, w)`` the pixels that queries may not read ``(B N heads, 16, h w)``."""
+        """From logits ``(B, 1 + N, h, w)``, the pixels that queries may not read ``(B N heads, 16, h w)``."""
         foreground = (logits[:, 1:] == logits.amax(1, keepdim=True)).flatten(0, 1).flatten(1)
         hidden = torch.stack([~foreground, foreground], 1)
-        hidden = hidden & ~hidden.all(2, keepdim=True)  # who would see nothing sees all
+        hidden = hidden & ~hidden.all(2, keepdim=True)  # a query that would see nothing sees all
         return hidden.repeat_interleave(QUERIES // 2, 1).repeat_interleave(HEADS, 0)
 
     def forward(self, readout: Tensor, objects: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -287,17 +287,17 @@ class GDKVM(nn.Module):
     """GDKVM (arXiv 2512.10252), for clips of any length.
 
     Args:
-        encoder, mask_encoder: timm's names of the ResNets that read frames, and frames with masks.
-        decoder_dims: Channels of the decoder at 1/16, 1/8 and 1/4 of the size; the first ones are those of the values,
-            multiples of 32.
-        decay: How the memory decays, with ``a = -exp(A_log) softplus(W_a S + dt_bias)``: "published" as the first
-            release has it, by a itself, which is negative, and with the heads of a and of beta spread over the channels
-            in different ways; "grouped", by a, both spread alike; "exp" as the paper and the authors' last release,
+        encoder, mask_encoder: timm names of the ResNets that read frames, and frames with masks.
+        decoder_dims: Channels of the decoder at 1/16, 1/8 and 1/4 of the size. The first number is also that of the
+            values, a multiple of 32.
+        decay: How the memory decays, with ``a = -exp(A_log) softplus(W_a S + dt_bias)``. "published", as in the first
+            release: by a itself, which is negative, and the heads of a and of beta are spread over the channels in
+            different ways. "grouped": by a, both spread alike. "exp", as in the paper and the authors' last release:
             by ``exp(a)`` in (0, 1).
         in_chans: Channels of the frames.
 
     Raises:
-        ValueError: another decay, or numbers of channels that do not fit.
+        ValueError: unknown decay, or numbers of channels that do not fit.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -363,7 +363,7 @@ class GDKVM(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The convolution that gives the logits."""
+        """The convolution that outputs the logits."""
         return self.decoder.pred
 
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -375,7 +375,7 @@ class GDKVM(nn.Module):
         return f4, f8, pixels, key * gate + self.key_pixels(pixels) * (1 - gate)
 
     def gates(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Decay and beta of a memory ``(B, N, 64, 256)``, of its shape."""
+        """Decay and beta of a memory ``(B, N, 64, 256)``, in its shape."""
         width = memory.shape[-1] // HEADS
         beta = self.b_proj(memory).sigmoid().repeat_interleave(width, -1)
         a = -self.A_log.exp() * F.softplus(self.a_proj(memory) + self.dt_bias)
@@ -386,16 +386,16 @@ class GDKVM(nn.Module):
     def step(
         self, frame: Tensor, encoded: tuple[Tensor, Tensor, Tensor, Tensor], mask: Tensor, state: ClipState | None
     ) -> tuple[ClipState, dict[str, Tensor]]:
-        """One frame.
+        """Processes one frame.
 
         Args:
             frame: ``(B, C, H, W)``, white at 1.
-            encoded: What `encode` makes of it.
-            mask: The masks before it ``(B, N, H, W)``: of a first frame its own, where that is known, else 0.
-            state: The state in front of it; None for a first frame.
+            encoded: The output of `encode` for it.
+            mask: The masks before it ``(B, N, H, W)``. For a first frame, its own masks if they are known, else 0.
+            state: The state before it; None for a first frame.
 
         Returns:
-            The state behind it, and "logits" ``(B, 1 + N, H, W)`` of background and objects, and those of auxiliary
+            The state after it, "logits" ``(B, 1 + N, H, W)`` of background and objects, and the logits of auxiliary
             losses at 1/16 of the size, "sensory_logits" ``(B, 1 + N, h, w)`` and "q_logits" ``(B, 1 + N, 4, h, w)``.
         """
         f4, f8, pixels, key = encoded
@@ -433,10 +433,10 @@ class GDKVM(nn.Module):
     def run(
         self, frames: Tensor, mask: Tensor | None = None, state: ClipState | None = None
     ) -> tuple[list[dict[str, Tensor]], ClipState]:
-        """As `forward`, with all that `step` finds of each frame.
+        """As `forward`, with all outputs of `step` for each frame.
 
         Raises:
-            ValueError: another number of axes or channels, sides that are no multiples of 16, masks that do not fit.
+            ValueError: the number of axes or channels is wrong, sides are not multiples of 16, or masks do not fit.
         """
         if frames.dim() != 5 or frames.shape[2] != self.in_chans or frames.shape[1] == 0:
             raise ValueError(f"frames: expected (B, T, {self.in_chans}, H, W), got {tuple(frames.shape)}")
@@ -461,9 +461,9 @@ class GDKVM(nn.Module):
 
         Args:
             frames: ``(B, T, C, H, W)``, white at 1; sides are multiples of 16.
-            mask: Masks of the first frame ``(B, N, H, W)`` in [0, 1]; None where they are not known: the authors'
-                models, of one object, never see one.
-            state: What an earlier call gave for the frames before these; `mask` is then not read.
+            mask: Masks of the first frame ``(B, N, H, W)`` in [0, 1]; None if they are not known. The authors' models,
+                with one object, never see one.
+            state: The state from an earlier call with the frames before these; `mask` is then ignored.
 
         Returns:
             Logits of background and objects ``(B, T, 1 + N, H, W)``, and the state.
@@ -520,7 +520,7 @@ _RENAMES = [
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: GDKVM) -> dict[str, Tensor]:
-    """Converts the published state dict, bare or as the trainer saves it, to ours; positions are computed."""
+    """Converts the published state dict, bare or from the trainer, to ours; positions are computed."""
     state_dict = state_dict.get("weights", state_dict)  # pyright: ignore[reportAssignmentType]
     state_dict = unwrap_state_dict(state_dict)
     if "pixel_proj.weight" in state_dict:
@@ -555,14 +555,14 @@ def _create_gdkvm(variant, pretrained=False, **kwargs):
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        kwargs_filter=("num_classes",),  # objects are counted by the masks
+        kwargs_filter=("num_classes",),  # the masks give the number of objects
         **kwargs,
     )
 
 
 @register_model
 def gdkvm(pretrained: bool = False, **kwargs) -> GDKVM:
-    """GDKVM, as published: ResNet-50 reads the frames."""
+    """GDKVM as published: a ResNet-50 reads the frames."""
     return _create_gdkvm("gdkvm", pretrained, **kwargs)
 
 

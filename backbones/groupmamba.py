@@ -2,8 +2,8 @@
 
 Paper: GroupMamba: Efficient Group-Based Visual State Space Model (CVPR 2025) - https://arxiv.org/abs/2407.13772
 
-A four-stage pyramid whose token mixer splits the channels into four groups. Each group is a gated selective scan of its
-own that walks the image in one of four directions; a channel affinity, computed from the mixer's input, couples the
+A four-stage pyramid whose token mixer splits the channels into four groups. Each group has its own gated selective
+scan, which walks the image in one of four directions. A channel affinity, computed from the mixer's input, couples the
 groups again.
 
 Tokens are channel-last maps (B, H, W, C) throughout.
@@ -39,7 +39,7 @@ __all__ = ["GroupMamba"]
 GROUPS = 4
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+@register_notrace_module  # FX cannot trace scan orders, which depend on the map's size
 class GatedGroupScan(nn.Module):
     """M_g for all four groups: gated selective scans, each in its own direction.
 
@@ -170,23 +170,23 @@ class Stem(nn.Module):
 class GroupMamba(Pyramid):
     """GroupMamba (arXiv 2407.13772).
 
-    Every stage but the last ends in a LayerNorm that the next one reads through. The final norm belongs to the class
-    token: `forward_features` gives the last map without it; dense predictors apply it to that map (``norm=True``).
+    Every stage except the last ends in a LayerNorm; the next stage reads its output. The final norm belongs to the
+    class token: `forward_features` returns the last map without it. Dense predictors apply it (``norm=True``).
 
     Args:
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
-        global_pool: Pooling before the class block, which only a pooled token passes; '' for none.
+        global_pool: Pooling before the class block, which takes only a pooled token; '' for none.
         stem_width: Channels inside the stem.
         dims: Channels of each stage, multiples of 4.
         depths: Blocks of each stage.
         mlp_ratios: Hidden over outer width of each stage's MLPs.
-        mlp: What stands for an MLP in the stages: 'depthwise' (with a convolution in it, as published) or a name of
+        mlp: The MLP of the stages: 'depthwise' (with a convolution in it, as published) or a name from
             `layers.channel_mixer`: 'mlp', 'grkan', 'bspline_kan', 'fourier_kan'.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
-        distillation: Whether a second head learns from a teacher. Its output is averaged with the first head's, unless
-            `set_distilled_training` is on and the model trains: then `forward` returns both.
+        distillation: Whether a second head learns from a teacher. Its output is averaged with the first head's, except
+            in training with `set_distilled_training` on: then `forward` returns both.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class GroupMamba(Pyramid):
 
     @torch.jit.ignore
     def set_distilled_training(self, enable=True):
-        """Whether `forward` returns ``(logits, distillation logits)`` while the model trains."""
+        """Sets whether `forward` returns ``(logits, distillation logits)`` in training."""
         self.distilled_training = enable
 
     @torch.jit.ignore
@@ -287,7 +287,7 @@ class GroupMamba(Pyramid):
         x = self.global_pool(x)
         if self.global_pool.is_identity():
             x = self.norm(x)
-        else:  # one token of each kind of pooling, one after the other
+        else:  # one token per kind of pooling, one after the other
             x = self.norm(self.class_block(x.unflatten(-1, (-1, self.num_features)).flatten(0, 1))).reshape(x.shape)
         x = self.head_drop(x)
         if pre_logits:
@@ -300,9 +300,9 @@ class GroupMamba(Pyramid):
         return (logits + distilled) / 2
 
 
-# Keys of a mixer in the published state dict, beside its four `mamba_g{1..4}`.
+# Keys of a mixer in the published state dict, besides its four `mamba_g{1..4}`.
 _MIXER_KEYS = {"fc1": "affinity.fc1", "fc2": "affinity.fc2"}
-# Keys of one group, and ours for the four stacked; x_proj, dt_projs_* lose the leading 1.
+# Keys of one group, and ours for all four stacked; x_proj and dt_projs_* lose the leading 1.
 _GROUP_KEYS = {
     "in_proj.weight": "in_proj.weight",
     "conv2d.weight": "conv.weight",
@@ -376,7 +376,7 @@ default_cfgs = generate_default_cfgs(
 
 def _create_groupmamba(variant, pretrained=False, **kwargs):
     feature_cfg = dict(out_indices=(0, 1, 2, 3), feature_cls="getter", flatten_sequential=True)
-    if kwargs.get("feature_cls", "getter") == "getter":  # timm's other extractors give stages as they are
+    if kwargs.get("feature_cls", "getter") == "getter":  # timm's other extractors return stages as they are
         feature_cfg["norm"] = True
     return build_model_with_cfg(
         GroupMamba,

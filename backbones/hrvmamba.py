@@ -3,8 +3,8 @@
 Paper: HRVMamba: High-Resolution Visual State Space Model for Dense Prediction
 - https://arxiv.org/abs/2410.03174
 
-HRNet's parallel streams of stride 4, 8, 16 and 32, its convolution blocks replaced by dynamic visual state space (DVSS)
-blocks: depthwise convolutions of four sizes, then VMamba's four-route scan behind a deformable convolution.
+HRNet's parallel streams at strides 4, 8, 16 and 32. Its convolution blocks are replaced by dynamic visual state space
+(DVSS) blocks: depthwise convolutions of four sizes, then VMamba's four-route scan after a deformable convolution.
 
 Streams are NCHW between blocks, in channels-last memory, and channel-last (B, H, W, C) inside them.
 """
@@ -65,7 +65,7 @@ class DCNv4(nn.Module):
 
 
 class DSS2D(SS2D):
-    """SS2D whose convolution is deformable; with `squeeze`, its normalised output passes a squeeze-excite gate."""
+    """SS2D with a deformable convolution; with `squeeze`, its normalised output passes a squeeze-excite gate."""
 
     def __init__(self, dim: int, squeeze: bool = False, offset_conv: bool = False, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -128,7 +128,7 @@ class DVSSBlock(nn.Module):
 
 
 class Upward(nn.Module):
-    """From stream j to the finer stream i: a 1x1 convolution and 2^(j - i) times the size, bilinearly."""
+    """From stream j to the finer stream i: a 1x1 convolution and bilinear upsampling by 2^(j - i)."""
 
     def __init__(self, dim: int, dim_out: int, scale: float, device=None, dtype=None):
         super().__init__()
@@ -167,19 +167,19 @@ class Fusion(nn.Module):
         own, total = xs[self.i], 0
         for j, x in enumerate(xs):
             y = x if j == self.i else self.get_submodule(str(j))(x)
-            if y.shape[2:] != own.shape[2:]:  # sizes that were rounded up on the way down
+            if y.shape[2:] != own.shape[2:]:  # sizes were rounded up on the way down
                 y = F.interpolate(y, own.shape[2:], mode="bilinear")
             total = total + y
         return total.relu()
 
 
 class Exchange(nn.Module):
-    """Multi-resolution module: two DVSS blocks on every stream, then every stream receives from all.
+    """Multi-resolution module: two DVSS blocks on every stream, then every stream receives from all streams.
 
     Args:
         dims: Channels of each stream.
         drop_path: Rates of the two blocks.
-        block: `DVSSBlock` with what all blocks of the model share.
+        block: `DVSSBlock` with the arguments that all blocks of the model share.
     """
 
     def __init__(
@@ -198,18 +198,18 @@ class Exchange(nn.Module):
         self.fusions = nn.ModuleDict({str(i): Fusion(dims, i, **dd) for i in range(len(dims))})
 
     def forward(self, xs, streams=None):
-        """Streams in, streams out; `streams` restricts the output to those indices."""
+        """Maps streams to streams; `streams` restricts the output to those indices."""
         xs = [branch(x) for branch, x in zip(self.branches, xs, strict=True)]
         return [self.fusions[str(i)](xs) for i in (self.fusions if streams is None else streams)]
 
 
-@register_notrace_module  # FX cannot follow the scan orders and fusions, which depend on the maps' sizes
+@register_notrace_module  # FX cannot trace the scan orders and fusions, which depend on the maps' sizes
 class ParallelStage(nn.Module):
     """Transition to one more stream, then multi-resolution modules.
 
     Args:
-        dims_in: Channels of the streams that come in.
-        dims: Channels of the streams that go out; streams of other widths, and new ones, start from the coarsest.
+        dims_in: Channels of the input streams.
+        dims: Channels of the output streams. Streams with another width, and new ones, start from the coarsest.
         blocks: List of `Exchange`.
     """
 
@@ -226,7 +226,7 @@ class ParallelStage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, xs, streams=None):
-        """Streams in, streams out; `streams` restricts the output to those indices."""
+        """Maps streams to streams; `streams` restricts the output to those indices."""
         new = {int(i): layer(xs[-1]) for i, layer in self.transition.items()}
         xs = [new[i] if i in new else xs[i] for i in range(len(self.blocks[0].branches))]
         for i, block in enumerate(self.blocks):
@@ -236,7 +236,7 @@ class ParallelStage(nn.Module):
 
 
 class Neck(nn.Module):
-    """Classification neck of HRNet: the streams, widened, are added from the finest down; 2048 channels come out."""
+    """Classification neck of HRNet: the widened streams are added from the finest down, to a map of 2048 channels."""
 
     widths = (128, 256, 512, 1024)
     out_width = 2048
@@ -266,7 +266,7 @@ class HRVMamba(Pyramid):
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
         global_pool: Pooling before the classifier.
-        dim: Channels of the finest stream; each further one has twice as many.
+        dim: Channels of the finest stream; each further stream has twice as many.
         stem_dim: Inner width of the first stage's bottlenecks.
         modules: Multi-resolution modules of stages 2, 3 and 4.
         local: Depthwise position encodings in the blocks and squeeze-excite in their mixers (nano and tiny).
@@ -333,7 +333,7 @@ class HRVMamba(Pyramid):
     def forward_intermediates(
         self, x, indices=None, norm=False, stop_early=False, output_fmt="NCHW", intermediates_only=False
     ):
-        """The streams' maps; the arguments are those of `Pyramid.forward_intermediates`, and there is no final norm."""
+        """The streams' maps; arguments as in `Pyramid.forward_intermediates`, but there is no final norm."""
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt: expected 'NCHW' or 'NHWC', got {output_fmt!r}")
         take_indices, _ = feature_take_indices(len(self.feature_info), indices)
@@ -350,7 +350,7 @@ class HRVMamba(Pyramid):
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
         """Removes what the streams `indices` do not need; returns the indices, normalised.
 
-        With `prune_head` False all stays, since the classifier needs every stream.
+        With `prune_head` False everything is kept, since the classifier needs every stream.
         """
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         if prune_head:
@@ -363,7 +363,7 @@ class HRVMamba(Pyramid):
         return take_indices
 
     def final_features(self, x):
-        """The neck's map of the streams `x`, channel-last; the coarsest stream's where the neck was pruned."""
+        """The neck's map of the streams `x`, channel-last; the coarsest stream if the neck was pruned."""
         return (x[-1] if self.neck is None else self.neck(x)).permute(0, 2, 3, 1)
 
     def forward_features(self, x):
@@ -427,7 +427,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-# The streams run side by side: timm's extractors for chains of modules, and for graphs, become the one with hooks.
+# The streams run side by side, so timm's extractors for chains of modules and for graphs are replaced by hooks.
 _FEATURES = {"fx": "hook", "list": "hook", "dict": partial(FeatureHookNet, return_dict=True)}
 
 

@@ -4,7 +4,7 @@ Papers: Kolmogorov-Arnold Transformer (ICLR 2025) - https://arxiv.org/abs/2409.1
 FlashKAT: Understanding and Addressing Performance Bottlenecks in the Kolmogorov-Arnold Transformer (AAAI 2026)
 - https://arxiv.org/abs/2505.13813
 
-timm's ViT with a group-rational KAN in place of the MLP. Attention is softmax attention: quadratic in tokens.
+timm's ViT with a group-rational KAN instead of the MLP. It uses softmax attention, which is quadratic in tokens.
 """
 
 import re
@@ -22,7 +22,7 @@ from .layers.script import refuse_script
 
 __all__ = ["KAT"]
 
-register_notrace_function(resample_abs_pos_embed)  # FX cannot follow what depends on the image's size
+register_notrace_function(resample_abs_pos_embed)  # FX cannot trace what depends on the image's size
 
 
 def mimetic_factors(width, rank, scale, sign, device=None):
@@ -37,13 +37,13 @@ def mimetic_factors(width, rank, scale, sign, device=None):
 class KAT(VisionTransformer):
     """timm's VisionTransformer with `GRKAN` as MLP.
 
-    Positions are interpolated for images of another size, which are padded to whole patches.
+    Images of another size are padded to whole patches; positions are interpolated for them.
 
     Args:
-        weight_init: As timm's; or 'mimetic', the published runs' attention: query and key begin so that tokens attend
-            to themselves, value and projection so that they take away a part of their input (arXiv 2305.09828). It
-            costs a singular value decomposition per head. The KANs always begin so that they keep the variance.
-        kwargs: Everything else, as timm's.
+        weight_init: As in timm; or 'mimetic', the published runs' attention (arXiv 2305.09828): query and key start so
+            that tokens attend to themselves, value and projection so that they subtract a part of their input. It
+            costs a singular value decomposition per head. The KANs always start so that they keep the variance.
+        kwargs: Everything else, as in timm.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -65,7 +65,7 @@ class KAT(VisionTransformer):
     def _pos_embed(self, x):
         if (
             not isinstance(x, torch.fx.Proxy) and x.shape[0] == 0
-        ):  # timm infers a size from the elements, of which are none
+        ):  # timm infers a size from the elements, but there are none
             return super()._pos_embed(x.new_zeros(1, *x.shape[1:]))[:0]
         return super()._pos_embed(x)
 
@@ -83,7 +83,7 @@ class KAT(VisionTransformer):
 
 
 def checkpoint_filter_fn(state_dict, model):
-    """Converts a published state dict (KAT's or FlashKAT's), or a ViT's of timm, whose KANs then begin anew."""
+    """Converts a published state dict (KAT's or FlashKAT's), or that of a timm ViT; its KANs then start anew."""
     state_dict = unwrap_state_dict(state_dict)
     out = {}
     for key, value in state_dict.items():

@@ -2,9 +2,9 @@
 
 Paper: LocalMamba: Visual State Space Model with Windowed Selective Scan - https://arxiv.org/abs/2403.09338
 
-Vim and VMamba with more ways to walk the map: beside rows and columns, window by window, which keeps neighbours in the
-plane close in the sequence. Every layer scans along four of eight routes, found by a search; a gate weighs the channels
-of each scan before they are summed.
+Vim and VMamba with more ways to walk the map: besides rows and columns also window by window, which keeps neighbours
+in the plane close in the sequence. Every layer scans along four of eight routes, found by a search. A gate weights the
+channels of each scan before they are summed.
 """
 
 import functools
@@ -31,7 +31,7 @@ __all__ = ["LocalVMamba", "LocalVim"]
 # Routes: h row by row, v column by column, wK in windows of K x K, row by row within and between them; _flip reverses.
 GLOBAL = "h h_flip v v_flip"
 
-# The routes of each layer, as the authors' search found them (section 4.2).
+# The routes of each layer, from the authors' search (section 4.2).
 LOCALVIM_T = (
     "h v_flip w7 w7_flip", "h_flip w2_flip w7 w7_flip", "h h_flip v w7", GLOBAL, GLOBAL, GLOBAL,
     "h_flip v v_flip w7", "h_flip v v_flip w2_flip", GLOBAL, GLOBAL, "h v v_flip w2", "h v v_flip w2_flip",
@@ -63,29 +63,29 @@ LOCAL_VSSM_S = (
 
 
 def filled(n, K):
-    """The side n of a map when zeros have filled up its windows of K x K."""
+    """The side n of a map after zeros have filled up its windows of K x K."""
     return -(-n // K) * K
 
 
 def larger(m, n):
-    """The larger of two sides, without a guess at which it is when `torch.export` asks for any size."""
+    """The larger of two sides, without a guess at which one that is when `torch.export` asks for any size."""
     return torch.sym_max(m, n) if any(isinstance(side, torch.SymInt) for side in (m, n)) else max(m, n)
 
 
 def local_orders(H, W, routes, device=None):
-    """The orders of several routes over a map, ``(G, T)``, and over zeros that fill up windows below and to the right.
+    """The orders ``(G, T)`` of several routes over a map and over zeros that fill up windows below and to the right.
 
-    The map's tokens are 0 .. H * W - 1, row by row; the zeros are the tokens after them. A scan passes over the zeros
-    in its windows as over any token. Those in other routes' windows stand at its end, where they change nothing.
+    The map's tokens are 0 .. H * W - 1, row by row; the zeros are the tokens after them. A scan treats the zeros in its
+    windows like any token. Zeros of other routes' windows come at its end, where they change nothing.
     """
     size = {route: int(route[1]) if route[0] == "w" else 1 for route in routes}
     height, width = (functools.reduce(larger, [filled(n, K) for K in size.values()]) for n in (H, W))
     row, col = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
-    zero = torch.maximum(row - H, col - W) >= 0  # as one comparison: Inductor stumbles over "or" of a row and a column
+    zero = torch.maximum(row - H, col - W) >= 0  # one comparison: Inductor fails on "or" of a row and a column
     token = torch.where(zero, H * W - 1 + zero.flatten().cumsum(0).view(height, width), row * W + col)
     keys = []
     for route, K in size.items():
-        # Windows row by row, row by row within them; h is windows of one token.
+        # Windows row by row, and row by row within them; h is windows of one token.
         windowed = (row // K * width + col // K) * K**2 + row % K * K + col % K
         key = col * height + row if route[0] == "v" else windowed
         beyond = torch.maximum(row - filled(H, K), col - filled(W, K)) >= 0
@@ -94,9 +94,9 @@ def local_orders(H, W, routes, device=None):
     return token.flatten()[torch.stack(keys).flatten(1).argsort()].to(torch.int32)
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+@register_notrace_module  # FX cannot trace scan orders, which depend on the map's size
 class LocalSS2D(SS2D):
-    """VMamba's SS2D along four routes of the layer's own, each scan weighed by the gate before they are summed."""
+    """VMamba's SS2D along four routes of the layer's own. The gate weights each scan before they are summed."""
 
     def __init__(self, dim: int, routes: str, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -167,7 +167,7 @@ class LocalVMamba(Pyramid):
 
 
 class LocalVimMixer(VimMixer):
-    """Vim's mixer along four routes of the layer's own, ``(B, L, C)`` on a grid; a class token may stand in the middle.
+    """Vim's mixer along four routes of the layer's own, ``(B, L, C)`` on a grid; a class token may be in the middle.
 
     ``[x, z] = W_in u;  o_i = S6_i(SiLU(conv_i(x))) * SiLU(z);  W_out sum_i o_i * gate(o_i)``. The zeros that fill up
     windows pass through the convolutions, whose biases make them count.
@@ -184,7 +184,7 @@ class LocalVimMixer(VimMixer):
         M = grid[0] * grid[1]
         x, z = self.in_proj(u).chunk(2, dim=-1)
         order = local_orders(*grid, self.routes, u.device)
-        if L > M:  # the class token is met at its own place, whatever the route
+        if L > M:  # the class token keeps its own place on every route
             middle = order.new_full((len(self.routes), 1), M // 2)
             order = order + (order >= M // 2)
             order = torch.cat([order[:, : M // 2], middle, order[:, M // 2 :]], dim=1)
@@ -194,12 +194,12 @@ class LocalVimMixer(VimMixer):
         return self.out_proj(self.attn(y * F.silu(z).unsqueeze(2)).sum(2))
 
 
-GRID = 14  # the side of the map that positions are counted on
+GRID = 14  # side of the map in which positions are measured
 
 
 def rotate(x, grid, base, theta=10000.0):
-    """Rotary positions of tokens ``(B, L, C)`` on a grid: the first C / 2 channels turn with the row, the others with
-    the column, in pairs ``i`` by ``theta ** (-4 i / C)`` a step. A step is 1 / 14 of the map whose grid is `base`; for
+    """Rotary positions of tokens ``(B, L, C)`` on a grid. The first C / 2 channels turn with the row, the others with
+    the column, pair ``i`` by ``theta ** (-4 i / C)`` per step. A step is 1 / 14 of the map whose grid is `base`. For
     another grid, the tables of cosines and sines are interpolated bicubically.
     """
     row, column = (torch.arange(n, dtype=x.dtype, device=x.device) * (GRID / n) for n in base)
@@ -210,14 +210,14 @@ def rotate(x, grid, base, theta=10000.0):
     return turn(x, *tables.flatten(2).mT)
 
 
-@register_notrace_module  # FX cannot follow positions, which depend on the map's size
+@register_notrace_module  # FX cannot trace positions, which depend on the map's size
 class LocalVimBlock(nn.Module):
-    """``r + Mixer(RMS(r))`` with r, the stream in float32 whatever the weights' dtype, first rotated.
+    """``r + Mixer(RMS(r))`` with the stream r in float32 whatever the weights' dtype; r is rotated first.
 
     Args:
         dim: Channels.
         routes: The four routes.
-        rope: The grid that rotary positions are made for, None for none.
+        rope: The grid of the rotary positions, None for no rotation.
         drop_path: Stochastic depth.
     """
 
@@ -240,16 +240,16 @@ class LocalVimBlock(nn.Module):
 class LocalVim(Isotropic):
     """LocalVim (arXiv 2403.09338): Vim with local routes.
 
-    Images are filled up with zeros, below and to the right, to whole patches.
+    Images are padded with zeros, below and to the right, to whole patches.
 
     Args:
-        img_size: Height and width (or one side) that the position tables are made for; other sizes interpolate them.
+        img_size: Height and width (or one side) of images that fit the position tables; interpolated for other sizes.
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
         global_pool: As in `Isotropic`.
         dim: Width.
         routes: The routes of each block.
-        class_token: A class token in the middle of the sequence instead of rotary positions.
+        class_token: A class token in the middle of the sequence, instead of rotary positions.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
     """
@@ -290,13 +290,13 @@ class LocalVim(Isotropic):
 
     @torch.jit.ignore
     def no_weight_decay(self):
-        """Beside positions and class token, the skips and step biases: matrices here, vectors in the recipe."""
+        """Besides positions and class token, the skips and step biases: matrices here, vectors in the recipe."""
         scans = {name for name, _ in self.named_parameters() if name.endswith((".s6.D", ".s6.dt_bias"))}
         return super().no_weight_decay() | scans
 
     @staticmethod
     def _init_weights(module, needs_reset=False):
-        """All linear maps alike, those of S6 among them: the published models began so, with a step bias of 0."""
+        """Initialises all linear maps alike, also those of S6: the published models started so, with step bias 0."""
         Isotropic._init_weights(module, needs_reset)
         if isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
@@ -310,7 +310,7 @@ class LocalVim(Isotropic):
         return x.to(torch.promote_types(x.dtype, torch.float32)), grid
 
 
-# Published names of LocalVMamba's and ours.
+# LocalVMamba's published names, and ours.
 _LOCAL_VMAMBA_RENAMES = [
     (r"^patch_embed\.0\.", "stem.proj."),
     (r"^patch_embed\.2\.", "stem.norm."),
@@ -323,7 +323,7 @@ _LOCAL_VMAMBA_RENAMES = [
     (r"^classifier\.norm\.", "norm."),
     (r"^classifier\.head\.", "head.fc."),
 ]
-# Published names of LocalVim's, but for those of a mixer's four scans, which are numbered there and stacked here.
+# LocalVim's published names, except those of a mixer's four scans, which are numbered there and stacked here.
 _LOCALVIM_RENAMES = [
     (r"^patch_embed\.proj\.", "patch_embed."),
     (r"^norm_f\.", "norm."),

@@ -2,9 +2,9 @@
 
 Paper: MambaIR: A Simple Baseline for Image Restoration with State-Space Model (ECCV 2024) - https://arxiv.org/abs/2402.15648
 
-Groups of blocks at the image's own resolution, between a convolution in and a convolution, or pixel shuffles, out. A
-block mixes tokens by the four scans of VMamba's first version, and channels by convolutions with channel attention.
-MambaIRv2 (`mambair_v2.py`) and opensr-mamba (`mambair_opensr.py`) stand in the same frame.
+Groups of blocks at the image's own resolution, between an input convolution and an output convolution or pixel
+shuffles. A block mixes tokens by the four scans of VMamba's first version, and channels by convolutions with channel
+attention. MambaIRv2 (`mambair_v2.py`) and opensr-mamba (`mambair_opensr.py`) use the same frame.
 
 Maps are channel-last (B, H, W, C) inside; images are NCHW.
 """
@@ -24,12 +24,12 @@ class MambaIR(RestorationFrame):
     """MambaIR (arXiv 2402.15648), for images of any size.
 
     Args:
-        in_chans: Channels of the images; RGB ones are centred at the mean of DIV2K.
-        dim: Channels inside.
+        in_chans: Channels of the images; RGB images are centred at the mean of DIV2K.
+        dim: Inner channels.
         depths: Blocks of each group.
         d_state: States per channel of the scans.
         ssm_ratio: Inner width of the scans over `dim`.
-        scale: 2, 3 or 4 for super-resolution; 1 adds what the network predicts to the image.
+        scale: 2, 3 or 4 for super-resolution; with 1 the network's prediction is added to the image.
         light: Depthwise convolutions as channel mixers, and a head of one convolution.
         drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
     """
@@ -68,7 +68,7 @@ class MambaIR(RestorationFrame):
         )
 
 
-# The authors' names and ours; their order counts. Both versions, and opensr-mamba, have them.
+# The authors' names and ours; their order matters. They serve both versions and opensr-mamba.
 FRAME_NAMES = [*BODY_NAMES, *SCAN_BLOCK_NAMES]
 
 
@@ -94,7 +94,7 @@ def _create_mambair(variant, pretrained=False, **kwargs):
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        kwargs_filter=("num_classes",),  # what comes out has the channels of what goes in
+        kwargs_filter=("num_classes",),  # output channels equal input channels
         **kwargs,
     )
 
@@ -104,37 +104,37 @@ LIGHT = dict(dim=60, depths=(6, 6, 6, 6), d_state=10, ssm_ratio=1.2, light=True)
 
 @register_model
 def mambair_light_x2(pretrained: bool = False, **kwargs) -> MambaIR:
-    """MambaIR, light, to 2 times the size."""
+    """MambaIR, light, for 2 times the size."""
     return _create_mambair("mambair_light_x2", pretrained, **dict(dict(LIGHT, scale=2), **kwargs))
 
 
 @register_model
 def mambair_light_x3(pretrained: bool = False, **kwargs) -> MambaIR:
-    """MambaIR, light, to 3 times the size."""
+    """MambaIR, light, for 3 times the size."""
     return _create_mambair("mambair_light_x3", pretrained, **dict(dict(LIGHT, scale=3), **kwargs))
 
 
 @register_model
 def mambair_light_x4(pretrained: bool = False, **kwargs) -> MambaIR:
-    """MambaIR, light, to 4 times the size."""
+    """MambaIR, light, for 4 times the size."""
     return _create_mambair("mambair_light_x4", pretrained, **dict(dict(LIGHT, scale=4), **kwargs))
 
 
 @register_model
 def mambair_sr_x2(pretrained: bool = False, **kwargs) -> MambaIR:
-    """MambaIR to 2 times the size."""
+    """MambaIR for 2 times the size."""
     return _create_mambair("mambair_sr_x2", pretrained, **dict(dict(scale=2), **kwargs))
 
 
 @register_model
 def mambair_sr_x3(pretrained: bool = False, **kwargs) -> MambaIR:
-    """MambaIR to 3 times the size."""
+    """MambaIR for 3 times the size."""
     return _create_mambair("mambair_sr_x3", pretrained, **dict(dict(scale=3), **kwargs))
 
 
 @register_model
 def mambair_sr_x4(pretrained: bool = False, **kwargs) -> MambaIR:
-    """MambaIR to 4 times the size."""
+    """MambaIR for 4 times the size."""
     return _create_mambair("mambair_sr_x4", pretrained, **dict(dict(scale=4), **kwargs))
 
 

@@ -2,9 +2,8 @@
 
 Code and trained weights: opensr-mamba 0.0.1 (MIT), https://github.com/csaybar/opensr-mamba
 
-A small MambaIR for Sentinel-2 whose blocks have, in place of a channel mixer, an attention without parameters of its
-own. Its three trained checkpoints ship with the Python package `opensr-mamba`; they are read from there, and none of
-its code is imported.
+A small MambaIR for Sentinel-2. Instead of a channel mixer its blocks have an attention without parameters. The Python
+package `opensr-mamba` contains its three trained checkpoints. They are read from there; none of its code is imported.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from .mambair import FRAME_NAMES
 __all__ = ["OpenSRMamba", "packaged_weights"]
 
 PACKAGE = "opensr-mamba"
-# Of each model the file in the package and its SHA-256.
+# For each model, the file in the package and its SHA-256.
 WEIGHTS = {
     "opensr_sr": ("srmodel.pth", "ad578af59d18cb722b34256e6acc5e0ef59801998913a34dcdd30f79212d10e3"),
     "opensr_fusion1": ("fusionmodel01.pth", "9675830dca7fbc29979303461a8de55cbe1096fa4efe028921effc093534e822"),
@@ -55,17 +54,17 @@ class AttentionBlock(nn.Module):
 
 
 class OpenSRMamba(RestorationFrame):
-    """opensr-mamba, for images of any size and of reflectances (0 to 1).
+    """opensr-mamba, for images of any size, as reflectances (0 to 1).
 
     Args:
-        in_chans: Bands that go in.
-        num_classes: Bands that come out.
-        dim: Channels inside.
+        in_chans: Input bands.
+        num_classes: Output bands.
+        dim: Inner channels.
         depths: Blocks of each group.
         d_state: States per channel of the scans.
         ssm_ratio: Inner width of the scans over `dim`.
-        scale: How much larger what comes out is.
-        product: The attention multiplies; else it is added.
+        scale: Output size over input size.
+        product: Whether the attention multiplies; otherwise it is added.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class OpenSRMamba(RestorationFrame):
 
 
 def packaged_weights(name: str) -> str:
-    """The file of a model's trained weights in the installed package `opensr-mamba`; nothing of it is imported.
+    """The file with a model's trained weights in the installed package `opensr-mamba`; the package is not imported.
 
     Args:
         name: A model of this family.
@@ -113,14 +112,14 @@ def packaged_weights(name: str) -> str:
 
 
 def check_sha256(path: pathlib.Path, sha256: str) -> None:
-    """ValueError where a file has another SHA-256."""
+    """ValueError if a file has another SHA-256."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
         raise ValueError(f"weights {str(path)!r} have SHA-256 {found}; expected {sha256} as published")
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: OpenSRMamba) -> dict[str, Tensor]:
-    """Converts the published state dict to ours, without two numbers a block that its attention does not use."""
+    """Converts the published state dict to ours, without two numbers per block that its attention does not use."""
     unused = (".conv_blk.a_parameter", ".conv_blk.b_parameter")
     return convert({key: x for key, x in state_dict.items() if not key.endswith(unused)}, model, FRAME_NAMES)
 
@@ -163,7 +162,7 @@ def opensr_sr(pretrained: bool = False, **kwargs) -> OpenSRMamba:
 
 @register_model
 def opensr_fusion1(pretrained: bool = False, **kwargs) -> OpenSRMamba:
-    """opensr-mamba that brings six bands of 20 m to 10 m, beside four that have it."""
+    """opensr-mamba that brings six bands from 20 m to 10 m, using four bands that have 10 m."""
     return _create_opensr(
         "opensr_fusion1", pretrained, **dict(dict(in_chans=10, num_classes=6, product=True), **kwargs)
     )
@@ -171,5 +170,5 @@ def opensr_fusion1(pretrained: bool = False, **kwargs) -> OpenSRMamba:
 
 @register_model
 def opensr_fusion2(pretrained: bool = False, **kwargs) -> OpenSRMamba:
-    """opensr-mamba that brings bands of 10 m to 2.5 m, beside those that have it."""
+    """opensr-mamba that brings bands from 10 m to 2.5 m, using those that have 2.5 m."""
     return _create_opensr("opensr_fusion2", pretrained, **dict(dict(in_chans=10, num_classes=7), **kwargs))

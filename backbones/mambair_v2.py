@@ -2,10 +2,9 @@
 
 Paper: MambaIRv2: Attentive State Space Restoration (CVPR 2025) - https://arxiv.org/abs/2411.15269
 
-MambaIR's frame around layers of two halves: attention in shifted windows, and one scan of the pixels sorted by what
-they show (ASSM), each followed by a convolutional MLP. A small network gives every pixel one of a few classes; the scan
-walks class by class, and its output projections C are moved by a prompt of the class. The order is data: a permutation
-of each image's own.
+MambaIR's frame around layers of two halves: attention in shifted windows, and one scan of the pixels sorted by content
+(ASSM), each followed by a convolutional MLP. A small network assigns every pixel one of a few classes. The scan walks
+class by class; a prompt of the class is added to its output projections C. The order is data: a permutation per image.
 
 Maps are channel-last (B, H, W, C) inside; images are NCHW.
 """
@@ -29,7 +28,7 @@ __all__ = ["ASSM", "MambaIRv2"]
 Noise = Literal["training", "always", "never"]
 
 
-@register_notrace_module  # FX cannot follow windows, which depend on the map's size
+@register_notrace_module  # FX cannot trace windows, which depend on the map's size
 class ShiftedWindowAttention(nn.Module):
     """Swin's attention in windows of a map ``(B, H, W, C)``, which is first rolled by `shift` up and to the left.
 
@@ -51,18 +50,18 @@ class ShiftedWindowAttention(nn.Module):
         return y.roll((self.shift, self.shift), (1, 2)) if self.shift else y
 
 
-@register_notrace_module  # FX cannot follow an order that depends on the image
+@register_notrace_module  # FX cannot trace an order that depends on the image
 class ASSM(nn.Module):
     """Attentive state-space module of a map ``(B, H, W, C)`` (section 3.3).
 
-    Every pixel gets a class, the most probable after Gumbel noise; one scan visits the pixels sorted by class, ties in
-    raster order::
+    Every pixel gets a class, the most probable after Gumbel noise. One scan visits the pixels sorted by class, with
+    ties in raster order::
 
         c = argmax(log softmax(route(x)) + noise);   u = W_in x;   u = u * sigmoid(DWConv(u))
         y = S6(u) along sort(c), with C_j + prompt_j at step j;    W_out LN(y)
 
-    `prompt_j` is that of **pixel** j in raster order, not of the pixel that step j visits: so the authors' code has it,
-    and so published weights want it. In training the gradient reaches the route through the softmax (straight through).
+    `prompt_j` belongs to **pixel** j in raster order, not to the pixel that step j visits. The authors' code does this,
+    so published weights need it. In training the gradient reaches the route through the softmax (straight through).
 
     Args:
         dim: Channels C.
@@ -73,7 +72,7 @@ class ASSM(nn.Module):
         noise: When noise is drawn: in "training", "always" (the authors' choice: their results are random), or "never".
 
     Raises:
-        ValueError: another `noise`.
+        ValueError: unknown `noise`.
     """
 
     def __init__(
@@ -118,7 +117,7 @@ class ASSM(nn.Module):
         return hard + (soft - soft.detach())
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """A map ``(B, H, W, C)`` to the same; `noise` ``(B, H * W, classes)`` in place of what would be drawn."""
+        """A map ``(B, H, W, C)`` to the same; `noise` ``(B, H * W, classes)`` replaces random noise."""
         H, W = x.shape[1:3]
         policy = self.classify(x.flatten(1, 2), noise)
         order = policy.detach().argmax(-1).argsort(dim=-1, stable=True)  # (B, L)
@@ -134,7 +133,7 @@ class ASSM(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention in windows, then ASSM; around each with its MLP a residual connection of learnt scales s.
+    """Attention in windows, then ASSM; each, with its MLP, inside a residual connection with learnt scales s.
 
     ``y = x + MHSA(LN(x));  x = s_1 x + y + MLP(LN(y));  y = x + ASSM(LN(x));  x = s_2 x + y + MLP(LN(y))``.
     """
@@ -167,12 +166,12 @@ class Layer(nn.Module):
         return x * self.scale2 + (y + self.mlp2(self.norm4(y)))
 
 
-@register_notrace_function  # FX cannot follow what depends on the image's size
+@register_notrace_function  # FX cannot trace what depends on the image's size
 def mirror_pad(x: Tensor, multiple: int) -> Tensor:
-    """Images ``(B, C, H, W)``, mirrored below and to the right, the edge repeated, to multiples of `multiple`.
+    """Images ``(B, C, H, W)``, mirrored below and to the right (edge included) to multiples of `multiple`.
 
     Raises:
-        ValueError: a side is shorter than what it lacks.
+        ValueError: a side is shorter than the padding that it needs.
     """
     for axis in (2, 3):
         side = x.shape[axis]
@@ -188,11 +187,11 @@ def mirror_pad(x: Tensor, multiple: int) -> Tensor:
 
 
 class MambaIRv2(RestorationFrame):
-    """MambaIRv2 (arXiv 2411.15269), for images of any size from half a window on.
+    """MambaIRv2 (arXiv 2411.15269), for images of any size from half a window up.
 
     Args:
-        in_chans: Channels of the images; RGB ones are centred at the mean of DIV2K.
-        dim: Channels inside.
+        in_chans: Channels of the images; RGB images are centred at the mean of DIV2K.
+        dim: Inner channels.
         depths: Layers of each group.
         num_heads: Heads of the attention.
         window: Side of its windows; every second layer shifts them by half of it.
@@ -200,7 +199,7 @@ class MambaIRv2(RestorationFrame):
         classes: Classes of pixels.
         rank: Rank of the prompts.
         mlp_ratio: Inner width of scans and MLPs over `dim`.
-        scale: 2, 3 or 4 for super-resolution; 1 adds what the network predicts to the image.
+        scale: 2, 3 or 4 for super-resolution; with 1 the network's prediction is added to the image.
         light: Gated MLPs, and a head of one convolution.
         noise: When classes are drawn with Gumbel noise: in "training", "always" as the authors do, or "never".
     """
@@ -273,7 +272,7 @@ _RENAMES = [
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: MambaIRv2) -> dict[str, Tensor]:
-    """Converts the published state dict to ours; the positions of tokens in a window are computed, not loaded."""
+    """Converts the published state dict to ours; token positions in a window are computed, not loaded."""
     found = convert(state_dict, model, _RENAMES)
     return {key: value for key, value in found.items() if not key.endswith("relative_position_index_SA")}
 
@@ -299,7 +298,7 @@ def _create_mambairv2(variant, pretrained=False, **kwargs):
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        kwargs_filter=("num_classes",),  # what comes out has the channels of what goes in
+        kwargs_filter=("num_classes",),  # output channels equal input channels
         **kwargs,
     )
 

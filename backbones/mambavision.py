@@ -2,8 +2,8 @@
 
 Paper: MambaVision: A Hybrid Mamba-Transformer Vision Backbone (CVPR 2025) - https://arxiv.org/abs/2407.08083
 
-Two stages of convolutions, then two of windows: the first half of a stage's blocks scans the tokens of each window
-beside a branch without a scan, the second half mixes them by softmax attention. Written from the paper's equations;
+Two convolutional stages, then two windowed ones. In these, the first half of a stage's blocks scans the tokens of each
+window, next to a branch without a scan; the second half uses softmax attention. Written from the paper's equations;
 the authors' code and weights are for non-commercial use.
 
 Maps are channel-last (B, H, W, C) between stages.
@@ -44,16 +44,16 @@ class ConvBlock(nn.Module):
         return x + self.drop_path(self.norm2(self.conv2(y))).permute(0, 2, 3, 1)
 
 
-@register_notrace_module  # FX cannot follow the operator's checks of shapes
+@register_notrace_module  # FX cannot trace the operator's checks of shapes
 class MambaVisionMixer(nn.Module):
-    """A scan in one half of the channels, a convolution alone in the other, on the tokens ``(B, L, C)`` of windows.
+    """A scan in one half of the channels, only a convolution in the other, on the tokens ``(B, L, C)`` of windows.
 
     ``[x, z] = W_in u;  x, z = SiLU(conv(x)), SiLU(conv(z));  W_out [S6(x), z]``: the convolutions are centred, 3 taps
     along the tokens, and z is no gate.
 
-    With `reorder` (arXiv 2410.03292) the scan's tokens come in increasing order of ``k . (W_dt r + b)``, of their step
-    sizes before the softplus: "soft" mixes them by a `SoftSort`, "hard" permutes them. z is not sorted, and what the
-    scan puts out is not turned back.
+    With `reorder` (arXiv 2410.03292) the scan's tokens are sorted by increasing ``k . (W_dt r + b)``, computed from
+    their step sizes before the softplus: "soft" mixes them by a `SoftSort`, "hard" permutes them. z is not sorted, and
+    the scan's output is not sorted back.
     """
 
     def __init__(self, dim: int, d_state: int = 8, reorder: str | None = None, device=None, dtype=None):
@@ -74,7 +74,7 @@ class MambaVisionMixer(nn.Module):
         return self.out_proj(torch.cat([self.scan(x.contiguous()), z], dim=-1))
 
     def scan(self, x: Tensor) -> Tensor:
-        """The scan of ``(B, L, C / 2)``; what it puts out is sorted as its tokens are."""
+        """The scan of ``(B, L, C / 2)``; its output is in the order of its tokens."""
         if self.importance is None:
             return self.s6(x, merge=True)
         scores = self.scores(x)
@@ -111,12 +111,12 @@ class Block(nn.Module):
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
 
-@register_notrace_module  # FX cannot follow windows, which depend on the map's size
+@register_notrace_module  # FX cannot trace windows, which depend on the map's size
 class WindowStage(Stage):
     """A `Stage` whose blocks see the tokens ``(B windows, w w, C)`` of windows of side w that do not overlap.
 
-    The map is filled up with zeros at the right and below. What is filled in takes part in every block and is cut off
-    behind the last one. Where one window is larger than the map, that is said once.
+    The map is padded with zeros on the right and below. The padding takes part in every block and is cut off after the
+    last one. If one window is larger than the map, a warning says so once.
     """
 
     def __init__(self, blocks: list[nn.Module], downsample: nn.Module, window: int):
@@ -124,7 +124,7 @@ class WindowStage(Stage):
         self.window = window
 
     def run_blocks(self, x: Tensor) -> Tensor:
-        """The blocks alone."""
+        """Runs only the blocks."""
         (_, height, width, _), w = x.shape, self.window
         if not torch.compiler.is_compiling() and w > max(height, width):
             warnings.warn(
@@ -152,20 +152,20 @@ class MambaVision(Pyramid):
         num_classes: Classes; 0 for none.
         global_pool: Pooling before the classifier.
         stem_dim: Channels between the stem's convolutions.
-        dim: Channels of the first stage; each further one has twice as many.
+        dim: Channels of the first stage; each further stage has twice as many.
         depths: Blocks of each stage.
-        num_heads: Attention's heads of the last two stages.
-        window_size: Sides of the windows of the last two stages. Windows larger than the map make attention global,
-            and fill the map up with zeros that attention sees.
-        init_values: What layer scales begin as; None for none.
+        num_heads: Attention heads of the last two stages.
+        window_size: Window sides of the last two stages. If windows are larger than the map, attention is global, and
+            the map is padded with zeros that attention sees.
+        init_values: Initial layer scales; None for none.
         reorder: "soft" or "hard" sorts the tokens of the first block of each windowed stage by importance; None for
             none.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
 
     Raises:
-        ValueError: `window_size` is no pair of positive integers, heads do not divide a stage's channels, or there is
-            no such `reorder`.
+        ValueError: `window_size` is not a pair of positive integers, heads do not divide a stage's channels, or there
+            is no such `reorder`.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class MambaVision(Pyramid):
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """All linear maps alike, those of the scans among them: the published models began with a step bias of 0."""
+        """Initialises all linear maps alike, also the scans': the published models started with a step bias of 0."""
         super().init_weights(needs_reset)
         for module in self.modules():
             if isinstance(module, S6):
@@ -230,7 +230,7 @@ class MambaVision(Pyramid):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Of the scans what is a vector, or is marked, in the published code: A, D and the step's bias."""
+        """Parameters of the scans that are vectors, or marked, in the published code: A, D and the step's bias."""
         return {n for n, _ in self.named_parameters() if n.endswith((".s6.A_log", ".s6.D", ".s6.dt_bias"))}
 
 
@@ -317,13 +317,13 @@ def mambavision_t(pretrained: bool = False, **kwargs) -> MambaVision:
 
 @register_model
 def mambavision_t_reorder(pretrained: bool = False, **kwargs) -> MambaVision:
-    """MambaVision-T whose scans in the first block of each windowed stage take tokens by importance (2410.03292)."""
+    """MambaVision-T; scans in the first block of each windowed stage take tokens by importance (arXiv 2410.03292)."""
     return _create_mambavision("mambavision_t_reorder", pretrained, **dict(dict(reorder="soft"), **kwargs))
 
 
 @register_model
 def mambavision_t2(pretrained: bool = False, **kwargs) -> MambaVision:
-    """MambaVision-T2: three blocks more in the third stage."""
+    """MambaVision-T2: three more blocks in the third stage."""
     return _create_mambavision("mambavision_t2", pretrained, **dict(dict(depths=(1, 3, 11, 4)), **kwargs))
 
 
@@ -336,20 +336,20 @@ def mambavision_s(pretrained: bool = False, **kwargs) -> MambaVision:
 
 @register_model
 def mambavision_b(pretrained: bool = False, **kwargs) -> MambaVision:
-    """MambaVision-B, also of the weights of ImageNet-21k."""
+    """MambaVision-B, also for the weights from ImageNet-21k."""
     model_args = dict(dim=128, stem_dim=64, depths=(3, 3, 10, 5), init_values=1e-5)
     return _create_mambavision("mambavision_b", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mambavision_l(pretrained: bool = False, **kwargs) -> MambaVision:
-    """MambaVision-L, also of the weights of ImageNet-21k."""
+    """MambaVision-L, also for the weights from ImageNet-21k."""
     model_args = dict(dim=196, stem_dim=64, depths=(3, 3, 10, 5), num_heads=(16, 32), init_values=1e-5)
     return _create_mambavision("mambavision_l", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mambavision_l2(pretrained: bool = False, **kwargs) -> MambaVision:
-    """MambaVision-L2: two blocks more in the third stage than L; ``window_size=(32, 16)`` for the weights of 512 px."""
+    """MambaVision-L2: two more blocks in the third stage than L; ``window_size=(32, 16)`` for the 512 px weights."""
     model_args = dict(dim=196, stem_dim=64, depths=(3, 3, 12, 5), num_heads=(16, 32), init_values=1e-5)
     return _create_mambavision("mambavision_l2", pretrained, **dict(model_args, **kwargs))

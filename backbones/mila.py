@@ -2,8 +2,8 @@
 
 Paper: Demystify Mamba in Vision: A Linear Attention Perspective (NeurIPS 2024) - https://arxiv.org/abs/2405.16605
 
-A four-stage pyramid. All blocks are Mamba's, with linear attention in the place of the scan: normalised, with rotary
-positions of rows and columns, and a depthwise convolution of the values beside it.
+A four-stage pyramid. All blocks are Mamba's, with linear attention instead of the scan. The attention is normalised and
+has rotary positions for rows and columns; a depthwise convolution of the values is added to it.
 
 Maps are channel-last (B, H, W, C) throughout.
 """
@@ -25,10 +25,10 @@ __all__ = ["MILA"]
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """Normalised linear attention with rotary positions, of a map's positive q, k and of v, all ``(B, H, W, C)``.
+    """Normalised linear attention with rotary positions, for a map's positive q, k and for v, all ``(B, H, W, C)``.
 
-    ``y_i = R(q_i)^T (sum_j R(k_j) v_j^T) / (q_i . sum_j k_j)`` per head: the normaliser sees no rotation. Each sum
-    is a mean in the computation, so that it stays in range for any number of tokens.
+    ``y_i = R(q_i)^T (sum_j R(k_j) v_j^T) / (q_i . sum_j k_j)`` per head; the normaliser is not rotated. Sums are
+    computed as means, so that they stay in range for any number of tokens.
     """
     height, width, channels = q.shape[1:]
     row, column = (torch.arange(n, dtype=torch.float32, device=q.device) for n in (height, width))
@@ -44,7 +44,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     return (y / norm).flatten(2).unflatten(1, (height, width))
 
 
-@register_notrace_module  # FX cannot follow positions, which depend on the map's size
+@register_notrace_module  # FX cannot trace positions, which depend on the map's size
 class MILAMixer(nn.Module):
     """``v = SiLU(DWConv(W_in u));  [q, k] = elu(W_qk v) + 1;  W_out ((attention(q, k, v) + DWConv(v)) SiLU(W_g u))``.
 

@@ -1,4 +1,4 @@
-"""A model's card for the Hugging Face Hub, filled from ours."""
+"""Fills a model card for the Hugging Face Hub from ours."""
 
 import importlib.resources
 import re
@@ -25,21 +25,21 @@ _USAGE = (
 
 
 def hub_task(name: str) -> str:
-    """The Hub's name of what a registered model does, as `timm.models.push_to_hf_hub` takes it for `task_name`."""
+    """The Hub's name for the task of a registered model, for `task_name` of `timm.models.push_to_hf_hub`."""
     return _TASKS.get(kind_of(name) or "", "image-classification")
 
 
 def model_card(name: str, metrics: Mapping[str, float] | None = None, license: str = "unknown") -> dict[str, Any]:
-    """What `timm.models.push_to_hf_hub` takes for `model_card`: paper, citation, licences, metrics, how to load it.
+    """The `model_card` argument of `timm.models.push_to_hf_hub`: paper, citation, licences, metrics, how to load it.
 
     Args:
-        name: of a registered model of the zoo or of timm.
+        name: a registered model of the zoo or of timm.
         metrics: of your weights, by name.
-        license: of your weights, an identifier of the Hub (``apache-2.0``). Where you started from published ones,
-            theirs binds you; the card names it.
+        license: of your weights, a Hub identifier (``apache-2.0``). If you started from published weights, their
+            licence binds you; the card names it.
 
     Raises:
-        RuntimeError: no such model (timm's error).
+        RuntimeError: there is no such model (timm's error).
     """
     family = model_entrypoint(name).__module__.rpartition(".")[2]
     cfg, text = get_pretrained_cfg(name), _card_of(family)
@@ -64,7 +64,7 @@ def model_card(name: str, metrics: Mapping[str, float] | None = None, license: s
 
 
 def _card_of(family: str) -> str:
-    """Our card that a family stands in: the one that links its file; empty for families of timm's that have none."""
+    """Our card that covers a family: the one that links its file; empty for timm's families without a card."""
     cards = importlib.resources.files("linzoo").joinpath("model_cards")
     texts = {card.name: card.read_text(encoding="utf-8") for card in cards.iterdir()}
     linking = [text for text in texts.values() if f"(../backbones/{family}.py)" in text]

@@ -3,8 +3,8 @@
 Paper: M-VAR: Decoupled Scale-wise Autoregressive Modeling for High-Quality Image Generation -
 https://arxiv.org/abs/2411.10433
 
-An image is K maps of codes, coarse to fine, with sides p_1 < ... < p_K; each map is predicted at once, given the
-earlier ones. A block mixes the tokens of a map by attention, then those of all maps so far by a causal Mamba-2::
+An image is K maps of codes, coarse to fine, with sides p_1 < ... < p_K. Each map is predicted at once, given the
+earlier maps. A block mixes the tokens of a map by attention, then the tokens of all maps so far by a causal Mamba-2::
 
     x += g_1 Attention(LN(x));   x += g_2 Mamba2(LN(x));   x += g_3 MLP(LN(x))
 
@@ -33,17 +33,17 @@ __all__ = ["MVAR"]
 
 HEAD_DIM = 64
 STATES = 64  # N of Mamba-2
-MAX_SCALE = math.log(100)  # of the attention's sharpness
+MAX_SCALE = math.log(100)  # largest attention sharpness (logarithm)
 SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 
 def widen(x: Tensor) -> Tensor:
-    """float32 at least."""
+    """Casts to float32 or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Memory(NamedTuple):
-    """Where a Mamba-2 stands: its convolution's last inputs ``(B, 3, C)`` and its state ``(B, heads, P, N)``."""
+    """The state of a Mamba-2: its convolution's last inputs ``(B, 3, C)`` and its state ``(B, heads, P, N)``."""
 
     inputs: Tensor
     state: Tensor
@@ -74,7 +74,7 @@ class Mamba2(nn.Module):
         nn.init.ones_(self.D)
 
     def forward(self, u: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """Tokens, behind those that `memory` comes from, to the same shape; and the memory behind them."""
+        """Tokens, which follow those of `memory`, to the same shape; and the memory after them."""
         z, x, dt = self.in_proj(u).split([self.inner, self.inner + 2 * STATES, self.heads], 2)
         before = x.new_zeros(len(x), self.conv.weight.shape[2] - 1, x.shape[2]) if memory is None else memory.inputs
         x = torch.cat([before, x], 1)
@@ -94,8 +94,8 @@ class MapAttention(nn.Module):
 
     Args:
         dim: Channels, a multiple of 64.
-        unit_queries: Scale queries and keys to length 1, and queries by what each head learns, up to 100; else the
-            scores are ``q k / 32``.
+        unit_queries: Scale queries and keys to length 1, then queries by a factor that each head learns, up to 100.
+            Otherwise the scores are ``q k / 32``.
     """
 
     def __init__(self, dim: int, unit_queries: bool = True, device=None, dtype=None):
@@ -115,7 +115,7 @@ class MapAttention(nn.Module):
             nn.init.constant_(self.log_scale, math.log(4))
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Tokens ``(B, L, D)`` of maps of so many tokens each, to the same shape."""
+        """Tokens ``(B, L, D)`` of maps with `lengths` tokens, to the same shape."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias.to(self.qkv.weight.dtype))
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -131,7 +131,7 @@ class MapAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """See the module's docstring; `modulation` gives the gates, the scales and the shifts of the three, in turn."""
+    """See the module's docstring; `modulation` gives the gates, scales and shifts of the three, in turn."""
 
     def __init__(self, dim: int, drop_path: float = 0.0, unit_queries: bool = True, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -145,7 +145,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cond: Tensor, lengths: Sequence[int], memory: Memory | None = None
     ) -> tuple[Tensor, Memory]:
-        """Tokens ``(B, L, D)`` of maps of so many tokens, behind those that `memory` comes from; the next memory."""
+        """Tokens ``(B, L, D)`` of maps with `lengths` tokens, which follow those of `memory`; and the next memory."""
         g1, g2, g3, s1, s2, s3, b1, b2, b3 = self.modulation(cond).unsqueeze(1).chunk(9, 2)
         x = x + self.drop_path(self.attn(torch.addcmul(b1, self.norm(x), 1 + s1), lengths) * g1)
         y, after = self.mamba(torch.addcmul(b2, self.norm(x), 1 + s2), memory)
@@ -157,17 +157,17 @@ class MVAR(nn.Module):
     """M-VAR (arXiv 2411.10433): the codes of all maps of an image, each given the coarser maps and a class.
 
     Args:
-        depth: Blocks; also the heads, and the width D over 64.
+        depth: Blocks; also the number of heads, and the width D over 64.
         patch_nums: Sides p_k of the maps.
-        V: Codes.
+        V: Number of codes.
         Cvae: Channels of a code.
         num_classes: Classes; the table has one more row for "no class".
-        attn_l2_norm: See `MapAttention`; the published files have it where they have `scale_mul_1H11`.
+        attn_l2_norm: See `MapAttention`; needed for published files that contain `scale_mul_1H11`.
         drop_path_rate: Of the last block; None for ``0.1 depth / 24``.
-        gate_init: How the first two gates' weights are scaled at the start (`alng`).
+        gate_init: Initial scale of the first two gates' weights (`alng`).
 
     Raises:
-        ValueError: sides that do not grow; a number below 1.
+        ValueError: the sides do not grow; a number is below 1.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -254,16 +254,16 @@ class MVAR(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layer groups for layer-wise decay of the learning rate."""
+        """Layer groups for layer-wise learning rate decay."""
         return dict(stem=r"^(class_embed|pos_|word_embed|level_embed)", blocks=r"^blocks\.(\d+)")
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The layer that gives the logits."""
+        """The layer that outputs the logits."""
         return self.head
 
     def embed(self, y: Tensor, inputs: Tensor | None, first: int = 0, count: int | None = None) -> Tensor:
-        """The tokens of `count` maps (None for all) from the map `first` on.
+        """The tokens of `count` maps (None for all), starting with map `first`.
 
         Args:
             y: Classes ``(B,)``.
@@ -281,7 +281,7 @@ class MVAR(nn.Module):
         return torch.cat(parts, 1) + level + self.pos_embed[:, start:stop]
 
     def decide(self, x: Tensor, y: Tensor) -> Tensor:
-        """The last block's tokens to logits ``(B, L, V)`` in float32 at least."""
+        """The last block's tokens to logits ``(B, L, V)`` in float32 or wider."""
         scale, shift = self.modulation(F.silu(self.class_embed(y))).unsqueeze(1).chunk(2, 2)
         return widen(self.head(torch.addcmul(shift, self.norm(x), 1 + scale)))
 
@@ -293,10 +293,10 @@ class MVAR(nn.Module):
             inputs: ``(B, L - p_1^2, Cvae)``, the tokenizer's `to_inputs`.
 
         Returns:
-            ``(B, L, V)``, float32 at least.
+            ``(B, L, V)``, float32 or wider.
 
         Raises:
-            ValueError: inputs of another shape.
+            ValueError: the inputs have another shape.
         """
         expected = (len(y), sum(self.lengths[1:]), self.Cvae)
         if tuple(inputs.shape) != expected:
@@ -309,16 +309,16 @@ class MVAR(nn.Module):
     def step(
         self, y: Tensor, inputs: Tensor | None, k: int, memories: list[Memory] | None = None
     ) -> tuple[Tensor, list[Memory]]:
-        """The logits of map k alone, given what the blocks remember of the earlier maps.
+        """The logits of only map k, given the blocks' memories of the earlier maps.
 
         Args:
             y: Classes ``(B,)``.
             inputs: ``(B, p_k^2, Cvae)``, the sum so far at the size of the map; None for the first.
             k: Which map, from 0.
-            memories: What the step of the map before gave back; None for the first.
+            memories: Those that the step of the previous map returned; None for the first.
 
         Returns:
-            ``(B, p_k^2, V)`` in float32 at least, and the memories for the next step, which do not grow.
+            ``(B, p_k^2, V)`` in float32 or wider, and the memories for the next step, which do not grow.
         """
         x, cond, after = self.embed(y, inputs, k, 1), F.silu(self.class_embed(y)), []
         for block, memory in zip(self.blocks, memories or itertools.repeat(None)):  # noqa: B905
@@ -328,7 +328,7 @@ class MVAR(nn.Module):
 
 
 def check_sides(patch_nums: Sequence[int]) -> tuple[int, ...]:
-    """The sides of the maps; ValueError where they do not grow."""
+    """The sides of the maps; ValueError if they do not grow."""
     sides = tuple(patch_nums)
     if not sides or sides[0] < 1 or any(a >= b for a, b in itertools.pairwise(sides)):
         raise ValueError(f"patch_nums: expected sides that grow from 1 at least, got {sides}")
@@ -351,7 +351,7 @@ _COMPUTED = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "attn.patch_nums"
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: MVAR) -> dict[str, Tensor]:
-    """Converts the authors' state dict to ours; what they compute is left out."""
+    """Converts the authors' state dict to ours, without the values that are computed here."""
     state_dict, out = unwrap_state_dict(state_dict), {}
     if "pos_1LC" not in state_dict:
         return state_dict
@@ -396,19 +396,19 @@ def _create_mvar(variant, pretrained=False, **kwargs):
 
 @register_model
 def mvar_d12(pretrained: bool = False, **kwargs) -> MVAR:
-    """M-VAR of 12 blocks."""
+    """M-VAR with 12 blocks."""
     return _create_mvar("mvar_d12", pretrained, **dict(dict(depth=12), **kwargs))
 
 
 @register_model
 def mvar_d16(pretrained: bool = False, **kwargs) -> MVAR:
-    """M-VAR-d16; the published weights want `attn_l2_norm=False`."""
+    """M-VAR-d16; the published weights need `attn_l2_norm=False`."""
     return _create_mvar("mvar_d16", pretrained, **dict(dict(depth=16), **kwargs))
 
 
 @register_model
 def mvar_d20(pretrained: bool = False, **kwargs) -> MVAR:
-    """M-VAR-d20; the published weights want `attn_l2_norm=False`."""
+    """M-VAR-d20; the published weights need `attn_l2_norm=False`."""
     return _create_mvar("mvar_d20", pretrained, **dict(dict(depth=20), **kwargs))
 
 
@@ -420,7 +420,7 @@ def mvar_d24(pretrained: bool = False, **kwargs) -> MVAR:
 
 @register_model
 def mvar_d30(pretrained: bool = False, **kwargs) -> MVAR:
-    """M-VAR of 30 blocks."""
+    """M-VAR with 30 blocks."""
     return _create_mvar("mvar_d30", pretrained, **dict(dict(depth=30, gate_init=1e-5), **kwargs))
 
 

@@ -1,9 +1,9 @@
-"""The multi-scale VQ-VAE of VAR, as M-VAR takes it over.
+"""The multi-scale VQ-VAE of VAR, as used by M-VAR.
 
 Paper: Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction -
 https://arxiv.org/abs/2404.02905
 
-Images (B, 3, H, W) in [-1, 1] become features f (B, C, H / 16, W / 16), and these K maps of codes, coarse to fine::
+Images (B, 3, H, W) in [-1, 1] become features f (B, C, H / 16, W / 16), then K maps of codes, coarse to fine::
 
     r = f;   i_k = the code nearest to r at side p_k;   h = refine_k(code at full size);   r = r - h;   f_hat += h
 
@@ -36,7 +36,7 @@ def norm(dim: int, **dd) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """``x + conv(SiLU(norm(conv(SiLU(norm(x))))))``; x passes a 1 x 1 convolution where the widths differ."""
+    """``x + conv(SiLU(norm(conv(SiLU(norm(x))))))``; x passes a 1 x 1 convolution if the widths differ."""
 
     def __init__(self, dim: int, dim_out: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -65,12 +65,12 @@ class AttnBlock(nn.Module):
 
 
 def middle(dim: int, **dd) -> nn.Sequential:
-    """What lies at the lowest resolution."""
+    """The layers at the lowest resolution."""
     return nn.Sequential(ResBlock(dim, dim, **dd), AttnBlock(dim, **dd), ResBlock(dim, dim, **dd))
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each with attention behind it or none of them."""
+    """Residual blocks of one resolution, all followed by attention or none."""
 
     def __init__(self, dim: int, dim_out: int, count: int, attention: bool, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features ``(B, C, h, w)`` to images ``(B, in_chans, 16 h, 16 w)``; `levels` stand in the order they run in."""
+    """Features ``(B, C, h, w)`` to images ``(B, in_chans, 16 h, 16 w)``; `levels` are in the order of execution."""
 
     def __init__(
         self, ch: int, dim: int, in_chans: int = 3, multipliers: Sequence[int] = MULTIPLIERS, device=None, dtype=None
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
 
 
 class Quantized(NamedTuple):
-    """What `MVARTokenizer.quantize` finds.
+    """The result of `MVARTokenizer.quantize`.
 
     Attributes:
         indices: codes of each map ``(B, p_k^2)``.
@@ -167,10 +167,11 @@ class Quantizer(nn.Module):
 
 
 class MVARTokenizer(nn.Module):
-    """VAR's tokenizer: images to K maps of codes, and back. Images have ``2^(levels - 1)`` (16) px a token of the last.
+    """VAR's tokenizer: images to K maps of codes, and back. A token of the last map covers ``2^(levels - 1)`` (16) px.
 
     Args:
-        V: Codes.
+        V: Number of codes.
+        Cvae: Channels C of a code.
         Cvae: Channels C of a code.
         ch: Width of the first level of encoder and decoder, a multiple of 32.
         patch_nums: Sides p_k of the maps.
@@ -178,7 +179,7 @@ class MVARTokenizer(nn.Module):
         ch_mult: Width of each level over `ch`.
 
     Raises:
-        ValueError: sides that do not grow; a width that is no multiple of 32.
+        ValueError: the sides do not grow; a width is not a multiple of 32.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -214,7 +215,7 @@ class MVARTokenizer(nn.Module):
         self.refiners = refiners(len(self.patch_nums))
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """After `to_empty`: fills the parameters."""
+        """Fills the parameters after `to_empty`."""
         for module in self.modules() if needs_reset else ():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -231,14 +232,14 @@ class MVARTokenizer(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The layer that gives the image."""
+        """The layer that outputs the image."""
         return self.decoder.head
 
     def encode(self, image: Tensor) -> Tensor:
         """Images ``(B, in_chans, S, S)`` to features ``(B, Cvae, p_K, p_K)``.
 
         Raises:
-            ValueError: images of another size or number of channels.
+            ValueError: the images have another size or number of channels.
         """
         expected = (self.in_chans, self.img_size, self.img_size)
         if image.dim() != 4 or tuple(image.shape[1:]) != expected:
@@ -254,13 +255,13 @@ class MVARTokenizer(nn.Module):
         return 0.5 * h + 0.5 * self.quantizer.refine[self.refiners[k]](h)
 
     def shrink(self, x: Tensor, k: int) -> Tensor:
-        """A map ``(B, Cvae, p_K, p_K)`` at the size of map k, as tokens ``(B, p_k^2, Cvae)``."""
+        """A map ``(B, Cvae, p_K, p_K)`` resized to map k, as tokens ``(B, p_k^2, Cvae)``."""
         side = self.patch_nums[k]
         x = x if side == x.shape[2] else F.interpolate(x, (side, side), mode="area")
         return x.flatten(2).mT
 
     def walk(self, f: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each map its codes, found for features `f`, and the sum behind it."""
+        """For each map, its codes for features `f`, and the sum after it."""
         f_hat, rest = torch.zeros_like(f), f
         for k in range(len(self.patch_nums)):
             indices = self.quantizer.nearest(self.shrink(rest, k))
@@ -274,7 +275,7 @@ class MVARTokenizer(nn.Module):
         return Quantized(list(indices), sums[-1])
 
     def to_inputs(self, indices: Sequence[Tensor]) -> Tensor:
-        """Codes of all maps to what a transformer sees of them ``(B, L - p_1^2, Cvae)``: the sums so far, resized."""
+        """Codes of all maps to the inputs of a transformer ``(B, L - p_1^2, Cvae)``: the sums so far, resized."""
         f_hat, found = 0.0, [self.quantizer.codes.weight.new_zeros(len(indices[0]), 0, self.Cvae)]
         for k, codes in enumerate(indices[:-1]):
             f_hat = f_hat + self.enlarge(k, codes)
@@ -286,14 +287,14 @@ class MVARTokenizer(nn.Module):
         return self.decoder(self.post(f_hat)).clamp(-1, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Images to what their codes keep of them, in [-1, 1]."""
+        """Images to their reconstructions from codes, in [-1, 1]."""
         return self.decode(self.quantize(self.encode(image)).f_hat)
 
     def losses(self, image: Tensor) -> dict[str, Tensor]:
-        """What training minimises: the squared error of the image, and how far sums and features lie apart.
+        """The training losses: the squared error of the image, and the distance between sums and features.
 
-        The gradient passes from f_hat to f as if nothing were quantised (straight through). Of each scale's distance,
-        the codes are drawn to the features, and 0.25 of it draws the features to the codes.
+        The gradient passes from f_hat to f as if nothing were quantised (straight through). Each scale's distance draws
+        the codes to the features; with weight 0.25 it draws the features to the codes.
         """
         f = self.encode(image)
         apart, f_hat = f.new_zeros(()), f
@@ -304,9 +305,9 @@ class MVARTokenizer(nn.Module):
 
 
 def refiners(K: int) -> list[int]:
-    """Which of the four convolutions refines each of K maps: that with the tick nearest to ``k / (K - 1)``.
+    """Which of the four convolutions refines each of K maps: the one whose tick is nearest to ``k / (K - 1)``.
 
-    The ticks go from 1/12 to 11/12. Ties fall as they do in float64, on which published weights depend.
+    The ticks go from 1/12 to 11/12. Ties are resolved as in float64, because published weights depend on it.
     """
     first, last = 1 / 3 / REFINERS, 1 - 1 / 3 / REFINERS
     ticks = torch.linspace(first, last, REFINERS, dtype=torch.float64, device="cpu")
@@ -337,8 +338,8 @@ _RENAMES = [
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: MVARTokenizer) -> dict[str, Tensor]:
-    """Converts the authors' state dict to ours; the counts of the codes' use are left out."""
-    top = len(model.decoder.levels) - 1  # theirs runs first
+    """Converts the authors' state dict to ours, without the counts of how often codes are used."""
+    top = len(model.decoder.levels) - 1  # their top level runs first
     state_dict, out = unwrap_state_dict(state_dict), {}
     if "quantize.embedding.weight" not in state_dict:
         return state_dict

@@ -3,11 +3,11 @@
 Paper: OccRWKV: Rethinking Efficient 3D Semantic Occupancy Prediction with Linear Complexity (ICRA 2025)
 - https://arxiv.org/abs/2409.19987
 
-From the voxels that a LiDAR sweep hit to a class of every voxel of the scene. Three branches, each with blocks of
-Vision-RWKV on maps seen from above (bird's-eye views, BEV): Sem-RWKV on the occupied voxels alone, Geo-RWKV on all,
-BEV-RWKV a U-Net of maps that the other two feed.
+From the voxels that a LiDAR sweep hits, it predicts a class for every voxel of the scene. Three branches have blocks of
+Vision-RWKV on maps seen from above (bird's-eye views, BEV). Sem-RWKV reads only the occupied voxels, Geo-RWKV all
+voxels. BEV-RWKV is a U-Net of maps, which the other two feed.
 
-Voxels are (B, ..., X, Y, Z) at input and output; maps are NCHW with H along Y and W along X, as the authors have them.
+Voxels are (B, ..., X, Y, Z) at input and output; maps are NCHW with H along Y and W along X, as in the authors' code.
 """
 
 import re
@@ -32,7 +32,7 @@ class BEVBlock(RWKVBlock):
 
     def __init__(self, dim: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
-        # All blocks begin as the authors' do: as the first of 18.
+        # Initialised as in the authors' code: every block as the first of 18.
         super().__init__(dim, SpatialMix(dim, 0, 18, **dd), ChannelMix(dim, None, 0, 18, **dd), first_norm=True, **dd)
 
     def forward(self, x):
@@ -44,7 +44,7 @@ class BEVBlock(RWKVBlock):
 
 
 class DoubleConv(nn.Sequential):
-    """Twice a convolution 3x3, BatchNorm and LeakyReLU 0.01."""
+    """Two times a 3x3 convolution, BatchNorm and LeakyReLU 0.01."""
 
     def __init__(self, dim: int, dim_out: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -59,14 +59,14 @@ class DoubleConv(nn.Sequential):
 
 
 class Down(nn.Sequential):
-    """Half the size: the largest of 2x2, and a `DoubleConv`."""
+    """Half the size: 2x2 max pooling and a `DoubleConv`."""
 
     def __init__(self, dim: int, dim_out: int, device=None, dtype=None):
         super().__init__(nn.MaxPool2d(2), DoubleConv(dim, dim_out, device=device, dtype=dtype))
 
 
 class Up(nn.Module):
-    """The map, bilinearly at twice the size, beside the skip's, and a `DoubleConv`."""
+    """Bilinear upsampling to twice the size, concatenation with the skip, and a `DoubleConv`."""
 
     def __init__(self, dim: int, skip: bool, dim_out: int, device=None, dtype=None):
         super().__init__()
@@ -80,10 +80,10 @@ class Up(nn.Module):
 
 
 class BEVFusion(nn.Module):
-    """The three branches' maps, weighed by channel: ``sum_i f_i sigmoid(W_i mean(f_i))``.
+    """The three branches' maps, weighted by channel: ``sum_i f_i sigmoid(W_i mean(f_i))``.
 
     Args:
-        dim: Channels of the BEV branch's map; the others' have the width `dim_in` and are brought to it first.
+        dim: Channels of the BEV branch's map. The others have width `dim_in` and are brought to `dim` first.
     """
 
     def __init__(self, dim: int, dim_in: int, device=None, dtype=None):
@@ -100,11 +100,11 @@ class BEVFusion(nn.Module):
 
 
 class BEVStage(nn.Module):
-    """A level of the U-Net: half the size, an RWKV block, and the other branches' maps fused into it.
+    """A level of the U-Net: half the size, an RWKV block, and fusion with the other branches' maps.
 
     Args:
-        dim, dim_out: Channels of the map that comes and of the one that goes.
-        fused: Whether there are other branches' maps, of `dim_out / 2` channels.
+        dim, dim_out: Channels of the input map and of the output map.
+        fused: Whether there are other branches' maps, with `dim_out / 2` channels.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -118,19 +118,19 @@ class BEVStage(nn.Module):
         self.fusion = BEVFusion(dim_out, dim_out // 2, **dd) if fused else None
 
     def forward(self, x, sem=None, com=None):
-        """Map ``(B, dim, Y, X)`` and the others' of half the size, `dim_out / 2` channels, to `dim_out` channels."""
+        """Map ``(B, dim, Y, X)`` and other maps of half its size with `dim_out / 2` channels, to `dim_out` channels."""
         x = self.block(self.down(x))
         return x if self.fusion is None else self.fusion(x, sem, com)
 
 
 class BEVUNet(nn.Module):
-    """BEV-RWKV: a U-Net of maps from above, an RWKV block after each level, into which the other branches are fused.
+    """BEV-RWKV: a U-Net of maps from above, with an RWKV block after each level; the other branches are fused into it.
 
     Args:
         height: Voxels Z along the height.
         in_chans: Channels of the input map; None for ``2 * height``.
-        num_classes: Classes, 0 among them for empty voxels.
-        dims: Widths at strides 1, 2, 4, 8 and 16; the other branches' maps at 2, 4, 8 have half of theirs.
+        num_classes: Classes, including 0 for empty voxels.
+        dims: Widths at strides 1, 2, 4, 8 and 16; the other branches' maps at 2, 4 and 8 have half as many channels.
         drop_rate: Dropout before the classifier.
     """
 
@@ -151,7 +151,7 @@ class BEVUNet(nn.Module):
         self.norm = nn.BatchNorm2d(in_chans, **dd)
         self.stem = DoubleConv(in_chans, dims[0], **dd)
         self.stages = nn.ModuleList(BEVStage(dims[i], dims[i + 1], fused=i < 3, **dd) for i in range(4))
-        # From the coarsest level up: what comes from below, the skip, what goes on.
+        # From the coarsest level up: channels from below, of the skip, and of the output.
         widths = zip(
             (dims[4], dims[3], dims[2], dims[1]),
             (dims[3], dims[2], dims[1], dims[0]),
@@ -183,7 +183,7 @@ class BEVUNet(nn.Module):
 
 
 class ResidualConv3d(nn.Module):
-    """``ReLU(Conv(ReLU(Conv(x))) + shortcut(x))`` of 3x3x3 voxels, the shortcut 1x1x1 where the width changes."""
+    """``ReLU(Conv(ReLU(Conv(x))) + shortcut(x))`` with 3x3x3 kernels; the shortcut is 1x1x1 if the width changes."""
 
     def __init__(self, dim: int, dim_out: int, dilation: int = 1, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -197,11 +197,11 @@ class ResidualConv3d(nn.Module):
 
 
 class CompletionBranch(nn.Module):
-    """Geo-RWKV: dense convolutions of the occupancy at strides 2, 4 and 8, seen from above, and an RWKV block on each.
+    """Geo-RWKV: dense convolutions of the occupancy at strides 2, 4 and 8, each seen from above with an RWKV block.
 
     Args:
         height: Voxels Z along the height.
-        widths: Channels of the maps that come out.
+        widths: Channels of the output maps.
         dim: Channels of voxels at stride 2; twice and four times as many at 4 and 8.
     """
 
@@ -237,16 +237,16 @@ class CompletionBranch(nn.Module):
 
 
 def flat_index(coordinates, size):
-    """Place of each of ``(N, 4)`` coordinates (sample, x, y, z) in a dense array ``(B, X, Y, Z)`` of `size`."""
+    """Index of each of ``(N, 4)`` coordinates (sample, x, y, z) in a dense array ``(B, X, Y, Z)`` of `size`."""
     b, x, y, z = coordinates.unbind(1)
     return ((b * size[1] + x) * size[2] + y) * size[3] + z
 
 
 def coarsen(coordinates, size, factor):
-    """Cells of `factor` voxels a side that hold one of ``(N, 4)`` voxels.
+    """Cells with sides of `factor` voxels that hold at least one of ``(N, 4)`` voxels.
 
     Returns:
-        Their coordinates ``(M, 4)``, sorted; which of them each voxel is in ``(N,)``; the coarse grid's size.
+        Their coordinates ``(M, 4)``, sorted; the cell of each voxel ``(N,)``; the coarse grid's size.
     """
     divisor = coordinates.new_tensor([1, factor, factor, factor])
     size = (size[0], *(-(-n // factor) for n in size[1:]))
@@ -255,14 +255,14 @@ def coarsen(coordinates, size, factor):
 
 
 def cell_mean(features, cell, count):
-    """Mean of ``(N, C)`` features in each of `count` cells, none of them empty; summed in float32 at least."""
+    """Mean of ``(N, C)`` features in each of `count` cells, none of them empty; summed in float32 or wider."""
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
     total = wide.new_zeros(count, wide.shape[1]).index_add(0, cell, wide)
     return (total / cell_count(cell, count)[:, None]).to(features.dtype)
 
 
 def cell_count(cell, count):
-    """How many of the voxels are in each of `count` cells."""
+    """Number of voxels in each of `count` cells."""
     return torch.zeros(count, dtype=torch.long, device=cell.device).index_add(0, cell, torch.ones_like(cell))
 
 
@@ -273,7 +273,7 @@ def cell_max(features, cell, count):
 
 
 def from_above(features, coordinates, size):
-    """The largest of ``(N, C)`` features of each column, 0 where it is empty, as a map ``(B, C, Y, X)``."""
+    """The largest of ``(N, C)`` features in each column, 0 if it is empty, as a map ``(B, C, Y, X)``."""
     batch, X, Y, _ = size
     b, x, y, _ = coordinates.unbind(1)
     column = (b * Y + y) * X + x
@@ -283,7 +283,7 @@ def from_above(features, coordinates, size):
 
 
 def neighbours(coordinates, size):
-    """Rows of the 27 voxels around each of ``(N, 4)``, itself the 14th: ``(N, 27)``, N where there is none."""
+    """Rows of the 27 voxels around each of ``(N, 4)``, with itself as the 14th: ``(N, 27)``; N for missing ones."""
     padded = (size[0], *(n + 2 for n in size[1:]))
     table = torch.full((padded[0] * padded[1] * padded[2] * padded[3],), len(coordinates), device=coordinates.device)
     centre = flat_index(coordinates + coordinates.new_tensor([0, 1, 1, 1]), padded)
@@ -295,7 +295,7 @@ def neighbours(coordinates, size):
 
 
 class SubmanifoldConv3d(nn.Module):
-    """Convolution 3x3x3 of occupied voxels, computed where there are some (arXiv 1711.10275)."""
+    """3x3x3 convolution computed only at occupied voxels (arXiv 1711.10275)."""
 
     def __init__(self, dim: int, dim_out: int, device=None, dtype=None):
         super().__init__()
@@ -324,10 +324,10 @@ class SparseResidual(nn.Module):
 
 
 class MultiScalePooling(nn.Module):
-    """Each voxel beside the means of its neighbourhoods of several sizes, which a gate chooses from by channel.
+    """Adds to each voxel the means of neighbourhoods of several sizes; a gate chooses among them by channel.
 
-    ``x + W (sum_s softmax_s(G_s LeakyReLU(R sum_s y_s)) y_s)`` with y_s a linear map of the mean over cells of s voxels
-    a side: selective kernels (arXiv 1903.06586), voxel by voxel.
+    ``x + W (sum_s softmax_s(G_s LeakyReLU(R sum_s y_s)) y_s)`` with y_s a linear map of the mean over cells with sides
+    of s voxels: selective kernels (arXiv 1903.06586), voxel by voxel.
     """
 
     scales = (2, 4, 6, 8)
@@ -352,12 +352,12 @@ class MultiScalePooling(nn.Module):
 
 
 class SemanticBranch(nn.Module):
-    """Sem-RWKV: occupied voxels alone, at strides 2, 4 and 8; seen from above, an RWKV block on each map.
+    """Sem-RWKV: only occupied voxels, at strides 2, 4 and 8; seen from above, with an RWKV block on each map.
 
     Args:
         dim: Channels of the voxels at stride 1.
         widths: Channels at strides 2, 4 and 8.
-        num_classes: Classes of the auxiliary heads, which know no empty voxels.
+        num_classes: Classes of the auxiliary heads, without the class of empty voxels.
     """
 
     def __init__(self, dim: int, widths: Sequence[int], num_classes: int = 19, device=None, dtype=None):
@@ -390,11 +390,11 @@ class SemanticBranch(nn.Module):
 
 
 class VoxelEncoder(nn.Module):
-    """Features of occupied voxels from where they are, after the authors' encoder of points.
+    """Features of occupied voxels, computed from their positions, modelled on the authors' encoder of points.
 
-    Of each voxel: its place in the scene, its offset from the mean of its cell's voxels, the cell's share of them, for
-    cells of 2 and 4 voxels a side, linear maps of both, multiplied as the authors' are, beside the cell's maximum; a
-    linear map of it all.
+    For each voxel, and for cells with sides of 2 and 4 voxels: its place in the scene, its offset from the mean of its
+    cell's voxels, and the cell's share of them. Linear maps of both are multiplied as in the authors' code and
+    concatenated with the cell's maximum; a linear map of it all follows.
     """
 
     scales = (2, 4)
@@ -425,18 +425,18 @@ class VoxelEncoder(nn.Module):
 class OccRWKV(AnyMemoryFormat):
     """OccRWKV (arXiv 2409.19987) on voxels.
 
-    The authors encode the sweep's points; here a voxel's features come from the occupied voxels around it. The sparse
-    convolutions are index look-ups and matrix products: nothing but PyTorch.
+    The authors encode the sweep's points. Here a voxel's features come from the occupied voxels around it. The sparse
+    convolutions are index look-ups and matrix products, in PyTorch only.
 
     Args:
         height: Voxels Z along the height, a multiple of 8.
-        num_classes: Classes, 0 among them for empty voxels.
+        num_classes: Classes, including 0 for empty voxels.
         dims: Widths of the U-Net at strides 1, 2, 4, 8 and 16.
         voxel_dim: Channels of the voxel features.
         drop_rate: Dropout before the classifier.
 
     Raises:
-        ValueError: `height` is no multiple of 8.
+        ValueError: `height` is not a multiple of 8.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -491,7 +491,7 @@ class OccRWKV(AnyMemoryFormat):
         return occupied
 
     def branches(self, voxels):
-        """Voxels ``(B, 1, X, Y, Z)`` to logits and what the auxiliary losses of training read.
+        """Voxels ``(B, 1, X, Y, Z)`` to logits and the inputs of the auxiliary training losses.
 
         Returns:
             Logits ``(B, classes, X, Y, Z)``; for strides 2, 4, 8 pairs of logits ``(N, classes - 1)`` of the occupied
@@ -499,7 +499,7 @@ class OccRWKV(AnyMemoryFormat):
             empty and occupied ``(B, 2, X / s, Y / s, Z / s)``.
 
         Raises:
-            ValueError: another shape, or a sample without occupied voxels.
+            ValueError: the shape is wrong, or a sample has no occupied voxels.
         """
         occupied = self._check(voxels)
         coordinates, size = occupied.nonzero(), tuple(occupied.shape)
@@ -514,10 +514,10 @@ class OccRWKV(AnyMemoryFormat):
         return logits, semantic, completion
 
     def forward(self, voxels):
-        """Voxels ``(B, 1, X, Y, Z)``, occupied where they exceed 0, to logits ``(B, classes, X, Y, Z)``.
+        """Voxels ``(B, 1, X, Y, Z)``, occupied if above 0, to logits ``(B, classes, X, Y, Z)``.
 
         Raises:
-            ValueError: another shape, or a sample without occupied voxels.
+            ValueError: the shape is wrong, or a sample has no occupied voxels.
         """
         return self.branches(voxels)[0]
 
@@ -553,7 +553,7 @@ def checkpoint_filter_fn(state_dict, model):
 def _cfg(first_conv, classifier, num_classes=20):
     return dict(
         num_classes=num_classes,
-        input_size=None,  # timm knows sizes of images alone
+        input_size=None,  # timm only knows image sizes
         first_conv=first_conv,
         classifier=classifier,
         origin_url="https://github.com/jmwang0117/OccRWKV",
@@ -577,13 +577,13 @@ def _create_part(cls, variant, pretrained, *without, **kwargs):
 
 @register_model
 def occrwkv_bev_unet(pretrained=False, **kwargs):
-    """OccRWKV's BEV branch alone: maps from above and the other branches' maps to classes of voxels."""
+    """Only OccRWKV's BEV branch: maps from above and the other branches' maps to classes of voxels."""
     return _create_part(BEVUNet, "occrwkv_bev_unet", pretrained, **kwargs)
 
 
 @register_model
 def occrwkv_bev_block(pretrained=False, **kwargs):
-    """A level of OccRWKV's BEV branch: the map's and the other branches'."""
+    """A level of OccRWKV's BEV branch, which fuses its map with the other branches' maps."""
     return _create_part(BEVStage, "occrwkv_bev_block", pretrained, "num_classes", "in_chans", **kwargs)
 
 

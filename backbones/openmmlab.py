@@ -1,6 +1,6 @@
-"""The zoo as backbone of OpenMMLab's configs: ``custom_imports = dict(imports=["linzoo.backbones.openmmlab"])``.
+"""The zoo as a backbone for OpenMMLab configs: ``custom_imports = dict(imports=["linzoo.backbones.openmmlab"])``.
 
-This module alone needs mmengine; `linzoo.backbones` does not import it.
+Of the backbones, only this module needs mmengine; `linzoo.backbones` does not import it.
 """
 
 import re
@@ -31,27 +31,27 @@ stand_in()  # before mmseg and mmdet look for mmcv's operators
 class LinZooBackbone(BaseModule):
     """Maps of a timm model for mmdet, mmseg and mmpretrain: `type="LinZooBackbone"` in any of their configs.
 
-    A model with stages gives their maps, at the strides that it has (4, 8, 16 and 32 for most). One whose tokens keep
-    one resolution (Vim, Vision-RWKV, KAT ...) gives four maps at strides 4, 8, 16 and 32: the patch tokens after the
-    first to the fourth quarter of its blocks, brought there by the simple pyramid of ViTDet (arXiv 2203.16527).
+    A model with stages returns their maps, at its own strides (4, 8, 16 and 32 for most). A model whose tokens keep one
+    resolution (Vim, Vision-RWKV, KAT ...) returns four maps at strides 4, 8, 16 and 32: the patch tokens after the
+    first to the fourth quarter of its blocks, resized by the simple pyramid of ViTDet (arXiv 2203.16527).
 
-    Whatever the chosen maps do not need is taken away, so that every parameter gets a gradient.
+    Layers that the chosen maps do not need are removed, so that every parameter gets a gradient.
 
     The state dict has the timm model's names under ``model.``. State dicts of the authors' own detectors and segmenters
-    (``backbone.*`` in the authors' names, norms of the maps as ``outnorm{i}``) are converted when they are loaded.
+    (``backbone.*`` in the authors' names, norms of the maps as ``outnorm{i}``) are converted on loading.
 
     Args:
         model_name: Name of a model of the zoo or of timm.
         model_kwargs: Further keywords of `timm.create_model`.
-        pretrained: True for the model's published weights; or a file (.safetensors, .pth) or URL of a checkpoint of any
-            trainer, in the authors' layout or ours, of the classifier or of a model around it (see
+        pretrained: True for the model's published weights; or a file (.safetensors, .pth) or URL of a checkpoint from
+            any trainer, in the authors' layout or ours, of the classifier or of a model around it (see
             `linzoo.backbones.checkpoints`).
         out_indices: The maps to return, as indices of levels.
-        out_norm: Give each map a LayerNorm of its own in place of the model's final norm. Without it the maps are those
-            of the model's `features_only`.
+        out_norm: Give each map its own LayerNorm instead of the model's final norm. Without it the maps are those of
+            the model's `features_only`.
         frozen_stages: -1: nothing is frozen; 0: the stem; k: the stem and the first k stages (quarters of the blocks,
-            where there are no stages). What is frozen learns nothing and stays in eval mode.
-        norm_eval: Keep every BatchNorm in eval mode while the rest trains.
+            if there are no stages). Frozen parts do not learn and stay in eval mode.
+        norm_eval: Keep every BatchNorm in eval mode in training.
         with_cp: Save memory by gradient checkpointing.
         drop_path_rate: Stochastic depth of the last block.
 
@@ -60,8 +60,8 @@ class LinZooBackbone(BaseModule):
         strides: Their strides.
 
     Raises:
-        ValueError: an unknown model; a level that the model does not have; a checkpoint of another model.
-        FileNotFoundError: `pretrained` names no file.
+        ValueError: unknown model; a level that the model does not have; a checkpoint of another model.
+        FileNotFoundError: the file of `pretrained` does not exist.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class LinZooBackbone(BaseModule):
         if isinstance(pretrained, (str, Path)):
             state = convert_state_dict(read_checkpoint(pretrained).state, model)
         self.taps = [taps[i] for i in self.out_indices]
-        # As `features_only`: GroupMamba's last map alone is normed by the model's final norm.
+        # As in `features_only`: only GroupMamba's last map passes the model's final norm.
         self.final_norm = not out_norm and not self.single_scale and _normed_features(model_name)
         model.prune_intermediate_layers(self.taps, prune_norm=not self.final_norm, prune_head=True)
         if state is not None:
@@ -144,7 +144,7 @@ class LinZooBackbone(BaseModule):
         self._freeze()
 
     def init_weights(self) -> None:
-        """Nothing: timm initialises or loads in `create_model`, and a second initialisation would undo a loading."""
+        """Does nothing: timm initialises or loads in `create_model`, and doing it again would undo a loading."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images ``(B, 3, H, W)`` to a tuple of maps ``(B, channels[i], H / strides[i], W / strides[i])``."""
@@ -161,7 +161,7 @@ class LinZooBackbone(BaseModule):
         return tuple(out)
 
     def train(self, mode: bool = True) -> "LinZooBackbone":
-        """As `nn.Module.train`; what is frozen stays in eval mode, and under `norm_eval` every BatchNorm."""
+        """As `nn.Module.train`; frozen parts stay in eval mode, and with `norm_eval` every BatchNorm."""
         super().train(mode)
         self._freeze()
         if mode and self.norm_eval:
@@ -182,7 +182,7 @@ class LinZooBackbone(BaseModule):
                 module.eval()
 
     def _convert_published(self, state_dict, prefix, *_):
-        """Gives the entries of an authors' detector or segmenter our names, in place."""
+        """Renames the entries of an authors' detector or segmenter to our names, in place."""
         names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         if not names or any(name.startswith(("model.", "norms.", "rescale.")) for name in names):
             return
@@ -212,7 +212,7 @@ def _normed_features(model_name):
 
 
 def _load(model, state, source):
-    """Load what `model` needs, every tensor of it."""
+    """Loads every tensor that `model` needs."""
     ours = model.state_dict()
     wrong = [key for key, value in ours.items() if key not in state or state[key].shape != value.shape]
     if wrong:

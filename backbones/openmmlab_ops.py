@@ -1,8 +1,9 @@
-"""mmcv's operators on torchvision's, for mmdet where mmcv has none compiled.
+"""mmcv's operators, built on torchvision's, for mmdet when mmcv has none compiled.
 
-mmcv's Python files call a compiled module, `mmcv._ext`, that no wheel holds for most versions of torch. `stand_in()`
-puts another in its place, with the operators that mmdet's models train and predict with, on CPU and CUDA. Where mmcv
-has compiled operators, they serve. An operator that is missing here raises NotImplementedError with its name.
+mmcv's Python files call a compiled module, `mmcv._ext`, which no wheel contains for most versions of torch.
+`stand_in()` replaces it by a module with the operators that mmdet's models train and predict with, on CPU and CUDA.
+If mmcv has compiled operators, those are used. An operator that is missing here raises NotImplementedError with its
+name.
 
 The functions have the names and arguments of `mmcv._ext`: they write into tensors that mmcv's autograd functions
 allocate. Sixteen-bit floats are computed in float32.
@@ -31,7 +32,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def _full(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in one dtype: float64 where the first has it, else float32."""
+    """The tensors in one dtype: float64 if the first has it, else float32."""
     return [x.to(torch.float64 if tensors[0].dtype == torch.float64 else torch.float32) for x in tensors]
 
 
@@ -65,10 +66,10 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Soft-NMS (arXiv 1704.04503): indices in order, and in `dets` the boxes with their lowered scores.
+    """Soft-NMS (arXiv 1704.04503): indices in order; writes the boxes with their lowered scores to `dets`.
 
-    A box that overlaps a better one by `iou` keeps 0 (method 0) or ``1 - iou`` (1) of its score from the threshold on,
-    or ``exp(-iou^2 / sigma)`` of it (2); below `min_score` it is dropped.
+    If a box overlaps a better one by `iou`, its score is multiplied by 0 (method 0) or ``1 - iou`` (1) from the
+    threshold on, or by ``exp(-iou^2 / sigma)`` (2). It is dropped below `min_score`.
     """
     corners, scores = _grown(boxes, offset), scores.clone()
     left, kept = torch.arange(len(boxes)), []
@@ -138,8 +139,8 @@ def roi_pool_forward(
 ):
     """RoI pooling as mmcv defines it: the maximum of the pixels that a bin touches.
 
-    A region ends one pixel after its last corner and is cut into bins without rounding; a bin reaches from the floor of
-    its start to the ceiling of its end. (torchvision rounds the region.) `argmax` tells the pixel's place in the map;
+    A region ends one pixel after its last corner and is cut into bins without rounding. A bin reaches from the floor of
+    its start to the ceiling of its end. (torchvision rounds the region.) `argmax` is the pixel's index in the map;
     an empty bin gives 0 and -1.
     """
     output.zero_()
@@ -186,13 +187,13 @@ def _sigmoid_focal(x: Tensor, target: Tensor, weight: Tensor, gamma: float, alph
 
 
 def sigmoid_focal_loss_forward(input: Tensor, target: Tensor, weight: Tensor, output: Tensor, **kwargs):
-    """Focal loss (arXiv 1708.02002) of each class, ``(N, C)``; the class C is none of them."""
+    """Focal loss (arXiv 1708.02002) of each class, ``(N, C)``; a target of C means no class."""
     x, weight = _full(input, weight)
     output.copy_(_sigmoid_focal(x, target, weight, **kwargs))
 
 
 def sigmoid_focal_loss_backward(input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, **kwargs):
-    """Derivative of each loss by its logit."""
+    """Derivative of each loss with respect to its logit."""
     x, weight = _full(input, weight)
     grad_input.copy_(_gradients(lambda x: _sigmoid_focal(x, target, weight, **kwargs), [x], torch.ones_like(x))[0])
 
@@ -211,7 +212,7 @@ def softmax_focal_loss_forward(
 def softmax_focal_loss_backward(
     softmax: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ):
-    """Derivative by the logits: p d/dp of the loss, p the target's probability, times d/dx log p."""
+    """Derivative with respect to the logits: p d/dp of the loss, p the target's probability, times d/dx log p."""
     softmax, weight = _full(softmax, weight)
     label = target.clamp(min=0)
     p = softmax.gather(1, label[:, None])
@@ -352,7 +353,7 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ):
-    """Gradients of the values, the places and the weights."""
+    """Gradients of the values, the sampling locations and the weights."""
     *inputs, grad = _full(value, sampling_locations, attention_weights, grad_output)
     outputs = (grad_value, grad_sampling_loc, grad_attn_weight)
     for output, found in zip(outputs, _gradients(_attended(value_spatial_shapes), inputs, grad), strict=True):
@@ -373,11 +374,11 @@ OPERATORS = (
 
 
 class MissingOperator(NotImplementedError):
-    """An operator of mmcv that neither it nor torchvision has here."""
+    """An mmcv operator that neither this module nor torchvision provides."""
 
 
 def _missing(name: str) -> Callable:
-    """What an operator is that `mmcv._ext` has and this module has not; Python's own names are absent."""
+    """A placeholder for an operator of `mmcv._ext` that this module lacks; Python's own names are absent."""
     if name.startswith("__"):
         raise AttributeError(name)
 
@@ -388,7 +389,7 @@ def _missing(name: str) -> Callable:
 
 
 def module(doc: str) -> types.ModuleType:
-    """What is put in the place of `mmcv._ext`."""
+    """The module that replaces `mmcv._ext`."""
     made = types.ModuleType(MODULE, doc)
     made.__spec__ = importlib.machinery.ModuleSpec(MODULE, None)
     vars(made).update({operator.__name__: operator for operator in OPERATORS}, __getattr__=_missing)
@@ -396,13 +397,13 @@ def module(doc: str) -> types.ModuleType:
 
 
 def _refuses(found: Any) -> bool:
-    """Whether this is what mmdet and mmseg define in the place of an operator that they could not import."""
+    """Whether this is mmdet's and mmseg's placeholder for an operator that they could not import."""
     code = getattr(found.__init__ if isinstance(found, type) else found, "__code__", None)
     return any("requires mmcv to be compiled" in str(constant) for constant in getattr(code, "co_consts", ()))
 
 
 def _hand_over() -> None:
-    """Gives the operators to modules of mmdet and mmseg that were imported when there were none."""
+    """Gives the operators to modules of mmdet and mmseg that were imported without them."""
     early = [(name, module) for name, module in sys.modules.items() if name.split(".")[0] in ("mmdet", "mmseg")]
     if not early:
         return
@@ -415,16 +416,16 @@ def _hand_over() -> None:
 
 
 def stand_in() -> str | None:
-    """Lets torchvision's operators serve mmcv where it has none that load.
+    """Makes mmcv use torchvision's operators if it has none that load.
 
-    Call it before mmseg is imported: mmseg's heads that derive from mmdet's need the operators then. Other modules of
-    mmseg and mmdet that are loaded already are given them.
+    Call it before mmseg is imported, because those of mmseg's heads that derive from mmdet's need the operators then.
+    Other modules of mmseg and mmdet that are already loaded receive them.
 
     Returns:
-        Which operators serve and why; None where mmcv is not installed.
+        Which operators are used and why; None if mmcv is not installed.
 
     Raises:
-        ImportError: mmcv is of another major version or installed in part; torchvision lacks its operators.
+        ImportError: mmcv has another major version or is only partly installed; torchvision lacks its operators.
     """
     if importlib.util.find_spec("mmcv") is None:
         return None

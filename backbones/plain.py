@@ -1,8 +1,8 @@
-"""Plain ViTs that differ in their token mixer and in nothing else.
+"""Plain ViTs that differ only in their token mixer.
 
 For comparisons: patches of 16 px with learned positions, twelve blocks ``x += mixer(LN(x)); x += MLP(LN(x))`` of one
-width, a norm, a mean over the tokens and a linear classifier (ViT, arXiv 2010.11929, without its class token). No
-weights are published.
+width, a norm, a mean over the tokens and a linear classifier (ViT, arXiv 2010.11929, without its class token). There
+are no published weights.
 """
 
 import sys
@@ -18,11 +18,11 @@ from .layers.token_mixer import TOKEN_MIXERS
 
 __all__ = ["PlainMixer"]
 
-# Token mixer and channel mixer of each: KAT's GR-KAN stands beside attention.
+# Token mixer and channel mixer of each; KAT's GR-KAN is combined with attention.
 MIXERS = {name: (name, "mlp") for name in TOKEN_MIXERS} | {"grkan": ("attention", "grkan")}
 
 
-@register_notrace_module  # FX cannot follow grids, which depend on the image's size
+@register_notrace_module  # FX cannot trace grids, which depend on the image's size
 class Block(nn.Module):
     """``x += mixer(LN(x));  x += mlp(LN(x))`` on tokens ``(B, L, C)`` of a grid."""
 
@@ -43,10 +43,10 @@ class Block(nn.Module):
 
 
 class PlainMixer(Isotropic):
-    """A plain ViT with the token mixer of a name.
+    """A plain ViT with a token mixer chosen by name.
 
     Args:
-        img_size: Height and width (or one side) that the position table is made for; other sizes interpolate it.
+        img_size: Height and width (or one side) of images that fit the position table; interpolated for other sizes.
         patch_size: Side of a patch.
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
@@ -59,7 +59,7 @@ class PlainMixer(Isotropic):
         drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
 
     Raises:
-        ValueError: there is no such mixer, or `dim` is no multiple of 64.
+        ValueError: there is no such mixer, or `dim` is not a multiple of 64.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class PlainMixer(Isotropic):
         self.init_weights(needs_reset=False)
 
     def init_weights(self, needs_reset=True):
-        """As `Isotropic`; ViT's small classifier."""
+        """As in `Isotropic`, with ViT's small classifier."""
         super().init_weights(needs_reset)
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)

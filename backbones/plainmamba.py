@@ -3,8 +3,8 @@
 Paper: PlainMamba: Improving Non-Hierarchical Mamba in Visual Recognition (BMVC 2024)
 - https://arxiv.org/abs/2403.17695
 
-Patch tokens of one width and layers of one mixer each: a depthwise convolution, then four scans along continuous paths
-that share all parameters and are told in which direction each step goes.
+Patch tokens of one width, and layers with one mixer each: a depthwise convolution, then four scans along continuous
+paths. The scans share all parameters and are told the direction of each step.
 """
 
 from itertools import chain
@@ -27,7 +27,7 @@ __all__ = ["PlainMamba"]
 
 
 def split(index: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Row and column of places on a map; without a remainder, which ONNX does not take by a width of any size."""
+    """Row and column of positions on a map; without a remainder, which ONNX does not support for a dynamic width."""
     row = torch.div(index, width, rounding_mode="floor")
     return row, index - row * width
 
@@ -41,24 +41,24 @@ def snakes(H: int, W: int, device: torch.device) -> Tensor:
 
 
 def directions(order: Tensor, W: int) -> Tensor:
-    """Where the step into each token of paths ``(G, T)`` goes: 0 at the start, 1 right, 2 left, 3 up, 4 down."""
+    """Direction of the step into each token of paths ``(G, T)``: 0 at the start, 1 right, 2 left, 3 up, 4 down."""
     row, column = (part.diff(dim=1) for part in split(order, W))
     steps = (column > 0) * 1 + (column < 0) * 2 + (row < 0) * 3 + (row > 0) * 4
     return F.pad(steps, (1, 0))
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+@register_notrace_module  # FX cannot trace scan orders, which depend on the map's size
 class PlainMambaMixer(nn.Module):
-    """Mamba's block along four snakes, of tokens ``(B, L, C)`` on a grid.
+    """Mamba's block along four snakes, for tokens ``(B, L, C)`` on a grid.
 
-    ``[x, z] = W_in u;  x = SiLU(DWConv7x7(x));  W_out (sum over the paths of S6(x) * SiLU(z))``. A learned vector of
+    ``[x, z] = W_in u;  x = SiLU(DWConv7x7(x));  W_out (sum over the paths of S6(x) * SiLU(z))``. A learned vector for
     the step's direction is added to the scan's B.
 
     Args:
         dim: Channels C.
         d_state: N, states per channel.
-        consistent: Whether the step size, B and C follow the path as x does, as the paper has it. In the authors' code,
-            and so in published weights, x alone follows it: step t has those of token t in raster order.
+        consistent: Whether the step size, B and C follow the path like x, as in the paper. In the authors' code, and so
+            in published weights, only x follows it: step t has those of token t in raster order.
     """
 
     def __init__(self, dim: int, d_state: int = 16, consistent: bool = False, device=None, dtype=None):
@@ -79,9 +79,9 @@ class PlainMambaMixer(nn.Module):
     def forward(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
         x, z = self.in_proj(u).chunk(2, dim=-1)
         x = F.silu(self.conv(x.mT.unflatten(2, grid))).flatten(2).mT
-        order = snakes(*grid, u.device).long()  # ONNX indexes by int64 alone
-        place = order.argsort(dim=1)  # the step at which each token is met
-        # Every path is a sequence of the batch, (B 4, L, 1, ...), since the paths share all parameters.
+        order = snakes(*grid, u.device).long()  # ONNX indexes only by int64
+        place = order.argsort(dim=1)  # the step that visits each token
+        # Every path is a sequence of the batch, (B 4, L, 1, ...), because the paths share all parameters.
         projected = F.linear(x, self.s6.x_proj[0]).unsqueeze(1)
         projected = projected[:, 0, order] if self.consistent else projected
         theta = self.direction[directions(order, grid[1])]
@@ -94,7 +94,7 @@ class PlainMambaMixer(nn.Module):
 
 @register_notrace_module
 class PlainMambaBlock(nn.Module):
-    """``x + Mixer(LN(x))`` on tokens ``(B, L, C)``; with `conv`, ``GELU(BN(DWConv3x3(.)))`` of that."""
+    """``x + Mixer(LN(x))`` on tokens ``(B, L, C)``; with `conv`, then ``GELU(BN(DWConv3x3(.)))`` of that."""
 
     def __init__(
         self, dim: int, drop_path: float = 0.0, conv: bool = False, consistent: bool = False, device=None, dtype=None
@@ -115,7 +115,7 @@ class PlainMambaBlock(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """Images to maps of stride 16: convolutions of stride 2, then patches 8x8, filled up with zeros where they end."""
+    """Images to maps of stride 16: convolutions of stride 2, then 8x8 patches, with zero padding at the border."""
 
     def __init__(self, in_chans: int, dim: int, convs: int, width: int = 64, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -131,10 +131,10 @@ class PatchStem(nn.Module):
 
 
 class PlainMamba(Isotropic):
-    """PlainMamba (arXiv 2403.17695). Images of any size: patches at the borders are filled up with zeros.
+    """PlainMamba (arXiv 2403.17695). It takes images of any size: patches at the borders are padded with zeros.
 
     Args:
-        img_size: Height and width (or one side) that the position table is made for; other sizes interpolate it.
+        img_size: Height and width (or one side) of images that fit the position table; interpolated for other sizes.
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
         global_pool: As in `Isotropic`.
@@ -178,7 +178,7 @@ class PlainMamba(Isotropic):
 
     @staticmethod
     def _init_weights(module: nn.Module, needs_reset: bool = False) -> None:
-        """All linear maps alike, those of S6 among them."""
+        """Initialises all linear maps alike, including those of S6."""
         Isotropic._init_weights(module, needs_reset)
         if isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
@@ -189,7 +189,7 @@ class PlainMamba(Isotropic):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Beside positions, the scans' rates, skips and step biases, and the vectors of the directions."""
+        """Besides positions: the scans' rates, skips and step biases, and the vectors of the directions."""
         kept = (".s6.A_log", ".s6.D", ".s6.dt_bias", ".direction")
         return super().no_weight_decay() | {name for name, _ in self.named_parameters() if name.endswith(kept)}
 

@@ -1,4 +1,4 @@
-"""What the authors publish about each variant, in one table; `tools/models.py` sets what we measure beside it."""
+"""The authors' published figures for each variant; `tools/models.py` shows our measurements beside them."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ class Published(NamedTuple):
         params_m: Parameters in millions.
         gmacs: Multiply-accumulates of one image at `size`, in 10^9; papers mostly call them FLOPs.
         top1: ImageNet-1K top-1 accuracy in percent.
-        source: Where the figures stand.
+        source: Where the figures were published.
         size: Side of the square image that `gmacs` and `top1` refer to.
-        note: Why a figure differs by more than 3 % from what we measure; empty where none does.
+        note: Why a figure differs by more than 3 % from our measurement; empty if none does.
     """
 
     params_m: float | None

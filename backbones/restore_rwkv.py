@@ -3,10 +3,10 @@
 Paper: Restore-RWKV: Efficient and Effective Medical Image Restoration with RWKV
 - https://arxiv.org/abs/2407.11087
 
-A four-level U-Net in the mould of Restormer whose blocks are RWKV's: BiWKV along rows and again along columns (Re-WKV),
-and a depthwise 5x5 token shift trained as a sum of branches (Omni-Shift). It returns the restored image.
+A four-level U-Net like Restormer's whose blocks are RWKV's: BiWKV along rows and again along columns (Re-WKV), and a
+depthwise 5x5 token shift trained as a sum of branches (Omni-Shift). It returns the restored image.
 
-The U-Net is a layer (`layers/rwkv_unet.py`), since FS-RWKV builds on it.
+The U-Net is a layer (`layers/rwkv_unet.py`), because FS-RWKV also uses it.
 """
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -39,7 +39,7 @@ _RENAMES = [
 
 
 def checkpoint_filter_fn(state_dict, model):
-    """Converts the published state dict to ours; convolutions of 2024 that nothing uses are left out."""
+    """Converts the published state dict to ours; unused convolutions from 2024 are left out."""
     state_dict = unwrap_state_dict(state_dict)
     if "stem.weight" in state_dict:
         return state_dict
@@ -73,7 +73,7 @@ def _create_restore_rwkv(variant, pretrained=False, **kwargs):
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        kwargs_filter=("num_classes",),  # what comes out has the channels of what goes in
+        kwargs_filter=("num_classes",),  # output channels equal input channels
         **kwargs,
     )
 
@@ -86,6 +86,6 @@ def restore_rwkv(pretrained=False, **kwargs):
 
 @register_model
 def restore_rwkv_light(pretrained=False, **kwargs):
-    """Restore-RWKV, light; sizes inferred from its parameter count, since the authors publish none."""
+    """Restore-RWKV, light; sizes are inferred from its parameter count, since the authors publish none."""
     model_args = dict(dim=16, depths=(1, 1, 2, 2), refinement=1)
     return _create_restore_rwkv("restore_rwkv_light", pretrained, **dict(model_args, **kwargs))

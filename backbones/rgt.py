@@ -2,9 +2,9 @@
 
 Paper: Recursive Generalization Transformer for Image Super-Resolution (ICLR 2024) - https://arxiv.org/abs/2303.06373
 
-The frame of SwinIR around blocks that attend by turns in rectangular windows (L-SA), and from all pixels to the few
-tokens that one convolution of stride 4, applied again and again, leaves of the map (RG-SA): linear in pixels.
-Each block adds its input once more, by a learnt share of each channel (hybrid adaptive integration).
+The frame of SwinIR around blocks that alternate two kinds of attention. L-SA attends in rectangular windows. In RG-SA
+all pixels attend to the few tokens that one convolution of stride 4, applied repeatedly, leaves of the map; this is
+linear in pixels. Each block adds its input once more, weighted per channel (hybrid adaptive integration).
 
 Maps are channel-last (B, H, W, C) inside; images are NCHW.
 """
@@ -32,7 +32,7 @@ __all__ = ["RGSA", "RGT"]
 
 
 class PositionBias(nn.Module):
-    """What a small MLP makes of the offset between two tokens of a window ``(h, w)``: ``(heads, h w, h w)``."""
+    """A small MLP's bias for the offset between two tokens of a window ``(h, w)``: ``(heads, h w, h w)``."""
 
     def __init__(self, window: tuple[int, int], heads: int, dim: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -54,18 +54,18 @@ class PositionBias(nn.Module):
         return bias[dy[:, None, :, None], dx[None, :, None, :]].flatten(2, 3).flatten(0, 1).permute(2, 0, 1)
 
 
-@register_notrace_module  # FX cannot follow windows, which depend on the map's size
+@register_notrace_module  # FX cannot trace windows, which depend on the map's size
 class LSA(nn.Module):
-    """Local attention of a map ``(B, H, W, C)`` (section 3.2), half of the heads in flat windows, half in tall.
+    """Local attention of a map ``(B, H, W, C)`` (section 3.2), half of the heads in flat windows, half in tall ones.
 
     ``W_out([MHSA_flat, MHSA_tall] + DWConv(V))``. Queries, keys and values are padded with zeros to multiples of the
-    window's longer side; the padding takes part. `shift` moves the windows by half their sides.
+    window's longer side; the padding is attended to as well. `shift` moves the windows by half their sides.
 
     Args:
         dim: Channels C.
         heads: Heads, an even number.
-        window: Height and width of the flat windows; the tall ones are turned by 90 degrees.
-        shift: Move the windows.
+        window: Height and width of the flat windows; the tall ones are rotated by 90 degrees.
+        shift: Whether the windows are moved.
     """
 
     def __init__(self, dim: int, heads: int, window: tuple[int, int], shift: bool, device=None, dtype=None):
@@ -106,7 +106,7 @@ class LSA(nn.Module):
         return self.proj(torch.cat(halves, -1)[:, :H, :W] + local)
 
 
-@register_notrace_module  # FX cannot follow the number of reductions, which depends on the map's size
+@register_notrace_module  # FX cannot trace the number of reductions, which depends on the map's size
 class RGSA(nn.Module):
     """Recursive-generalisation attention of a map ``(B, H, W, C)`` (section 3.1)::
 
@@ -114,8 +114,8 @@ class RGSA(nn.Module):
         t = GELU(LN(Conv_1x1(DWConv_3x3(t))));    q = W_q x,  k = W_k t,  v = W_v t
         W_out softmax(q k^T / sqrt(d)) (v + DWConv_3x3(v))
 
-    About ``H W / 16^n`` tokens are attended to. n grows with the longer side, by 1 as that grows fourfold: in
-    evaluation from 2 below 1024, in training from 1 at 16, so that at 64 both are 2.
+    Each pixel attends to about ``H W / 16^n`` tokens. n grows by 1 when the longer side grows fourfold. In evaluation
+    it is 2 below 1024; in training it is 1 from 16 on, so that at 64 both are 2.
 
     Args:
         dim: Channels C.
@@ -123,7 +123,7 @@ class RGSA(nn.Module):
         ratio: Width of queries and keys over C.
 
     Raises:
-        ValueError: the shorter side is less than ``4^n``, where nothing would be left.
+        ValueError: the shorter side is less than ``4^n``, so nothing would be left.
     """
 
     def __init__(self, dim: int, heads: int, ratio: float = 0.5, device=None, dtype=None):
@@ -164,7 +164,7 @@ class RGSA(nn.Module):
 
 
 class Block(nn.Module):
-    """``y = x + Attn(LN(x));  y = y + MLP(LN(y));  y + s x`` with learnt shares s of each channel."""
+    """``y = x + Attn(LN(x));  y = y + MLP(LN(y));  y + s x`` with learnt weights s per channel."""
 
     def __init__(self, dim: int, attention: nn.Module, hidden: int, drop_path: float = 0.0, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -190,8 +190,8 @@ class RGT(RestorationFrame):
     """RGT (arXiv 2303.06373), for images of 16 x 16 and more.
 
     Args:
-        in_chans: Channels of the images; RGB ones are centred at the mean of DIV2K.
-        dim: Channels inside.
+        in_chans: Channels of the images; RGB images are centred at the mean of DIV2K.
+        dim: Inner channels.
         depths: Blocks of each group.
         num_heads: Heads of the attention.
         window: Height and width of the flat windows.
@@ -221,7 +221,7 @@ class RGT(RestorationFrame):
         def block(i: int, j: int) -> nn.Module:
             if j % 2:
                 attention = RGSA(dim, num_heads, qk_ratio, **dd)
-            else:  # shifted are block 2 of even groups, and blocks 0 and 4 of odd ones
+            else:  # shift block 2 of even groups, and blocks 0 and 4 of odd ones
                 attention = LSA(dim, num_heads, window, bool((j // 2 + i) % 2), **dd)
             return Block(dim, attention, int(dim * mlp_ratio), rates[sum(depths[:i]) + j], **dd)
 
@@ -273,7 +273,7 @@ def _create_rgt(variant, pretrained=False, **kwargs):
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        kwargs_filter=("num_classes",),  # what comes out has the channels of what goes in
+        kwargs_filter=("num_classes",),  # output channels equal input channels
         **kwargs,
     )
 

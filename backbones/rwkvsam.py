@@ -3,9 +3,9 @@
 Paper: Mamba or RWKV: Exploring High-Quality and High-Efficiency Segment Anything Model
 - https://arxiv.org/abs/2406.19369
 
-A segmenter that follows prompts: points and boxes are encoded as in Segment Anything (arXiv 2304.02643), a two-way
-transformer lets them and the image attend to each other, and its masks are sharpened with the backbone's maps of
-strides 4 and 8. The backbone is in `rwkvsam_backbone.py`.
+A promptable segmenter. Points and boxes are encoded as in Segment Anything (arXiv 2304.02643). A two-way transformer
+lets them and the image attend to each other. The backbone's maps at strides 4 and 8 sharpen the masks. The backbone is
+in `rwkvsam_backbone.py`.
 
 Maps are NCHW.
 """
@@ -30,8 +30,8 @@ __all__ = ["RWKVSAM", "EncodedImage", "Prediction"]
 
 
 class PromptEncoder(nn.Module):
-    """Points and boxes to tokens (Segment Anything, section 3): random Fourier features of the place, a learned vector
-    of the kind.
+    """Points and boxes to tokens (Segment Anything, section 3): random Fourier features of the position, plus a learned
+    vector for the kind.
 
     Args:
         dim: Width D of the tokens.
@@ -41,8 +41,8 @@ class PromptEncoder(nn.Module):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
         self.register_buffer("frequencies", torch.empty(2, dim // 2, **dd))
-        self.point = nn.Parameter(torch.empty(2, dim, **dd))  # of negative and positive points
-        self.corner = nn.Parameter(torch.empty(2, dim, **dd))  # of a box, upper left and lower right
+        self.point = nn.Parameter(torch.empty(2, dim, **dd))  # for negative and positive points
+        self.corner = nn.Parameter(torch.empty(2, dim, **dd))  # for a box's upper left and lower right
         self.no_point = nn.Parameter(torch.empty(dim, **dd))
         self.no_mask = nn.Parameter(torch.empty(dim, **dd))
         self.reset_parameters()
@@ -52,13 +52,13 @@ class PromptEncoder(nn.Module):
             nn.init.normal_(tensor)
 
     def places(self, xy):
-        """Places ``(..., 2)``, x and y in 0 .. 1, to ``(..., D)``: ``[sin, cos](2 pi (2 p - 1) G)``."""
+        """Positions ``(..., 2)``, x and y in 0 .. 1, to ``(..., D)``: ``[sin, cos](2 pi (2 p - 1) G)``."""
         # Two products and a sum instead of a matrix product, which autocast would round.
         angle = 2 * math.pi * ((2 * xy.float() - 1).unsqueeze(-1) * self.frequencies.float()).sum(-2)
         return torch.cat([angle.sin(), angle.cos()], -1).to(self.frequencies.dtype)
 
     def grid(self, height, width):
-        """Places of the cells' centres of a map ``(D, height, width)``."""
+        """Positions of the cells' centres of a map ``(D, height, width)``."""
         device = self.frequencies.device
         y = (torch.arange(height, device=device) + 0.5) / height
         x = (torch.arange(width, device=device) + 0.5) / width
@@ -69,9 +69,9 @@ class PromptEncoder(nn.Module):
 
         Args:
             points: ``(N, P, 2)``, x and y.
-            labels: ``(N, P)``: 1 for points of the object, 0 for points outside of it, -1 for none (padding). All
-                1 where it is None.
-            boxes: ``(N, 4)``: x0, y0, x1, y1. Where there are none, a point that is none takes their place.
+            labels: ``(N, P)``: 1 for points inside the object, 0 for points outside, -1 for no point (padding). None
+                means 1 for all.
+            boxes: ``(N, 4)``: x0, y0, x1, y1. Without boxes, a padding point takes their place.
         """
         scale = torch.tensor([size[1], size[0]], dtype=torch.float32, device=self.frequencies.device)
         tokens = []
@@ -91,7 +91,7 @@ class Attention(nn.Module):
 
     Args:
         dim: Width D.
-        inner: Width of the heads together.
+        inner: Total width of the heads.
         num_heads: Heads.
     """
 
@@ -117,7 +117,7 @@ class TwoWayBlock(nn.Module):
 
     Args:
         dim: Width D.
-        first: The first block: its self-attention knows no places and takes the residual stream's place.
+        first: Whether this is the first block: its self-attention uses no positions and replaces the residual stream.
     """
 
     def __init__(self, dim: int, first: bool = False, device=None, dtype=None):
@@ -134,7 +134,7 @@ class TwoWayBlock(nn.Module):
         self.norm4 = nn.LayerNorm(dim, **dd)
 
     def forward(self, tokens, image, token_places, image_places):
-        """Tokens ``(N, T, D)``, image ``(N, S, D)`` and what is added to queries and keys, to both anew."""
+        """Updates tokens ``(N, T, D)`` and image ``(N, S, D)``; `*_places` are added to queries and keys."""
         if self.first:
             tokens = self.self_attn(tokens, tokens, tokens)
         else:
@@ -157,9 +157,9 @@ def mlp3(dim, dim_out, device=None, dtype=None):
 
 
 class MaskDecoder(nn.Module):
-    """The image's map and its prompts to masks: ``mask = MLP(mask token) . F``, F at stride 4.
+    """Turns the image's map and its prompts into masks: ``mask = MLP(mask token) . F``, F at stride 4.
 
-    F is the attended image, upsampled, plus what convolutions make of it beside the backbone's maps of strides 4 and 8.
+    F is the upsampled attended image, plus convolutions of it together with the backbone's maps at strides 4 and 8.
 
     Args:
         dim: Width D of the tokens.
@@ -202,11 +202,11 @@ class MaskDecoder(nn.Module):
         """Mask logits ``(N, 4 H, 4 W)`` and scores ``(N,)``.
 
         Args:
-            image: The images' maps ``(B, D, H, W)``, what is known of no mask added.
-            places: Those of the map's cells ``(D, H, W)``.
+            image: The images' maps ``(B, D, H, W)``, with the "no mask" embedding added.
+            places: Position encodings of the map's cells ``(D, H, W)``.
             prompts: Tokens ``(N, P, D)``.
             fine, middle: The images' maps ``(B, C, 4 H, 4 W)`` and ``(B, C', 2 H, 2 W)``.
-            index: The prompts' images ``(N,)``.
+            index: The image of each prompt ``(N,)``.
         """
         grid = image.shape[2:]
         own = torch.stack([self.score_token, self.mask_token]).expand(len(prompts), -1, -1)
@@ -224,12 +224,12 @@ class MaskDecoder(nn.Module):
 
 
 class Prediction(NamedTuple):
-    """Masks of one image, one a prompt.
+    """Masks of one image, one per prompt.
 
     Attributes:
         masks: ``(N, H, W)``, bool.
-        scores: Their estimated IoU with the true ones ``(N,)``.
-        logits: ``(N, H, W)``; the masks are where they exceed 0.
+        scores: Their estimated IoU with the true masks ``(N,)``.
+        logits: ``(N, H, W)``; the mask is where they exceed 0.
     """
 
     masks: torch.Tensor
@@ -238,7 +238,7 @@ class Prediction(NamedTuple):
 
 
 def _tensor(name, value, shape, device):
-    """A prompt as a float32 tensor; `shape` in words and sizes, None for any."""
+    """A prompt as a float32 tensor; `shape` in words and sizes, None for any size."""
     value = torch.as_tensor(value, dtype=torch.float32, device=device)
     if value.dim() != len(shape) or any(n not in (None, size) for n, size in zip(shape, value.shape, strict=True)):
         expected = ", ".join("NP"[i] if n is None else str(n) for i, n in enumerate(shape))
@@ -253,7 +253,7 @@ def check_prompts(size, points=None, labels=None, boxes=None, device=None):
 
     Raises:
         ValueError: neither points nor boxes; labels without points; wrong shapes; labels other
-            than 1, 0 and -1, or no point of the image; points outside of the image; boxes that are empty or outside.
+            than 1, 0 and -1, or only -1 without a box; points outside of the image; boxes that are empty or outside.
     """
     height, width = size
     if points is None and boxes is None:
@@ -291,12 +291,12 @@ def check_prompts(size, points=None, labels=None, boxes=None, device=None):
 
 
 class EncodedImage(NamedTuple):
-    """What `RWKVSAM.encode_image` makes of an image, for `RWKVSAM.predict`.
+    """The result of `RWKVSAM.encode_image`, for `RWKVSAM.predict`.
 
     Attributes:
-        maps: What `RWKVSAM.encode` gives for the scaled image.
+        maps: The output of `RWKVSAM.encode` for the scaled image.
         size: Height and width of the image.
-        scaled: Those of its part of the square that was encoded.
+        scaled: Height and width of the image inside the encoded square.
     """
 
     maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -308,13 +308,13 @@ class RWKVSAM(nn.Module):
     """RWKV-SAM (arXiv 2406.19369): images and prompts to masks.
 
     Args:
-        backbone_name: timm name of a backbone with features of strides 4, 8 and 16; the last of a stride is taken.
-        img_size: Side of the square that `predict` scales images into, a multiple of 16; or twice that number.
+        backbone_name: timm name of a backbone with features at strides 4, 8 and 16; the last one of a stride is used.
+        img_size: Side of the square that `predict` scales images into, a multiple of 16; or that number twice.
         dim: Width of prompts and decoder.
-        backbone_args: Further arguments of the backbone, as in `timm.create_model` (`pretrained` among them).
+        backbone_args: Further arguments of the backbone, as in `timm.create_model` (including `pretrained`).
 
     Raises:
-        ValueError: the backbone lacks a stride; `dim` or `img_size` is no multiple of 16.
+        ValueError: the backbone lacks a stride; `dim` or `img_size` is not a multiple of 16.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -358,7 +358,7 @@ class RWKVSAM(nn.Module):
         """Normalised images ``(B, 3, H, W)`` to maps of strides 4 and 8 and the embedding ``(B, D, H / 16, W / 16)``.
 
         Raises:
-            ValueError: sides that are no multiples of 16.
+            ValueError: the sides are not multiples of 16.
         """
         if images.dim() != 4 or images.shape[2] % 16 or images.shape[3] % 16:
             raise ValueError(f"images: expected (B, C, H, W), H and W multiples of 16, got {tuple(images.shape)}")
@@ -366,7 +366,7 @@ class RWKVSAM(nn.Module):
         return fine, middle, self.neck(coarse)
 
     def decode(self, maps, points=None, labels=None, boxes=None, index=None):
-        """What `encode` gives and prompts to mask logits ``(N, H / 4, W / 4)`` and scores ``(N,)``; see `forward`."""
+        """Maps from `encode` and prompts to mask logits ``(N, H / 4, W / 4)`` and scores ``(N,)``; see `forward`."""
         fine, middle, image = maps
         size = [4 * n for n in fine.shape[2:]]
         if points is None and boxes is None:
@@ -383,39 +383,39 @@ class RWKVSAM(nn.Module):
         return self.mask_decoder(image, places, prompts, fine, middle, index)
 
     def forward_intermediates(self, images, *prompts, **kwargs):
-        """The backbone's maps: its own `forward_intermediates`. Prompts, as `forward` takes them, change nothing."""
+        """The backbone's maps: its own `forward_intermediates`. Prompts, as in `forward`, have no effect."""
         return self.backbone.forward_intermediates(images, **kwargs)
 
     def forward(self, images, points=None, labels=None, boxes=None, index=None):
-        """Mask logits at a quarter of the images' sides ``(N, H / 4, W / 4)`` and scores ``(N,)`` of N prompts.
+        """Mask logits at a quarter of the images' sides ``(N, H / 4, W / 4)`` and scores ``(N,)`` for N prompts.
 
         Args:
             images: ``(B, 3, H, W)``, normalised by ImageNet's mean and standard deviation, sides multiples of 16.
             points: ``(N, P, 2)``, x and y in pixels.
-            labels: ``(N, P)``: 1 for points of the object, 0 for points outside of it, -1 for none (padding). All
-                1 where it is None.
+            labels: ``(N, P)``: 1 for points inside the object, 0 for points outside, -1 for no point (padding). None
+                means 1 for all.
             boxes: ``(N, 4)``: x0, y0, x1, y1 in pixels.
-            index: The prompts' images ``(N,)``; None where there is one image.
+            index: The image of each prompt ``(N,)``; None for one image.
 
-        Without points and boxes there is one mask an image, of what the decoder finds unasked.
+        Without points and boxes there is one mask per image, chosen by the decoder without a prompt.
 
         Raises:
-            ValueError: sides that are no multiples of 16; several images and no `index`.
+            ValueError: the sides are not multiples of 16; there are several images and no `index`.
         """
         return self.decode(self.encode(images), points, labels, boxes, index)
 
     def prepare(self, image):
-        """One image for `encode`: scaled until its longer side is `img_size`, normalised, and padded with 0 at the
-        right and below.
+        """Prepares one image for `encode`: scales its longer side to `img_size`, normalises it, and pads it with 0 on
+        the right and below.
 
         Args:
             image: RGB ``(3, H, W)``: uint8, or floats in 0 .. 1.
 
         Returns:
-            ``(1, 3, img_size, img_size)``, and height and width of the image's part of it.
+            ``(1, 3, img_size, img_size)``, and height and width of the image inside it.
 
         Raises:
-            ValueError: another shape or dtype.
+            ValueError: the shape or dtype is wrong.
         """
         if not isinstance(image, torch.Tensor) or image.dim() != 3 or image.shape[0] != 3 or not image.numel():
             got = tuple(image.shape) if hasattr(image, "shape") else type(image).__name__
@@ -431,29 +431,29 @@ class RWKVSAM(nn.Module):
 
     @torch.inference_mode()
     def encode_image(self, image):
-        """One image, as `prepare` takes it, for `predict`: an `EncodedImage`."""
+        """Encodes one image, as taken by `prepare`, for `predict`: an `EncodedImage`."""
         x, scaled = self.prepare(image)
         return EncodedImage(self.encode(x), tuple(image.shape[1:]), scaled)
 
     @torch.inference_mode()
     def predict(self, image, points=None, labels=None, boxes=None):
-        """Masks of what the prompts point at, at the image's size.
+        """Masks for the prompts, at the image's size.
 
-        Call `eval()` first where the backbone has dropout or stochastic depth.
+        Call `eval()` first if the backbone has dropout or stochastic depth.
 
         Args:
-            image: RGB ``(3, H, W)``: uint8, or floats in 0 .. 1; or what `encode_image` made of it, where the same
-                image is asked several times.
+            image: RGB ``(3, H, W)``: uint8, or floats in 0 .. 1; or the result of `encode_image`, to prompt the same
+                image several times.
             points: ``(N, P, 2)``, x and y in pixels of the image.
-            labels: ``(N, P)``: 1 for points of the object, 0 for points outside of it, -1 for none (padding). All
-                1 where it is None.
+            labels: ``(N, P)``: 1 for points inside the object, 0 for points outside, -1 for no point (padding). None
+                means 1 for all.
             boxes: ``(N, 4)``: x0, y0, x1, y1 in pixels of the image; with points, both describe one object.
 
         Returns:
             A `Prediction` of N masks.
 
         Raises:
-            ValueError: an image of another shape or dtype; prompts that do not fit it, as `check_prompts` says.
+            ValueError: the image's shape or dtype is wrong; prompts do not fit it, see `check_prompts`.
         """
         device = self.prompt_encoder.frequencies.device
         if not isinstance(image, EncodedImage):
@@ -512,7 +512,7 @@ _FIRST_ROWS = ("mask_decoder.mask_token", "mask_decoder.score_head.4.weight", "m
 def checkpoint_filter_fn(state_dict, model):
     """Converts the authors' state dict of the whole segmenter to ours.
 
-    Left out is what nothing uses: the encoder of masks as prompts, all mask tokens and scores but the first.
+    Unused parts are left out: the encoder of mask prompts, and all mask tokens and scores except the first.
     """
     state_dict = unwrap_state_dict(state_dict)
     if "prompt_encoder.frequencies" in state_dict:

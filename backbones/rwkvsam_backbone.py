@@ -29,7 +29,7 @@ _layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class Stem(nn.Module):
-    """Images ``(B, C, H, W)`` to maps ``(B, H / 2, W / 2, dim)``: two convolutions 3x3, LayerNorm and GELU between."""
+    """Images ``(B, C, H, W)`` to maps ``(B, H / 2, W / 2, dim)``: two 3x3 convolutions, LayerNorm and GELU between."""
 
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -43,8 +43,8 @@ class Stem(nn.Module):
 
 
 class MBConv(nn.Module):
-    """``conv3(GELU(conv2(GELU(conv1(LN(x)))))) + shortcut(x)``: 1x1, depthwise 3x3 with the stride, 1x1; four times
-    as wide inside. The shortcut averages where the stride is 2 and is widened by a 1x1 convolution where the width
+    """``conv3(GELU(conv2(GELU(conv1(LN(x)))))) + shortcut(x)``: 1x1, depthwise 3x3 with the stride, 1x1; the inner
+    width is four times as large. The shortcut averages if the stride is 2, and has a 1x1 convolution if the width
     changes.
     """
 
@@ -71,7 +71,7 @@ class MBConv(nn.Module):
 
 
 class NormConv(nn.Module):
-    """LayerNorm and a convolution 3x3 of stride 2."""
+    """LayerNorm and a 3x3 convolution of stride 2."""
 
     def __init__(self, dim: int, dim_out: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -83,9 +83,9 @@ class NormConv(nn.Module):
         return self.proj(self.norm(x))
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+@register_notrace_module  # FX cannot trace scan orders, which depend on the map's size
 class MapBlock(RWKVBlock):
-    """A block of Vision-RWKV on a map ``(B, H, W, C)``, twice as wide in its channel mixer."""
+    """A block of Vision-RWKV on a map ``(B, H, W, C)``; its channel mixer has twice the width."""
 
     def __init__(
         self, dim: int, layer: int, layers: int, init_values: float, drop_path: float, device=None, dtype=None
@@ -100,7 +100,7 @@ class MapBlock(RWKVBlock):
 
 
 class RWKVSAMBackbone(Pyramid):
-    """RWKV-SAM's backbone. Its features have strides 4, 8, 16 and 16: the third is taken amid the RWKV blocks, not
+    """RWKV-SAM's backbone. Its features have strides 4, 8, 16 and 16. The third is taken between the RWKV blocks, not
     normalised; the fourth after the final norm.
 
     Args:
@@ -109,7 +109,7 @@ class RWKVSAMBackbone(Pyramid):
         global_pool: Pooling before the classifier.
         dims: Widths at strides 4, 8 and 16.
         depths: MBConvs at strides 4 and 8; RWKV blocks up to the third feature map and after it.
-        init_values: Layer scales to begin with.
+        init_values: Initial layer scales.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly from 0 at the first RWKV block to this.
     """
@@ -141,7 +141,7 @@ class RWKVSAMBackbone(Pyramid):
             Stage(blocks[: depths[2]], NormConv(middle, coarse, **dd)),
             Stage(blocks[depths[2] :], norm=_layer_norm(coarse, **dd)),
         )
-        self.norm = nn.Identity()  # the last stage has it, so that the last map is what the segmenter takes
+        self.norm = nn.Identity()  # it is in the last stage, so the segmenter gets a normalised last map
         self.head = self.classifier_head(global_pool, **dd)
         self.init_weights(needs_reset=False)
 

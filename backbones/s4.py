@@ -1,4 +1,4 @@
-"""Images as sequences of pixels, for state spaces: S4D and S5, and both from perturbed state matrices (PTD).
+"""Images as sequences of pixels, for state spaces: S4D and S5, each also with perturbed state matrices (PTD).
 
 Papers: On the Parameterization and Initialization of Diagonal State Space Models (NeurIPS 2022)
 - https://arxiv.org/abs/2206.11893
@@ -6,7 +6,7 @@ Simplified State Space Layers for Sequence Modeling (ICLR 2023) - https://arxiv.
 Robustifying State-space Models for Long Sequences via Approximate Diagonalization (ICLR 2024)
 - https://arxiv.org/abs/2310.01698
 
-A token is a pixel, in raster order, without position: the layout of sequential CIFAR, 1,024 steps of an image of 32 px.
+A token is a pixel, in raster order, without position: the layout of sequential CIFAR, 1,024 steps for a 32 px image.
 """
 
 from timm.layers import DropPath, calculate_drop_path_rates
@@ -19,7 +19,7 @@ __all__ = ["PixelS4D", "PixelS5"]
 
 
 class Block(nn.Module):
-    """``x += Mixer(LN(x))`` on tokens ``(B, L, C)``; the grid of the pixels does not matter."""
+    """``x += Mixer(LN(x))`` on tokens ``(B, L, C)``; the grid of the pixels is ignored."""
 
     def __init__(self, dim: int, mixer: nn.Module, drop_path: float = 0.0, device=None, dtype=None):
         super().__init__()
@@ -32,10 +32,10 @@ class Block(nn.Module):
 
 
 class PixelSequence(Isotropic):
-    """Base of the two: an encoder of pixels, blocks of `mixer`, a mean over the pixels, a linear classifier.
+    """Base of both models: an encoder of pixels, blocks of `mixer`, a mean over the pixels, a linear classifier.
 
     Args:
-        img_size: Nothing depends on it: images of any size are sequences.
+        img_size: Ignored: images of any size are sequences.
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
         global_pool: As in `Isotropic`, without 'token'.
@@ -44,7 +44,7 @@ class PixelSequence(Isotropic):
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout within the mixers.
         drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
-        mixer: The mixers' class; further arguments are its.
+        mixer: Class of the mixers; it receives the further arguments.
     """
 
     mixer = None
@@ -77,19 +77,19 @@ class PixelSequence(Isotropic):
 
 
 class PixelS4D(PixelSequence):
-    """Pixels through bidirectional `layers.S4D`; `d_state`, `init` and the rest are its."""
+    """Pixels through bidirectional `layers.S4D`, which takes `d_state`, `init` and the rest."""
 
     mixer = S4D
 
 
 class PixelS5(PixelSequence):
-    """Pixels through bidirectional `layers.S5Mixer`; `d_state`, `blocks`, `init` and the rest are its."""
+    """Pixels through bidirectional `layers.S5Mixer`, which takes `d_state`, `blocks`, `init` and the rest."""
 
     mixer = S5Mixer
 
 
 def checkpoint_filter_fn(state_dict, model):
-    """Our own checkpoints; the published code has no weights of these models."""
+    """For our own checkpoints; the published code has no weights for these models."""
     return unwrap_state_dict(state_dict)
 
 
@@ -132,7 +132,7 @@ def _create(kind, variant, pretrained=False, **kwargs):
 
 @register_model
 def s4d_pixel_s(pretrained=False, **kwargs):
-    """Four blocks of S4D, of the size of the authors' example for sequential CIFAR, here in both directions."""
+    """Four blocks of S4D with the size of the authors' example for sequential CIFAR, here in both directions."""
     return _create(PixelS4D, "s4d_pixel_s", pretrained, **dict(dict(d_state=64, init="inv"), **kwargs))
 
 

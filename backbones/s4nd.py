@@ -62,7 +62,7 @@ class Downsample(nn.Module):
 
 
 class Block(nn.Module):
-    """ConvNeXt's, with S4ND for the 7x7 depthwise convolution: ``x += gamma * MLP(LN(S4ND(x)))``."""
+    """ConvNeXt's block with S4ND instead of the 7x7 depthwise convolution: ``x += gamma * MLP(LN(S4ND(x)))``."""
 
     def __init__(
         self, dim: int, length: int, drop_path: float = 0.0, scale_init: float = 1e-6, device=None, dtype=None, **kernel
@@ -88,8 +88,8 @@ class S4NDConvNeXt(Pyramid):
     """ConvNeXt with S4ND for every depthwise convolution, and in stem and downsampling (arXiv 2210.06583, section 4.1).
 
     Args:
-        img_size: Side of the images across which kernels reach; images of any size fit. On larger ones, kernels reach
-            as far as on these.
+        img_size: Side of the images that kernels span. Images of any size fit; on larger ones, kernels reach no
+            further.
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
         global_pool: Pooling before the classifier.
@@ -98,7 +98,7 @@ class S4NDConvNeXt(Pyramid):
         kernel: 'low_rank' (S4) or 'diagonal' (S4D).
         d_state: Real states of each kernel.
         init: Initial state matrix: 'fourier' or 'legs' for S4's, `layers.hippo.diagonal_system`'s names for S4D's.
-        dt_min, dt_max: Steps of the kernels, a pixel being 1.
+        dt_min, dt_max: Steps of the kernels, where a pixel is 1.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
     """
@@ -138,9 +138,10 @@ class S4NDConvNeXt(Pyramid):
 
 
 def checkpoint_filter_fn(state_dict, model):
-    """Our own checkpoints; the authors' code has no weights of this model.
+    """For our own checkpoints; the authors' code has no weights for this model.
 
-    The stem's kernels belong to pairs of channels, and no kernel is their sum: other input channels begin anew.
+    The stem's kernels belong to pairs of channels, and no kernel is their sum: with other input channels they start
+    from random weights.
     """
     state_dict, ours = unwrap_state_dict(state_dict), model.state_dict()
     stem = [key for key in ours if key.startswith("stem.conv.") and key in state_dict]
@@ -153,7 +154,7 @@ def checkpoint_filter_fn(state_dict, model):
 default_cfgs = generate_default_cfgs(
     {
         "s4nd_convnext_tiny.untrained": imagenet_cfg(
-            first_conv=(),  # the stem is no convolution with weights to sum
+            first_conv=(),  # the stem has no convolution weights to sum
             classifier="head.fc",
             origin_url="https://github.com/state-spaces/s4",
             paper_ids="arXiv:2210.06583",

@@ -3,8 +3,9 @@
 Paper: SegMamba: Long-range Sequential Modeling Mamba for 3D Medical Image Segmentation (MICCAI 2024)
 - https://arxiv.org/abs/2401.13560
 
-A segmenter of volumes: four encoder stages at strides 2 to 16, each a gated convolution (GSC) and two Mamba layers
-whose mixer scans the voxels forwards, backwards and through the slices; a convolutional decoder as UNETR's.
+A segmenter of volumes with four encoder stages at strides 2 to 16. Each has a gated convolution (GSC) and two Mamba
+layers, whose mixer scans the voxels forwards, backwards and through the slices. The convolutional decoder is like
+UNETR's.
 
 Maps are channel-first (B, C, D, H, W).
 """
@@ -48,7 +49,7 @@ class GSC(nn.Module):
 
 
 class MambaBlock(nn.Module):
-    """``x += Mamba(LN(x))`` of tokens ``(B, L, C)`` along orders ``(3, L)``."""
+    """``x += Mamba(LN(x))`` on tokens ``(B, L, C)`` along orders ``(3, L)``."""
 
     def __init__(self, dim: int, d_state: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -60,15 +61,15 @@ class MambaBlock(nn.Module):
         return x + self.mamba(self.norm(x), order)
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the size of the volume
+@register_notrace_module  # FX cannot trace scan orders, which depend on the size of the volume
 class VolumeStage(nn.Module):
-    """Downsampling, GSC and Mamba layers of a map ``(B, C, D, H, W)``; the layers under gradient checkpointing if on.
+    """Downsampling, GSC and Mamba layers on a map ``(B, C, D, H, W)``; the layers support gradient checkpointing.
 
     Args:
         downsample: Module before the rest.
-        dim: Channels behind it.
+        dim: Channels after it.
         depth: Mamba layers.
-        chunks: Runs of tokens that the third scan goes through, see `linzoo.ops.scan_order.slices`.
+        chunks: Runs of tokens in the third scan, see `linzoo.ops.scan_order.slices`.
         d_state: States per channel.
     """
 
@@ -96,7 +97,7 @@ class VolumeStage(nn.Module):
 
 
 class Mlp(nn.Sequential):
-    """``W_2 GELU(W_1 IN(x))`` of a map ``(B, C, D, H, W)``, twice as wide inside."""
+    """``W_2 GELU(W_1 IN(x))`` of a map ``(B, C, D, H, W)``, with twice the width inside."""
 
     def __init__(self, dim: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -109,12 +110,12 @@ class SegMamba(DenseModel):
 
     Args:
         in_chans: Input channels.
-        num_classes: Classes, the background among them.
+        num_classes: Classes, including the background.
         dims: Channels of the encoder's stages.
         dim_bottom: Channels below them.
         depths: Mamba layers of each stage.
-        chunks: Of each stage the runs of tokens that its third scan goes through: the depths of the maps of a volume of
-            128 slices, whatever the volume's.
+        chunks: For each stage, the runs of tokens in its third scan: the depths of its maps for a volume of 128 slices,
+            whatever the actual volume.
         d_state: States per channel.
     """
 
@@ -187,7 +188,7 @@ _RENAMES = [
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Converts the published state dict to ours: what runs along the three directions is stacked."""
+    """Converts the published state dict to ours; the parameters of the three directions are stacked."""
     state_dict = unwrap_nnunet(state_dict)
     if "stages.0.gsc.proj.weight" in state_dict:
         return heads_of_other_classes(state_dict, model)

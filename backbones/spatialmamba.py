@@ -3,8 +3,8 @@
 Paper: Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion (ICLR 2025)
 - https://arxiv.org/abs/2410.15091
 
-A four-stage pyramid in the mould of MLLA. One selective scan in raster order, with one state a channel; the states,
-seen as a map, are fused over space by three dilated depthwise convolutions before they are read out.
+A four-stage pyramid built like MLLA. One selective scan runs in raster order, with one state per channel. Three dilated
+depthwise convolutions fuse the states, seen as a map, over space before they are read out.
 
 Maps are channel-last (B, H, W, C) throughout.
 """
@@ -32,7 +32,7 @@ class StateFusion(nn.Module):
     """Structure-aware state fusion: ``sum_k alpha_k DWConv_k(h)`` with 3x3 kernels of dilation 1, 3 and 5.
 
     Borders are replicated. `fuse` merges the kernels into one of 11x11: 121 taps instead of 27, but one pass over the
-    map, which is faster where maps are large.
+    map, which is faster for large maps.
     """
 
     dilations = (1, 3, 5)
@@ -63,7 +63,7 @@ class StateFusion(nn.Module):
 
     @torch.no_grad()
     def fuse(self):
-        """The same as one convolution, with the kernels' present values."""
+        """The same as one convolution, with the current values of the kernels."""
         dim, border = self.kernels.shape[1], max(self.dilations)
         dd: dict = {"device": self.kernels.device, "dtype": self.kernels.dtype}
         shape = dict(kernel_size=2 * border + 1, padding=border, padding_mode="replicate", groups=dim, bias=False)
@@ -75,9 +75,9 @@ class StateFusion(nn.Module):
         return merged
 
 
-@register_notrace_module  # FX cannot follow the operator's checks of shapes
+@register_notrace_module  # FX cannot trace the operator's checks of shapes
 class StructureAwareSSM(nn.Module):
-    """Selective state-space mixer with state fusion; inner width 2 C, one state a channel.
+    """Selective state-space mixer with state fusion; inner width 2 C, one state per channel.
 
     ``[x, z] = W_in u;  x = SiLU(DWConv(x));  y = C * fuse(h) + D x;  W_out (LN(y) * SiLU(z))``, where h are the states
     of the selective scan of x in raster order.

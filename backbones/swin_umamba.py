@@ -2,9 +2,9 @@
 
 Paper: Swin-UMamba: Mamba-based UNet with ImageNet-based pretraining (MICCAI 2024) - https://arxiv.org/abs/2402.03302
 
-Segmenters of medical images around the encoder of the first VMamba-T, whose ImageNet weights they start from. The one
-has a convolutional stem, convolutional skips at every size and a convolutional decoder; the other (D) patches, plain
-skips and a decoder of VMamba's blocks. Both have heads at four sizes for deep supervision.
+Segmenters for medical images around the encoder of the first VMamba-T, starting from its ImageNet weights. Swin-UMamba
+has a convolutional stem, convolutional skips at every size and a convolutional decoder. Swin-UMamba-D has patches,
+plain skips and a decoder of VMamba's blocks. Both have heads at four sizes for deep supervision.
 
 The encoder's maps are channel-last (B, H, W, C), the rest is channel-first.
 """
@@ -33,7 +33,7 @@ def to_nchw(x: Tensor) -> Tensor:
 
 
 class VSSEncoder(DenseModel):
-    """The encoder of both: stages of VMamba's first blocks with patch merging between, the first one at stride 4."""
+    """The encoder of both: stages of VMamba's first blocks with patch merging between; the first is at stride 4."""
 
     def make_stages(self, dims: tuple[int, ...], depths: tuple[int, ...], drop_path_rate: float, **dd) -> nn.ModuleList:
         """The stages; after them the maps have strides 4, 8 ..."""
@@ -56,11 +56,11 @@ class VSSEncoder(DenseModel):
     def init_from_classifier(self, state_dict: dict[str, Tensor]) -> None:
         """Starts from a classifier, VMamba-T of the first version, as the authors do.
 
-        The stages take the tensors of its names. Of the patch embedding it is all where the shapes are those of this
-        model (D on three channels), else the bias of the norm alone, which the authors' code takes over, too.
+        The stages take the tensors with their names. The patch embedding is copied whole if the shapes match (D with
+        three channels). Otherwise only the bias of its norm is copied, as in the authors' code.
 
         Args:
-            state_dict: What `timm.create_model("vmamba_t_v0").state_dict()` gives.
+            state_dict: The result of `timm.create_model("vmamba_t_v0").state_dict()`.
 
         Raises:
             ValueError: a tensor of the stages is absent or has another shape.
@@ -80,11 +80,11 @@ class VSSEncoder(DenseModel):
 
 
 class SwinUMamba(VSSEncoder):
-    """Swin-UMamba (arXiv 2402.03302), for images of any size from 32 px on.
+    """Swin-UMamba (arXiv 2402.03302), for images of any size from 32 px up.
 
     Args:
         in_chans: Input channels.
-        num_classes: Classes, the background among them.
+        num_classes: Classes, including the background.
         dims: Channels of the encoder's stages.
         depths: Blocks of each stage.
         deep_supervision: In training, return the logits at strides 1, 2, 4 and 8.
@@ -110,7 +110,7 @@ class SwinUMamba(VSSEncoder):
         self.stem = nn.Sequential(nn.Conv2d(in_chans, first, 7, 2, padding=3, **dd), norm)
         self.embed = PatchEmbed(None, 2, first, dims[0], nn.LayerNorm, output_fmt="NHWC", **dd)
         self.stages = self.make_stages(dims, depths, drop_path_rate, **dd)
-        # Of strides 1, 2, 4 ...: what comes in at each, and the width of its skip.
+        # At strides 1, 2, 4 ...: the input channels, and the width of the skip.
         enter, widths = (in_chans, first, *dims[:-1]), (first, *dims)
         self.skips = nn.ModuleList(ResBlock(2, a, b, **dd) for a, b in zip(enter, widths, strict=True))
         self.widths = widths
@@ -121,7 +121,7 @@ class SwinUMamba(VSSEncoder):
         self.init_weights(needs_reset=False)
 
     def head_dims(self) -> list[int]:
-        """Channels of the maps that `decode` gives."""
+        """Channels of the maps from `decode`."""
         return list(self.widths[:4])
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -138,10 +138,10 @@ class SwinUMamba(VSSEncoder):
 
 
 class SwinUMambaD(VSSEncoder):
-    """Swin-UMamba-D (arXiv 2402.03302), for images of any size from 32 px on.
+    """Swin-UMamba-D (arXiv 2402.03302), for images of any size from 32 px up.
 
     Args:
-        in_chans, num_classes, dims, depths, drop_path_rate: As for `SwinUMamba`.
+        in_chans, num_classes, dims, depths, drop_path_rate: As in `SwinUMamba`.
         depth_decoder: Blocks of each decoder level.
         deep_supervision: In training, return the logits at strides 1, 4, 8 and 16.
     """
@@ -164,7 +164,7 @@ class SwinUMambaD(VSSEncoder):
         self.dims = dims
         self.embed = PatchEmbed(None, 4, in_chans, dims[0], nn.LayerNorm, output_fmt="NHWC", **dd)
         self.stages = self.make_stages(dims, depths, drop_path_rate, **dd)
-        # From the deepest up.
+        # From the deepest level up.
         pairs = list(zip(dims[:0:-1], dims[-2::-1], strict=True))
         self.expands = nn.ModuleList(PatchExpand(a, b, 2, **dd) for a, b in pairs)
         self.reduces = nn.ModuleList(nn.Linear(2 * b, b, **dd) for _, b in pairs)
@@ -174,7 +174,7 @@ class SwinUMambaD(VSSEncoder):
         self.init_weights(needs_reset=False)
 
     def head_dims(self) -> list[int]:
-        """Channels of the maps that `decode` gives."""
+        """Channels of the maps from `decode`."""
         return [self.num_features, *self.dims[:-1]]
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -215,7 +215,7 @@ _RENAMES = [
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Converts the published state dict, nnU-Net's checkpoints among them, to ours."""
+    """Converts the published state dict, also from nnU-Net's checkpoints, to ours."""
     state_dict = unwrap_nnunet(state_dict)
     if "embed.proj.weight" in state_dict:
         return heads_of_other_classes(state_dict, model)

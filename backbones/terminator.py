@@ -3,12 +3,12 @@
 Paper: HyperZ.Z.W Operator Connects Slow-Fast Networks for Full Context Interaction - https://arxiv.org/abs/2401.17948
 
 Five blocks at the image's own resolution, without residual connections, pooling or down-sampling. Small networks of
-coordinates ("slow" ones) make kernels as large as the map. A kernel times the activations, elementwise, gives weights
-that depend on the image; these are multiplied with other activations as matrices. A global branch of C channels of an
-S x S map costs C S^3.
+coordinates ("slow" networks) make kernels as large as the map. The elementwise product of a kernel and the activations
+gives weights that depend on the image. These are multiplied with other activations as matrices. A global branch of C
+channels of an S x S map costs C S^3.
 
-Every standardisation takes the statistics of the image or of the **batch** at hand, in evaluation, too, and local
-kernels depend on the mean over the batch: what an image gives depends on the others of its batch. Images are square and
+Every standardisation uses the statistics of the current image or **batch**, also in evaluation, and local kernels
+depend on the mean over the batch. So an image's output depends on the other images in its batch. Images are square and
 of one size. Maps are (B, C, S, S).
 """
 
@@ -25,21 +25,21 @@ from .layers.script import refuse_script
 
 __all__ = ["HyperKernel", "Terminator"]
 
-SHARE = 0.1  # of the normalised half in a local kernel, through which alone its gradient passes
+SHARE = 0.1  # weight of the normalised half of a local kernel; only this half passes a gradient
 
 
 def instance_norm(x: Tensor) -> Tensor:
-    """Each map of each image standardised; no parameters."""
+    """Standardises each map of each image; no parameters."""
     return F.instance_norm(x)
 
 
 def batch_norm(x: Tensor) -> Tensor:
-    """Each channel standardised over the batch at hand; no parameters, no memory."""
+    """Standardises each channel over the current batch; no parameters, no running statistics."""
     return F.batch_norm(x, None, None, training=True)
 
 
 def mixed_norm(x: Tensor, groups: int = 12) -> Tensor:
-    """By turns `batch_norm` and `instance_norm` of `groups` groups of channels."""
+    """Alternates `batch_norm` and `instance_norm` over `groups` groups of channels."""
     both = zip(batch_norm(x).chunk(groups, 1), instance_norm(x).chunk(groups, 1), strict=True)
     return torch.cat([parts[i % 2] for i, parts in enumerate(both)], 1)
 
@@ -49,18 +49,18 @@ class HyperKernel(nn.Module):
 
         f_i = sin(W_i c);   h = f_0;   h = f_i (U_i h) + b, i = 1 ... layers;   W h
 
-    over coordinates c from -1 to 1 along each axis. With `context` every h is, before the next step, mixed with what
-    the batch shows: ``h = (sg(h) + 0.1 h / ||h||) V_i v``, where v comes from the mean over the batch of the context's
+    over coordinates c from -1 to 1 along each axis. With `context`, every h is mixed with the batch's content before
+    the next step: ``h = (sg(h) + 0.1 h / ||h||) V_i v``. Here v comes from the batch mean of the context's
     map, pooled to the kernel's size, and no gradient passes sg.
 
     Args:
         axes: 1 or 2.
         size: Positions n along an axis.
-        hidden: Width inside.
+        hidden: Inner width.
         layers: Steps.
         dim: Channels of the kernel.
         context: Channels of the context; None for none.
-        omega: Scale of the filters' frequencies at the start; the authors' value is not known.
+        omega: Initial scale of the filters' frequencies; the authors' value is not known.
 
     Shape:
         ``(B, context, H, W)`` or nothing to ``(dim, n)`` or ``(dim, n, n)``.
@@ -144,7 +144,7 @@ class GatedUnit(nn.Module):
 
 
 class LocalBranch(nn.Module):
-    """``GELU(BN(conv_1x1(depthwise(u)))) + b``; the kernel of `size` is a slow network's, of the context c."""
+    """``GELU(BN(conv_1x1(depthwise(u)))) + b``; a slow network makes the kernel of `size` from the context c."""
 
     def __init__(self, dim: int, size: int, omega: float, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -170,15 +170,15 @@ def _mixer(layer: nn.Conv2d) -> None:
 
 
 def tile(x: Tensor, channels: int) -> Tensor:
-    """The channels of a map repeated until there are as many as asked for."""
+    """Repeats the channels of a map until there are `channels` of them."""
     return x.repeat(1, channels // x.shape[1], 1, 1)
 
 
 class Block(nn.Module):
     """Slow-fast neural encoding (section 3): ten branches of a map ``(B, C, S, S)`` and up to two earlier maps, joined.
 
-    ``P = x * kernel`` is multiplied as a matrix, channel by channel, with three other activations; four local branches,
-    a gated unit and an interaction of space and channels stand beside them.
+    ``P = x * kernel`` is multiplied as a matrix, channel by channel, with three other activations. In parallel there
+    are four local branches, a gated unit and an interaction of space and channels.
     """
 
     def __init__(
@@ -227,10 +227,10 @@ class Terminator(nn.Module):
 
     Args:
         img_size: Side S of the images.
-        in_chans: Channels of the images, of which the next maps are multiples.
+        in_chans: Channels of the images; the later maps have multiples of this number.
         num_classes: Classes.
-        drop_rate: Dropout of whole maps behind every block but the first.
-        omega: Scale of the filters' frequencies at the start; the authors' value is not known.
+        drop_rate: Dropout of whole maps after every block except the first.
+        omega: Initial scale of the filters' frequencies; the authors' value is not known.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -266,7 +266,7 @@ class Terminator(nn.Module):
         for module in self.modules():
             if needs_reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        for module in self.modules():  # a layer's own reset comes before that of what holds it
+        for module in self.modules():  # a layer is reset before the module that contains it
             if needs_reset and isinstance(module, (HyperKernel, GatedUnit, LocalBranch, Block)):
                 module.reset_parameters()
         if isinstance(self.head, nn.Linear):
@@ -275,7 +275,7 @@ class Terminator(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layer groups for layer-wise decay of the learning rate."""
+        """Layer groups for layer-wise learning rate decay."""
         return dict(stem=r"^blocks\.0", blocks=r"^blocks\.(\d+)")
 
     @torch.jit.ignore
@@ -284,7 +284,7 @@ class Terminator(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier of so many classes; 0 for none."""
+        """A new classifier with `num_classes` classes; 0 for none."""
         self.num_classes = num_classes
         weight = self.blocks[0].bias
         settings: dict = {"device": weight.device, "dtype": weight.dtype}
@@ -296,7 +296,7 @@ class Terminator(nn.Module):
         The sum over pairs of blocks of the mean squared difference of their kernels, each summed over its channels.
 
         Args:
-            tiled: the paper's form: kernels of fewer channels repeated to as many, in place of the sums.
+            tiled: the paper's form: kernels with fewer channels are repeated to as many, instead of the sums.
         """
         kernels = [block.kernel() for block in self.blocks]
         loss = kernels[0].new_zeros(())
@@ -307,10 +307,10 @@ class Terminator(nn.Module):
         return loss
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """What training adds to the loss of the classes: `slow_loss`, and lengths that are to stay small.
+        """Terms that training adds to the classification loss: `slow_loss`, and lengths that should stay small.
 
-        "norms" is the sum of the lengths of the mixers' and bottlenecks' parameters, and 1e-6 of that of the weights of
-        all 2-D slow networks.
+        "norms" is the sum of the lengths of the mixers' and bottlenecks' parameters, plus 1e-6 times that of the
+        weights of all 2-D slow networks.
         """
         fast, slow = [], []
         for block in self.blocks:
@@ -326,7 +326,7 @@ class Terminator(nn.Module):
         """Images ``(B, in_chans, S, S)`` to every block's map.
 
         Raises:
-            ValueError: images of another size or number of channels.
+            ValueError: the images have another size or number of channels.
         """
         if x.dim() != 4 or tuple(x.shape[1:]) != (self.in_chans, self.img_size, self.img_size):
             sides = f"{self.in_chans}, {self.img_size}, {self.img_size}"
@@ -341,7 +341,7 @@ class Terminator(nn.Module):
         return self.forward_blocks(x)[-1]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """A map to logits, or to its mean."""
+        """A map to logits, or with `pre_logits` to its mean."""
         x = x.mean((2, 3))
         return x if pre_logits else self.head(x)
 
@@ -377,9 +377,9 @@ _RENAMES = [
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Terminator) -> dict[str, Tensor]:
-    """Converts the authors' state dict to ours; their counters are left out.
+    """Converts the authors' state dict to ours, without their counters.
 
-    Weights are taken as they are. The authors' code scales them again at the first forward pass after loading.
+    Weights are taken unchanged. The authors' code scales them again at the first forward pass after loading.
     """
     state_dict = unwrap_state_dict(state_dict)
     found = {rename(key, _RENAMES): x for key, x in state_dict.items() if not key.endswith("train_length")}
@@ -408,7 +408,7 @@ default_cfgs = generate_default_cfgs({"terminator": _cfg()})
 
 @register_model
 def terminator(pretrained: bool = False, **kwargs) -> Terminator:
-    """Terminator, as for CIFAR-10."""
+    """Terminator with the CIFAR-10 configuration."""
     return build_model_with_cfg(
         Terminator, "terminator", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
     )

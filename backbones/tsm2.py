@@ -4,8 +4,8 @@ Paper: MambaMixer: Efficient Selective State Space Models with Dual Token and Ch
 - https://arxiv.org/abs/2403.19888
 
 Each variate of a series is cut into patches. Blocks mix the patches of a variate by a selective scan through time, then
-the variates at a patch by two scans, there and back. Each mixer reads a learned average of the outputs of all mixers
-before it, normalised over time and features together. What the paper leaves open is listed in the model card.
+the variates at a patch by two scans, there and back. Each mixer reads a learned average of the outputs of all earlier
+mixers, normalised over time and features together. The model card lists what the paper leaves open.
 """
 
 import math
@@ -22,15 +22,15 @@ from .layers import S6, CausalConv, WeightedAverage
 __all__ = ["TSM2"]
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the number of tokens
+@register_notrace_module  # FX cannot trace scan orders, which depend on the number of tokens
 class SelectiveMixer(nn.Module):
     """``W_out (sum over directions of SSM(SiLU(conv(v))) * SiLU(g))`` with ``[v, g] = W_in x`` on ``(B, L, C)``.
 
-    Step size, B and C are linear in the block's input x, as the paper writes them, not in what the convolution gives.
+    Step size, B and C are linear in the block's input x, as in the paper, not in the output of the convolution.
 
     Args:
         dim: Channels C.
-        directions: 1 to scan forwards, 2 for both ways, with parameters of their own and one gate.
+        directions: 1 to scan forwards, 2 for both ways; each has its own parameters, but they share one gate.
         expand: Inner width over C.
         d_state: N, states per channel.
         taps: Width of the causal convolution.
@@ -58,7 +58,7 @@ class SelectiveMixer(nn.Module):
 
 
 class Block(nn.Module):
-    """Block l, from 1: a mixer of time and one of variates, each behind a norm of its average of earlier outputs."""
+    """Block l, from 1: a time mixer and a variate mixer, each after a norm of its average of earlier outputs."""
 
     def __init__(
         self, l: int, patches: int, dim: int, expand: int, d_state: int, drop_rate: float, device=None, dtype=None
@@ -74,7 +74,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, times: list[Tensor], variates: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Outputs ``(B, M, P, C)`` of the mixers so far, each list from the input on, to those of this block."""
+        """Outputs ``(B, M, P, C)`` of earlier mixers, each list starting with the input, to this block's outputs."""
         x = self.time_norm(self.time_average(times, variates))
         time = self.drop(self.time_mixer(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
         x = self.variate_norm(self.variate_average([*times, time], variates)).transpose(1, 2)
@@ -86,15 +86,15 @@ class TSM2(nn.Module):
     """TSM2 (arXiv 2403.19888, version 1), unverified.
 
     Args:
-        context: Steps T that it reads.
-        horizon: Steps H that it foretells.
-        patch_size, stride: Steps of a patch, and from one to the next.
+        context: Input steps T.
+        horizon: Forecast steps H.
+        patch_size, stride: Steps in a patch, and from one patch to the next.
         dim: Width C.
         depth: Blocks.
         expand, d_state: Of the mixers.
-        static_dim: Numbers that are given for each variate and do not change; 0 for none.
-        future: Steps and numbers of what is known of the future of each variate; None for nothing.
-        drop_rate: Dropout behind the embedding and the mixers.
+        static_dim: Constant numbers given for each variate; 0 for none.
+        future: Steps and numbers of the known future inputs of each variate; None for none.
+        drop_rate: Dropout after the embedding and the mixers.
 
     Raises:
         ValueError: a size is not positive, or a patch is longer than the context.
@@ -150,9 +150,9 @@ class TSM2(nn.Module):
         return {"pos_embed"}
 
     def forward(self, x: Tensor, static: Tensor | None = None, future: Tensor | None = None) -> Tensor:
-        """Series ``(B, M, T)`` of M variates to what follows, ``(B, M, H)``.
+        """Series ``(B, M, T)`` of M variates to their continuation, ``(B, M, H)``.
 
-        Each variate is normalised by its own mean and deviation over the context, and the forecast turned back.
+        Each variate is normalised by its own mean and deviation over the context; the forecast is scaled back.
 
         Args:
             x: The series so far.
@@ -183,7 +183,7 @@ class TSM2(nn.Module):
 
 
 def _expect(name: str, x: Tensor | None, axes: str, sizes: tuple[int, ...] | None) -> None:
-    """ValueError where `x` does not end with `sizes` behind two axes, or is given where there are none."""
+    """ValueError if `x` does not end with `sizes` after two axes, or is given but not expected."""
     if x is None and sizes is None:
         return
     if x is None or sizes is None or x.dim() != 2 + len(sizes) or tuple(x.shape[2:]) != tuple(sizes):

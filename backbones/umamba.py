@@ -2,9 +2,9 @@
 
 Paper: U-Mamba: Enhancing Long-range Dependency for Biomedical Image Segmentation - https://arxiv.org/abs/2401.04722
 
-nnU-Net's residual U-Net with Mamba layers: Bot has one at the bottleneck, Enc one after the encoder's stages. It is not
-one network but a family: nnU-Net plans patch size, widths, strides and kernels for each data set, and they are
-arguments here. This file has the network and its 2-D variants, `umamba_3d.py` those of volumes.
+nnU-Net's residual U-Net with Mamba layers: Bot has one at the bottleneck, Enc one after the encoder's stages. It is a
+family of networks: nnU-Net plans patch size, widths, strides and kernels for each data set. These are arguments here.
+This file has the network and its 2-D variants; `umamba_3d.py` has the variants for volumes.
 
 Maps are channel-first.
 """
@@ -33,7 +33,7 @@ Size = Sequence[int]
 class ResidualBlock(nn.Module):
     """``act(norm(conv(act(norm(conv x)))) + r)``: r is x, or with `project` a strided 1x1 convolution of x.
 
-    Norms are instance norms with parameters, activations LeakyReLU 0.01, convolutions have biases.
+    Norms are instance norms with parameters, activations are LeakyReLU 0.01, and convolutions have biases.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class ResidualBlock(nn.Module):
 
 
 def blocks(dim: int, dim_out: int, kernel: Size, stride: Size | int, depth: int, **dd) -> nn.Sequential:
-    """A block that changes width and size, and ``depth - 1`` that do not."""
+    """A block that changes width and size, then ``depth - 1`` that do not."""
     first = ResidualBlock(dim, dim_out, kernel, stride, project=True, **dd)
     return nn.Sequential(first, *(ResidualBlock(dim_out, dim_out, kernel, **dd) for _ in range(depth - 1)))
 
 
-@register_notrace_module  # FX cannot follow what depends on the size of the map
+@register_notrace_module  # FX cannot trace what depends on the size of the map
 class MambaLayer(nn.Module):
     """``Mamba(LN(tokens))`` of a map ``(B, C, ...)``, **without a residual connection**, in the weights' precision.
 
-    Tokens are the positions in raster order; or, with `positions`, the channels, each a vector of all positions, of
-    which the map must then have just so many.
+    Tokens are the positions in raster order. With `positions` they are the channels instead, each a vector of all
+    positions; the map must then have exactly that many.
     """
 
     def __init__(self, dim: int, positions: int | None = None, device=None, dtype=None):
@@ -92,14 +92,14 @@ class MambaLayer(nn.Module):
                 f"x: a map of {tuple(size)} is not of {self.positions} positions; this layer's tokens are channels, so "
                 "the model takes nothing but its patch_size"
             )
-        # Autocast knows no meta device.
+        # Autocast does not support the meta device.
         with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             tokens = self.mamba(self.norm(tokens.to(self.norm.weight.dtype)))
         return (tokens if self.positions else tokens.transpose(1, 2)).unflatten(2, size)
 
 
 class EncoderStage(nn.Module):
-    """Convolutional blocks, and a Mamba layer or none; the blocks under gradient checkpointing where that is on."""
+    """Convolutional blocks, then a Mamba layer or none; the blocks use gradient checkpointing if enabled."""
 
     def __init__(self, blocks: nn.Module, mamba: nn.Module):
         super().__init__()
@@ -111,23 +111,23 @@ class EncoderStage(nn.Module):
 
 
 class UMamba(DenseModel):
-    """U-Mamba (arXiv 2401.04722) by an nnU-Net plan of 2 or 3 axes.
+    """U-Mamba (arXiv 2401.04722) for an nnU-Net plan with 2 or 3 axes.
 
     Args:
         in_chans: Input channels.
-        num_classes: Classes, the background among them.
-        patch_size: Size of the patches ``(H, W)`` or ``(D, H, W)``. With `mamba` "enc" a stage whose patch has no more
-            positions than channels takes channels for tokens; such a model takes no other size.
+        num_classes: Classes, including the background.
+        patch_size: Size of the patches ``(H, W)`` or ``(D, H, W)``. With `mamba` "enc", a stage uses channels as tokens
+            if its patch has no more positions than channels; such a model takes no other size.
         features: Channels of each stage.
-        strides: Of each stage but the first its stride on each axis, or one for all axes.
-        kernel_sizes: The same of the kernels of every stage; one number for all.
+        strides: For each stage except the first, its stride on each axis, or one for all axes.
+        kernel_sizes: For every stage, its kernel size on each axis, or one for all axes; one number for all stages.
         depth: Blocks of a stage; stages of the second half have one, as in the authors' code.
-        mamba: "bot" for one layer behind the last stage, "enc" for one after every stage (3-D) or every second one,
-            the last among them (2-D).
+        mamba: "bot" for one layer after the last stage, "enc" for one after every stage (3-D) or every second one,
+            including the last (2-D).
         deep_supervision: In training, return the logits of every decoder level.
 
     Raises:
-        ValueError: the parts of the plan do not fit each other, or another `mamba`.
+        ValueError: parts of the plan do not fit each other, or unknown `mamba`.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class UMamba(DenseModel):
         self.stages = nn.ModuleList(stages)
         self.set_features(features, reductions, features[0])
         self.bottleneck = MambaLayer(features[-1], **dd) if mamba == "bot" else nn.Identity()
-        # From the deepest up; the last level in 2-D leaves its skip out.
+        # From the deepest level up; in 2-D the last level does not use its skip.
         self.dims = tuple(features[-2::-1])
         self.reduces = nn.ModuleList(CONV[axes](a, b, 1, **dd) for a, b in zip(features[:0:-1], self.dims, strict=True))
         self.decoder = nn.ModuleList()
@@ -192,7 +192,7 @@ class UMamba(DenseModel):
 
     @staticmethod
     def _keep(module: nn.Module) -> None:
-        """The Mamba layers begin as Mamba does: PyTorch's linear maps."""
+        """The Mamba layers are initialised as in Mamba: PyTorch's linear maps."""
         for layer in module.modules():
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()
@@ -203,7 +203,7 @@ class UMamba(DenseModel):
         self._keep(self)
 
     def head_dims(self) -> list[int]:
-        """Channels of the maps that `decode` gives."""
+        """Channels of the maps from `decode`."""
         return list(reversed(self.dims))
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -225,7 +225,7 @@ class UMamba(DenseModel):
         return maps
 
 
-# Published names and ours, in the order in which they are replaced; heads are turned round behind.
+# Published names and ours, in the order in which they are replaced; the order of the heads is then reversed.
 _RENAMES = [
     (r"^(?:module|_orig_mod)\.", ""),
     (r"\.(conv|norm)(\d)\.(?:conv|norm)\.", r".\1\2."),
@@ -240,7 +240,7 @@ _RENAMES = [
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: UMamba) -> dict[str, Tensor]:
-    """Converts the published state dict or nnU-Net's checkpoint to ours; tensors of two names are taken once."""
+    """Converts the published state dict or nnU-Net's checkpoint to ours; tensors with two names are taken once."""
     state_dict = unwrap_nnunet(state_dict)
     if not any("encoder.stem." in key for key in state_dict):
         return heads_of_other_classes(state_dict, model)
@@ -283,11 +283,11 @@ default_cfgs = generate_default_cfgs({name: plan_cfg((1, 256, 256)) for name in 
 
 @register_model
 def umamba_bot_2d(pretrained: bool = False, **kwargs) -> UMamba:
-    """U-Mamba for images, a Mamba layer at the bottleneck; the default plan is ours."""
+    """U-Mamba for images, with a Mamba layer at the bottleneck; the default plan is ours."""
     return create_umamba("umamba_bot_2d", pretrained, **dict(dict(mamba="bot"), **kwargs))
 
 
 @register_model
 def umamba_enc_2d(pretrained: bool = False, **kwargs) -> UMamba:
-    """U-Mamba for images, Mamba layers in the encoder; the default plan is ours."""
+    """U-Mamba for images, with Mamba layers in the encoder; the default plan is ours."""
     return create_umamba("umamba_enc_2d", pretrained, **dict(dict(mamba="enc"), **kwargs))

@@ -1,4 +1,4 @@
-"""U-Mamba for volumes; see `umamba.py`, which has the network."""
+"""U-Mamba for volumes; the network is in `umamba.py`."""
 
 from timm.models import generate_default_cfgs, register_model
 
@@ -13,11 +13,11 @@ default_cfgs = generate_default_cfgs({name: plan_cfg(None) for name in ("umamba_
 
 @register_model
 def umamba_bot_3d(pretrained: bool = False, **kwargs) -> UMamba:
-    """U-Mamba for volumes, a Mamba layer at the bottleneck; the default plan is ours."""
+    """U-Mamba for volumes, with a Mamba layer at the bottleneck; the default plan is ours."""
     return create_umamba("umamba_bot_3d", pretrained, **dict(dict(PLAN, mamba="bot"), **kwargs))
 
 
 @register_model
 def umamba_enc_3d(pretrained: bool = False, **kwargs) -> UMamba:
-    """U-Mamba for volumes, a Mamba layer after every stage of the encoder; the default plan is ours."""
+    """U-Mamba for volumes, with a Mamba layer after every stage of the encoder; the default plan is ours."""
     return create_umamba("umamba_enc_3d", pretrained, **dict(dict(PLAN, mamba="enc"), **kwargs))

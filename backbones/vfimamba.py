@@ -2,11 +2,12 @@
 
 Paper: VFIMamba: Video Frame Interpolation with State Space Models (NeurIPS 2024) - https://arxiv.org/abs/2407.02315
 
-Two frames and a time between them to the frame at that time. Features of five scales, the last two of which mix the two
-frames by scans over their interleaved tokens; from these, coarse to fine, the flow from the frame between to either;
-its local refinement; and a U-Net that adds to the blend of the two warped frames. The cost is linear in pixels.
+It takes two frames and a time between them, and returns the frame at that time. There are features at five scales; at
+the last two, scans over interleaved tokens mix the frames. From these features it computes, coarse to fine, the flow
+from the new frame to each of the two; then a local refinement of the flow; then a U-Net's residual for the blend of
+the two warped frames. The cost is linear in pixels.
 
-Images and maps are (B, C, H, W), but channel-last in the blocks that scan; of both frames they are stacked along the
+Images and maps are (B, C, H, W), but channel-last in the blocks that scan. Maps of both frames are stacked along the
 batch, all first frames before all second ones.
 """
 
@@ -29,11 +30,11 @@ __all__ = ["InterleavedSS2D", "Motion", "VFIMamba", "warp"]
 
 
 class Motion(NamedTuple):
-    """From the frame between to the two: in pixels, x before y.
+    """Motion from the new frame to the two: in pixels, x before y.
 
     Attributes:
         flow: ``(B, 4, H, W)``, to the first frame, then to the second.
-        mask: How much the first counts, before its sigmoid ``(B, 1, H, W)``.
+        mask: Weight of the first frame, before its sigmoid ``(B, 1, H, W)``.
     """
 
     flow: Tensor
@@ -44,7 +45,7 @@ class Motion(NamedTuple):
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """What lies in the image ``(B, C, H, W)`` where `flow` ``(B, 2, H, W)`` leads, bilinear; the edge goes on."""
+    """The image ``(B, C, H, W)`` sampled where `flow` ``(B, 2, H, W)`` points, bilinear; the edge is replicated."""
     H, W = image.shape[2:]
     y = torch.linspace(-1, 1, H, device=image.device, dtype=image.dtype).view(1, H, 1).expand(1, H, W)
     x = torch.linspace(-1, 1, W, device=image.device, dtype=image.dtype).view(1, 1, W).expand(1, H, W)
@@ -58,7 +59,7 @@ def resize(x: Tensor, H: int, W: int) -> Tensor:
 
 
 def resize_flow(flow: Tensor, H: int, W: int) -> Tensor:
-    """A flow at another size, in that size's pixels; the ratio is that of the widths."""
+    """A flow at another size, in pixels of that size; it is scaled by the ratio of the widths."""
     return resize(flow, H, W) * (W / flow.shape[3])
 
 
@@ -72,12 +73,12 @@ def up_conv(dim: int, dim_out: int, **dd) -> nn.Sequential:
     return nn.Sequential(nn.ConvTranspose2d(dim, dim_out, 4, 2, 1, **dd), nn.PReLU(dim_out, **dd))
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+@register_notrace_module  # FX cannot trace scan orders, which depend on the map's size
 class InterleavedSS2D(SS2D):
-    """`SS2D` over pairs of maps ``(2 B, H, W, C)``, whose tokens the four scans visit in turns (section 3.2).
+    """`SS2D` over pairs of maps ``(2 B, H, W, C)``; the four scans visit their tokens in turns (section 3.2).
 
     With `transposed_halves` the scans along columns put their results where the authors' code does
-    (`scan_order.interleaved_places`); else where they belong.
+    (`scan_order.interleaved_places`); otherwise where they belong.
     """
 
     def __init__(self, *args, transposed_halves: bool = True, **kwargs):
@@ -118,7 +119,7 @@ class MixedStage(nn.Module):
 
 
 class Head(nn.Module):
-    """A first motion, or what is to be added to one, from features of both frames at 1/`stride` of the size."""
+    """A first motion, or an update of one, from features of both frames at 1/`stride` of the size."""
 
     def __init__(self, dim: int, images: int, hidden: int, stride: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -129,7 +130,7 @@ class Head(nn.Module):
         )
 
     def forward(self, features: Tensor, images: Tensor, flow: Tensor | None) -> Motion:
-        """Features ``(2 B, C, h, w)``, images stacked along channels, and the flow so far, both of the whole size."""
+        """Features ``(2 B, C, h, w)``; images stacked along channels and the flow so far, both at full size."""
         H, W = images.shape[2:]
         features = F.pixel_shuffle(F.pixel_shuffle(torch.cat(features.chunk(2), 1), 2), 2)
         size = (4 * H // self.stride, 4 * W // self.stride)
@@ -139,7 +140,7 @@ class Head(nn.Module):
 
 
 class LocalBlock(nn.Module):
-    """What is to be added to a motion, from the images and their warps at 1/`scale` of the size."""
+    """Update of a motion, from the images and their warps at 1/`scale` of the size."""
 
     def __init__(self, dim: int, scale: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -158,7 +159,7 @@ class LocalBlock(nn.Module):
 
 
 class Refiner(nn.Module):
-    """A U-Net: what is to be added to the blend, before it is stretched to [-1, 1], in (0, 1)."""
+    """A U-Net for the residual of the blend, in (0, 1), before it is stretched to [-1, 1]."""
 
     def __init__(self, dim: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -191,8 +192,8 @@ class VFIMamba(nn.Module):
 
     Args:
         dim: Channels F of the first scale; they double at each of the four others.
-        depth: Blocks of either scale that mixes frames.
-        transposed_halves: See `InterleavedSS2D`; the published weights want it.
+        depth: Blocks at each of the two scales that mix frames.
+        transposed_halves: See `InterleavedSS2D`; the published weights need it.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -236,11 +237,11 @@ class VFIMamba(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The convolution that gives the residual."""
+        """The convolution that outputs the residual."""
         return self.refiner.conv
 
     def forward_features(self, first: Tensor, second: Tensor) -> list[Tensor]:
-        """The maps of the five scales, of both frames ``(2 B, C, h, w)``."""
+        """The maps of both frames at five scales ``(2 B, C, h, w)``."""
         x, maps = torch.cat([first, second]), []
         for stage in self.stages:
             x = stage(x)
@@ -253,12 +254,12 @@ class VFIMamba(nn.Module):
         return torch.cat([first, second, *warped, motion.mask], 1)
 
     def blend(self, first: Tensor, second: Tensor, motion: Motion) -> Tensor:
-        """The two warped frames, mixed by the mask."""
+        """The two warped frames, blended by the mask."""
         share = motion.mask.sigmoid()
         return warp(first, motion.flow[:, :2]) * share + warp(second, motion.flow[:, 2:]) * (1 - share)
 
     def run_heads(self, first: Tensor, second: Tensor, time: Tensor, features: list[Tensor]) -> list[Motion]:
-        """The motions behind either head."""
+        """The motions after each head."""
         at = time.to(first).view(-1, 1, 1, 1).expand(len(first), 1, *first.shape[2:])
         motions = [self.heads[0](features[4], torch.cat([first, second, at], 1), None)]
         images = torch.cat([self.stack(first, second, motions[0]), at], 1)
@@ -266,7 +267,7 @@ class VFIMamba(nn.Module):
         return motions
 
     def run_local(self, first: Tensor, second: Tensor, motion: Motion) -> list[Motion]:
-        """The motions behind either local block."""
+        """The motions after each local block."""
         motions = []
         for block in self.local:
             motion = motion + block(self.stack(first, second, motion), motion.flow)
@@ -282,15 +283,15 @@ class VFIMamba(nn.Module):
         scale: float = 1.0,
         high_resolution: bool = False,
     ) -> dict:
-        """As `forward`, without padding, with what lies on the way.
+        """As `forward`, without padding, and with intermediate results.
 
         Returns:
             "frame" ``(B, 3, H, W)``; "merged", the blend before the residual; "residual" in (0, 1); "motion"; "motions"
-            of the heads, or where there are local blocks, of those; "features".
+            of the heads, or of the local blocks if there are any; "features".
 
         Raises:
-            ValueError: frames of two shapes or of another number of channels; sides that are no multiples of 16 or
-                below 32, at the scale of the heads, too; a time outside [0, 1].
+            ValueError: the frames differ in shape or have a wrong number of channels; sides are not multiples of 16 or
+                are below 32, also at the scale of the heads; the time is outside [0, 1].
         """
         if first.dim() != 4 or first.shape[1] != 3 or first.shape != second.shape:
             shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
@@ -329,15 +330,15 @@ class VFIMamba(nn.Module):
         high_resolution: bool = False,
         flip: bool = False,
     ) -> Tensor:
-        """Two frames to the one between.
+        """Returns the frame between two.
 
         Args:
-            first, second: ``(B, 3, H, W)``, white at 1, of any size: the edge is repeated up to what the scales need.
-                The published weights take channels as blue, green, red.
-            time: Where between them, 0 to 1: one for all, or ``(B,)``.
+            first, second: ``(B, 3, H, W)``, white at 1, of any size: edges are repeated as far as the scales need. The
+                published weights take channels as blue, green, red.
+            time: Position between them, 0 to 1: one for all, or ``(B,)``.
             local: Refine the flow at the frames' own resolution.
-            scale: Features and flow come from frames of so many times the size, such as 1/2 for 2K and 1/4 for 4K.
-            high_resolution: Local refinement, too, at that scale.
+            scale: Resize factor of the frames for features and flow, such as 1/2 for 2K and 1/4 for 4K.
+            high_resolution: Also refine locally at that scale.
             flip: Average with the result for the frames turned upside down (test-time augmentation).
 
         Returns:
@@ -385,7 +386,7 @@ _RENAMES = [
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VFIMamba) -> dict[str, Tensor]:
-    """Converts the published state dict, whose names may begin with ``module.``, to ours."""
+    """Converts the published state dict to ours; its names may start with ``module.``."""
     state_dict = {key.removeprefix("module."): x for key, x in unwrap_state_dict(state_dict).items()}
     if "refiner.conv.weight" in state_dict:
         return state_dict

@@ -1,8 +1,8 @@
-"""VideoMamba on images; `videomamba_video` has the same on clips.
+"""VideoMamba for images; `videomamba_video` has the version for clips.
 
 Paper: VideoMamba: State Space Model for Efficient Video Understanding (ECCV 2024) - https://arxiv.org/abs/2403.06977
 
-Vim with the class token in front of the others, and the outputs of the two directions added.
+Vim with the class token in front of the others, and with the outputs of the two directions added.
 """
 
 import math
@@ -20,10 +20,10 @@ __all__ = ["VideoMamba"]
 
 
 class VideoMamba(Isotropic):
-    """VideoMamba on images (arXiv 2403.06977).
+    """VideoMamba for images (arXiv 2403.06977).
 
     Args:
-        img_size: Height and width (or one side) that the position table is made for; other sizes interpolate it.
+        img_size: Height and width (or one side) of images that fit the position table; interpolated for other sizes.
         patch_size: Side of a patch.
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
@@ -71,7 +71,7 @@ class VideoMamba(Isotropic):
 
     @staticmethod
     def _init_weights(module: nn.Module, needs_reset: bool = False) -> None:
-        """All linear maps alike, those of S6 among them: the published models began with a step bias of 0."""
+        """Initialises all linear maps alike, including those of S6: the published models started with step bias 0."""
         Isotropic._init_weights(module, needs_reset)
         if isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
@@ -82,12 +82,12 @@ class VideoMamba(Isotropic):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Beside positions and class token, the rates, skips and step biases of the scans."""
+        """Besides positions and class token: the rates, skips and step biases of the scans."""
         kept = (".s6.A_log", ".s6.D", ".s6.dt_bias")
         return super().no_weight_decay() | {name for name, _ in self.named_parameters() if name.endswith(kept)}
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """As in `Isotropic`; the stream between the blocks is in float32 at least."""
+        """As in `Isotropic`; the stream between the blocks is in float32 or wider."""
         x, grid = super().embed(x)
         return x.to(torch.promote_types(x.dtype, torch.float32)), grid
 

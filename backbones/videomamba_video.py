@@ -1,4 +1,4 @@
-"""VideoMamba on clips: one sequence, frame after frame; see `videomamba`."""
+"""VideoMamba for clips: one sequence, frame after frame; see `videomamba`."""
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,15 @@ __all__ = ["VideoMambaVideo"]
 
 
 class VideoMambaVideo(VideoMamba):
-    """VideoMamba on clips ``(B, 3, T, H, W)`` (arXiv 2403.06977).
+    """VideoMamba for clips ``(B, 3, T, H, W)`` (arXiv 2403.06977).
 
-    Tubelets of frame after frame, row after row, are one sequence behind one class token. Positions in the frame and
-    in time are learned apart; for other sizes and numbers of frames than the model's, both are interpolated.
+    Tubelets, frame after frame and row after row, form one sequence after one class token. Positions within the frame
+    and in time are learned separately. For other sizes and numbers of frames than the model's, both are interpolated.
 
     Args:
-        num_frames: Frames of a clip that positions in time are made for.
+        num_frames: Frames of a clip that fit the positions in time.
         tubelet_size: Frames in a tubelet.
-        img_size: As in `VideoMamba`, as all that follow.
+        img_size: As in `VideoMamba`, like all further arguments.
 
     Raises:
         ValueError: `num_frames` is smaller than a tubelet.
@@ -64,7 +64,7 @@ class VideoMambaVideo(VideoMamba):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """As of images, and positions in time."""
+        """As for images, plus positions in time."""
         return super().no_weight_decay() | {"time_embed"}
 
     @torch.jit.ignore
@@ -76,7 +76,7 @@ class VideoMambaVideo(VideoMamba):
         """Clips ``(B, 3, T, H, W)`` to tokens ``(B, 1 + T H W, C)`` with positions, and their grid (T, H, W).
 
         Raises:
-            ValueError: no clips, fewer frames than a tubelet has, or frames smaller than a patch.
+            ValueError: the input is no clip, has fewer frames than a tubelet, or frames smaller than a patch.
         """
         if x.dim() != 5:
             raise ValueError(f"x: expected clips (B, {self.in_chans}, T, H, W), got {tuple(x.shape)}")
@@ -92,7 +92,7 @@ class VideoMambaVideo(VideoMamba):
     def forward_intermediates(
         self, x, indices=None, norm=False, stop_early=False, output_fmt="NCTHW", intermediates_only=False
     ):
-        """The blocks' tokens as maps in time: as in `Isotropic`, with 'NCTHW' and 'NTHWC' beside 'NLC'.
+        """The blocks' tokens as maps in time: as in `Isotropic`, with 'NCTHW' and 'NTHWC' besides 'NLC'.
 
         Raises:
             ValueError: `output_fmt` is none of these.
@@ -111,7 +111,7 @@ class VideoMambaVideo(VideoMamba):
 
 @register_notrace_function
 def tubelets(frames: int, size: int, name: str) -> int:
-    """Tubelets of `size` frames in a clip; ValueError where it is shorter than one."""
+    """Number of tubelets of `size` frames in a clip; ValueError if it is shorter than one."""
     if frames < size:
         raise ValueError(f"{name}: expected at least {size} frames, which are a tubelet, got {frames}")
     return frames // size
@@ -128,7 +128,7 @@ def resize_time(table: Tensor, steps: int) -> Tensor:
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: VideoMambaVideo) -> dict[str, Tensor]:
     """Converts a published state dict, of clips or of images, to ours.
 
-    Patches of images become tubelets that read their middle frame; their positions in time are 0.
+    Image patches become tubelets that read their middle frame, with positions in time of 0.
     """
     state_dict = dict(unwrap_state_dict(state_dict))
     if "temporal_pos_embedding" in state_dict:

@@ -2,8 +2,8 @@
 
 Paper: Vision-LSTM: xLSTM as Generic Vision Backbone - https://arxiv.org/abs/2406.04303
 
-Patch tokens of one width and pairs of mLSTM blocks: one walks the tokens row by row from the upper left corner, the
-other, with weights of its own, from the lower right one.
+Patch tokens of one width and pairs of mLSTM blocks. One block walks the tokens row by row from the upper left corner;
+the other, with its own weights, from the lower right corner.
 """
 
 import torch
@@ -33,9 +33,9 @@ class MLSTMBlock(nn.Module):
         return x + self.drop_path(self.mixer(self.norm(x), grid))
 
 
-@register_notrace_module  # FX cannot follow grids, which depend on the image's size
+@register_notrace_module  # FX cannot trace grids, which depend on the image's size
 class Pair(nn.Module):
-    """A block on the tokens ``(B, L, C)`` as they are, then one on the image turned by 180 degrees."""
+    """A block on the tokens ``(B, L, C)`` as they are, then one on the image rotated by 180 degrees."""
 
     def __init__(self, dim: int, drop_path: float = 0.0, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -51,11 +51,11 @@ class ViL(Isotropic):
     """ViL (arXiv 2406.04303).
 
     Args:
-        img_size: Height and width (or one side) that the position table is made for; other sizes interpolate it.
+        img_size: Height and width (or one side) of images that fit the position table; interpolated for other sizes.
         patch_size: Side of a patch.
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
-        global_pool: 'ends' (the first and the last token beside each other, normed) or as in `Isotropic`.
+        global_pool: 'ends' (the first and the last token concatenated, then normalised) or as in `Isotropic`.
         dim: Width.
         depth: Pairs of blocks.
         drop_rate: Dropout before the classifier.
@@ -90,7 +90,7 @@ class ViL(Isotropic):
 
     @property
     def head_hidden_size(self) -> int:
-        """Channels that the classifier is given."""
+        """Number of input channels of the classifier."""
         return self.num_features * (2 if self.global_pool in ("ends", "catavgmax") else 1)
 
     def _pool(self, global_pool: str) -> str:
@@ -113,7 +113,7 @@ class ViL(Isotropic):
         )
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier, and with another pooling the norm before it; None keeps the pooling."""
+        """Replaces the classifier, and with another pooling also the norm before it; None keeps the pooling."""
         super().reset_classifier(num_classes, global_pool)
         if self.global_pool != "ends":
             self.pre_head = nn.Identity()
@@ -150,7 +150,7 @@ _RENAMES = [
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: ViL) -> dict[str, Tensor]:
     """Converts the published state dict to ours, and the position table to the model's grid.
 
-    Published norms, all but the one before the classifier, hold what their factors add to 1.
+    Published norms, except the one before the classifier, store the difference of their factors from 1.
     """
     state_dict = unwrap_state_dict(state_dict)
     if "pos_embed.embed" not in state_dict:

@@ -3,7 +3,7 @@
 Paper: Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model (ICML 2024)
 - https://arxiv.org/abs/2401.09417
 
-Patch tokens, a class token in their middle, and blocks of one mixer each, which scans the tokens in both directions.
+Patch tokens, a class token in their middle, and blocks with one mixer each, which scans the tokens in both directions.
 """
 
 import math
@@ -25,7 +25,7 @@ class Vim(Isotropic):
     """Vim (arXiv 2401.09417).
 
     Args:
-        img_size: Height and width (or one side) that the position table is made for; other sizes interpolate it.
+        img_size: Height and width (or one side) of images that fit the position table; interpolated for other sizes.
         patch_size: Side of a patch.
         stride: Step between patches; 8 for the fine-tuned variants.
         in_chans: Input channels.
@@ -72,11 +72,11 @@ class Vim(Isotropic):
             nn.init.kaiming_uniform_(block.mixer.out_proj.weight, a=math.sqrt(5))
             with torch.no_grad():
                 block.mixer.out_proj.weight /= math.sqrt(len(self.blocks))
-                block.mixer.s6.dt_bias[1] = 0  # as the published models began: their backward step bias was overwritten
+                block.mixer.s6.dt_bias[1] = 0  # as in the published models, whose backward step bias was overwritten
 
     @torch.jit.ignore
     def no_weight_decay(self):
-        """Beside timm's, the skips D and step biases: matrices here, but vectors in the published recipe."""
+        """Besides timm's: the skips D and step biases, which are matrices here, but vectors in the published recipe."""
         stacked = {name for name, _ in self.named_parameters() if name.endswith((".s6.D", ".s6.dt_bias"))}
         return super().no_weight_decay() | stacked
 

@@ -3,11 +3,11 @@
 Paper: MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection (version 1)
 - https://arxiv.org/abs/2403.19888
 
-Blocks mix tokens with a gated SS2D whose step sizes, B and C come from the block's input, and channels with selective
-scans that run along the channel axis. Each mixer reads a learned weighted average of the outputs of all mixers before
-it in its stage.
+Blocks mix tokens with a gated SS2D whose step sizes, B and C come from the block's input. They mix channels with
+selective scans along the channel axis. Each mixer reads a learned weighted average of the outputs of all earlier mixers
+in its stage.
 
-No code or weights were published. What is left open is decided here and listed in the model card.
+No code or weights were published. Choices that the paper leaves open are made here and listed in the model card.
 Maps are channel-last (B, H, W, C) throughout.
 """
 
@@ -31,7 +31,7 @@ from .layers.s6 import S6, init_step_bias
 __all__ = ["ViM2"]
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+@register_notrace_module  # FX cannot trace scan orders, which depend on the map's size
 class TokenMixer(SS2D):
     """Selective token mixer: ``[v, z] = W_in x;  p = SiLU(DWConv(v));  W_out (LN(sum_k S6_k(p)) * SiLU(z))``.
 
@@ -52,18 +52,18 @@ class TokenMixer(SS2D):
         return self.out_proj(self.out_norm(y) * F.silu(gate))
 
 
-@register_notrace_module  # FX cannot follow the expansion to every token
+@register_notrace_module  # FX cannot trace the expansion to every token
 class ChannelScan(nn.Module):
     """Selective scans along the channels of a map: the selective scan, with tokens and channels exchanged.
 
     Channel c of the map, averaged over `grid` x `grid` cells and read in the k-th of the token mixer's four orders, is
-    the vector p_{k,c} that selects. For each token l::
+    the vector p_{k,c} that controls the selection. For each token l::
 
         [r_c, B_c, C_c] = W p_c;   delta_c = softplus(r_c + b)
         h_{c,l} = exp(delta_c A) h_{c-1,l} + delta_c B_c v_{c,l};   y_{c,l} = C_c h_{c,l} + D v_{c,l}
 
-    with W, b, A and D of each scan's own, shared by all tokens: any number of tokens will do. The four outputs are
-    added. It is `linzoo.ops.selective_scan` whose sequence are the channels and whose channels are the tokens.
+    Each scan has its own W, b, A and D, shared by all tokens, so any number of tokens is possible. The four outputs are
+    added. It is `linzoo.ops.selective_scan` with channels as its sequence and tokens as its channels.
 
     Args:
         d_state: N.
@@ -114,8 +114,8 @@ class ChannelScan(nn.Module):
 
 
 class ChannelMixer(nn.Module):
-    """Selective channel mixer: ``W_out (LN(ChannelScan(SiLU(DWConv(v)))) * SiLU(g))`` with ``[v, g] = W_in x``, v and g
-    of `ratio` times the width."""
+    """Selective channel mixer: ``W_out (LN(ChannelScan(SiLU(DWConv(v)))) * SiLU(g))`` with ``[v, g] = W_in x``; v and g
+    have `ratio` times the width."""
 
     def __init__(self, dim: int, d_state: int = 16, ratio: float = 1.0, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -133,12 +133,12 @@ class ChannelMixer(nn.Module):
 
 
 class Block(nn.Module):
-    """Block l of a stage: token mixers and a channel mixer, each behind a LayerNorm of its weighted average.
+    """Block l of a stage: token mixers and a channel mixer, each after a LayerNorm of its weighted average.
 
     Args:
         l: Number of the block, from 1.
         dim: Width.
-        token_mixers: Token mixers in front of the channel mixer.
+        token_mixers: Number of token mixers before the channel mixer.
         token_ratio, channel_ratio: Inner widths of the mixers over the block's.
         d_state: States per channel, of all mixers.
         averaging: Learn the averages.
@@ -160,7 +160,7 @@ class Block(nn.Module):
     ):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__()
-        before = token_mixers * (l - 1) + 1  # token mixers' outputs so far, the stage's input among them
+        before = token_mixers * (l - 1) + 1  # token mixers' outputs so far, including the stage's input
         counts = range(before, before + token_mixers)
         self.token_averages = nn.ModuleList(WeightedAverage(count, l, averaging, **dd) for count in counts)
         self.token_norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6, **dd) for _ in counts)
@@ -171,8 +171,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, count, *outputs):
-        """Outputs ``(B, H, W, C)`` of `count` token mixers and of the channel mixers so far, each list from the stage's
-        input on, to those of this block: its token mixers' and its channel mixer's."""
+        """From outputs ``(B, H, W, C)`` of `count` token mixers and of the channel mixers so far, each list starting
+        with the stage's input, to this block's outputs: those of its token mixers and its channel mixer."""
         tokens, channels = list(outputs[:count]), outputs[count:]
         for average, norm, mixer in zip(self.token_averages, self.token_norms, self.token_mixers, strict=True):
             tokens.append(self.drop_path(mixer(norm(average(tokens, channels)))))
@@ -181,7 +181,7 @@ class Block(nn.Module):
 
 
 class ViM2Stage(nn.Module):
-    """Downsampling, blocks that all see each other's outputs, and one more weighted average that leaves the stage."""
+    """Downsampling, blocks that all see each other's outputs, and a last weighted average as the stage's output."""
 
     def __init__(
         self, blocks: Sequence[Block], averaging: bool, downsample: nn.Module | None = None, device=None, dtype=None
@@ -213,10 +213,10 @@ class ViM2(Pyramid):
         num_classes: Classes; 0 for none.
         global_pool: Pooling before the classifier.
         dims: Channels of each stage.
-        depths: Blocks of each stage, each of `token_mixers` token mixers and a channel mixer.
-        token_mixers: Token mixers of a block.
+        depths: Blocks of each stage, each with `token_mixers` token mixers and a channel mixer.
+        token_mixers: Token mixers per block.
         ssm_ratio: Inner width of the token mixers over the block's.
-        channel_ratios: The same of each stage's channel mixers.
+        channel_ratios: For each stage, inner width of the channel mixers over the block's.
         d_state: States per channel, of both mixers.
         averaging: Learn the weighted averages; False for plain residuals.
         drop_rate: Dropout before the classifier.

@@ -3,8 +3,9 @@
 Papers: VM-UNet: Vision Mamba UNet for Medical Image Segmentation - https://arxiv.org/abs/2402.02491
 MHS-VM: Multi-Head Scanning in Parallel Subspaces for Vision Mamba - https://arxiv.org/abs/2406.05992
 
-A U of VMamba blocks without MLP: four encoder levels, a mirrored decoder, skips that are added. VM-UNet mixes tokens
-with SS2D of VMamba's first version; MHS-VM with a multi-head scan, whose heads walk the map along geometric patterns.
+A U-Net of VMamba blocks without MLP: four encoder levels, a mirrored decoder, skips that are added. VM-UNet mixes
+tokens with SS2D of VMamba's first version; MHS-VM with a multi-head scan, whose heads walk the map along geometric
+patterns.
 
 Maps are channel-last (B, H, W, C) inside; input and output are NCHW.
 """
@@ -40,8 +41,8 @@ def _both_ways(*orders):
 def head_routes(H, W, device=None):
     """The four routes of each head of the multi-head scan, in the heads' order (MHS-VM, section 3): ``{name: (4, L)}``.
 
-    C walks rows and columns to and fro, X the anti-diagonals from the upper left and the upper right, S spirals inwards
-    from the upper left and the lower left, Z goes row by row and column by column.
+    C walks rows and columns to and fro. X walks the anti-diagonals from the upper left and the upper right. S spirals
+    inwards from the upper left and the lower left. Z goes row by row and column by column.
     """
     token = scan_order.raster(H, W, device).view(H, W)
     mirrored, upside_down, transposed = token.flip(1).flatten(), token.flip(0).flatten(), token.t().flatten()
@@ -55,7 +56,7 @@ def head_routes(H, W, device=None):
 
 
 def scan_route_attention(y, threshold):
-    """Merges the four routes' outputs (MHS-VM, section 3.3): their sum, weighed by how much they differ.
+    """Merges the four routes' outputs (MHS-VM, section 3.3): their sum, weighted by how much they differ.
 
     ``relu(cv - threshold) * sum_k y_k`` with ``cv = std_k(y) / (mean_k(y - min y) + 1e-5)``.
 
@@ -71,15 +72,15 @@ def scan_route_attention(y, threshold):
     return y.sum(2) * F.relu(variation - threshold)
 
 
-@register_notrace_function  # FX cannot follow what depends on the image's size
+@register_notrace_function  # FX cannot trace what depends on the image's size
 def with_channels(x, channels):
-    """Images ``(B, C, H, W)`` with so many channels, to which a single one is repeated."""
+    """Images ``(B, C, H, W)`` with `channels` channels; a single channel is repeated."""
     if x.shape[1] not in (1, channels):
         raise ValueError(f"x: expected {channels} channels (or 1), got {x.shape[1]}")
     return x.expand(-1, channels, -1, -1)
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+@register_notrace_module  # FX cannot trace scan orders, which depend on the map's size
 class MultiHeadScan(nn.Module):
     """Multi-head scan: subspaces of ``dim // heads`` channels, each walked along the four routes of one pattern.
 
@@ -128,9 +129,9 @@ class VMUNet(nn.Module):
     """VM-UNet (arXiv 2402.02491), or MHS-VM (arXiv 2406.05992) with `num_heads`.
 
     Args:
-        in_chans: Input channels; images of one channel are repeated where 3 are expected.
+        in_chans: Input channels; one-channel images are repeated if 3 are expected.
         num_classes: Channels of the output; 0 for the decoder's own.
-        img_size: Ignored: the routes are made for each image's size. The published constructor needs it.
+        img_size: Ignored, because routes are made for each image's size. The published constructor needs it.
         dims: Channels of each level.
         depths: Blocks of each encoder level.
         depths_decoder: Blocks of each decoder level, from the deepest.
@@ -139,7 +140,7 @@ class VMUNet(nn.Module):
         drop_path_rate: Stochastic depth, rising linearly over the encoder's blocks and falling over the decoder's.
 
     Raises:
-        ValueError: another number of heads.
+        ValueError: the number of heads is not supported.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -215,7 +216,7 @@ class VMUNet(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes, **dd):
-        """Replaces the last convolution; 0 leaves none."""
+        """Replaces the last convolution; 0 removes it."""
         self.num_classes = num_classes
         head = nn.Conv2d(self.num_features, num_classes, 1, **(dd or get_device_dtype(self))) if num_classes else None
         self.head = nn.Identity() if head is None else head.train(self.training)
@@ -223,11 +224,11 @@ class VMUNet(nn.Module):
     def init_from_classifier(self, state_dict):
         """Starts from a classifier, VMamba of the first version, as VM-UNet does.
 
-        The encoder takes the tensors of its names, the blocks of decoder level 3 - i those of encoder level i. Blocks
-        that only one side has, and all between decoder levels and after them, stay as they are.
+        The encoder takes the tensors with its names. The blocks of decoder level 3 - i take those of encoder level i.
+        Blocks that only one side has, and everything between decoder levels and after them, stay unchanged.
 
         Args:
-            state_dict: What `timm.create_model("vmamba_s_v0").state_dict()` gives.
+            state_dict: The result of `timm.create_model("vmamba_s_v0").state_dict()`.
 
         Raises:
             ValueError: a tensor of the encoder is absent or has another shape.
@@ -271,10 +272,10 @@ class VMUNet(nn.Module):
             x: Images ``(B, 3, H, W)``, sides multiples of 32.
             indices: The last n levels if int, all if None, else those listed.
             output_fmt: 'NCHW' or 'NHWC'.
-            intermediates_only: Return the maps alone.
+            intermediates_only: Return only the maps.
 
         Returns:
-            What `forward_features` gives and the list of maps; or that list.
+            The output of `forward_features` and the list of maps; or only that list.
 
         Raises:
             ValueError: `output_fmt` is neither.
@@ -291,10 +292,10 @@ class VMUNet(nn.Module):
     def forward(self, x):
         """Images ``(B, 3, H, W)`` of any size to mask logits ``(B, num_classes, H, W)``.
 
-        Sides that are no multiple of 32 are padded with zeros below and to the right, and the logits cropped.
+        Sides that are not multiples of 32 are padded with zeros below and to the right, and the logits cropped.
 
         Raises:
-            ValueError: neither `in_chans` channels nor one.
+            ValueError: the number of channels is neither `in_chans` nor one.
         """
         x = with_channels(x, self.in_chans)
         H, W = x.shape[-2:]
@@ -327,7 +328,7 @@ _RENAMES = [
 
 
 def checkpoint_filter_fn(state_dict, model):
-    """Converts the published state dict to ours; of tensors that it holds under two names, either will do."""
+    """Converts the published state dict to ours; for tensors stored under two names, either name works."""
     state_dict = unwrap_state_dict(state_dict)
     if "stem.proj.weight" in state_dict:
         return state_dict

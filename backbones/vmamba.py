@@ -2,8 +2,8 @@
 
 Paper: VMamba: Visual State Space Model (NeurIPS 2024) - https://arxiv.org/abs/2401.10166
 
-A four-stage hierarchy like Swin's whose token mixer, SS2D, walks the map along four routes. The first version (v0,
-January 2024) has gated blocks with 16 states a channel and no MLP; the later ones have one state, no gate and an MLP.
+A four-stage hierarchy like Swin's. Its token mixer, SS2D, walks the map along four routes. The first version (v0,
+January 2024) has gated blocks with 16 states per channel and no MLP. Later versions have one state, no gate and an MLP.
 
 Maps are channel-last (B, H, W, C) throughout.
 """
@@ -40,7 +40,7 @@ class ConvStem(nn.Module):
 
 
 class Block(nn.Module):
-    """``x += SS2D(LN(x))``, then ``x += MLP(LN(x))`` where `mlp_ratio` is not 0; `mlp` names the MLP."""
+    """``x += SS2D(LN(x))``, then ``x += MLP(LN(x))`` if `mlp_ratio` is not 0; `mlp` names the MLP."""
 
     def __init__(
         self,
@@ -82,9 +82,9 @@ class VMamba(Pyramid):
         depths: Blocks of each stage.
         ssm_ratio: Inner width of SS2D over the block's.
         d_state: States per channel.
-        gated: Gated SS2D, the first version's.
-        mlp_ratio: Hidden over outer width of the MLPs; 0 for blocks without.
-        mlp: What stands for an MLP, a name of `layers.channel_mixer`: 'mlp', 'grkan', 'bspline_kan', 'fourier_kan'.
+        gated: Use gated SS2D, as in the first version.
+        mlp_ratio: Hidden over outer width of the MLPs; 0 for blocks without MLP.
+        mlp: Kind of MLP, a name from `layers.channel_mixer`: 'mlp', 'grkan', 'bspline_kan', 'fourier_kan'.
         conv_embed: Overlapping convolutions as stem and between stages; False for 4x4 patches and patch merging.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly from 0 at the first block to this.
@@ -143,8 +143,8 @@ _PATCH_STEM = {"0": "proj", "2": "norm"}
 def checkpoint_filter_fn(state_dict, model):
     """Converts any of the three published layouts to ours.
 
-    Those are the training code's, that of the first version's files, and that of the single-file rewrite. Parameters
-    that a layout flattens over the routes, or holds as 1x1 convolutions, are reshaped.
+    These are the layouts of the training code, of the first version's files, and of the single-file rewrite. Parameters
+    that a layout flattens over the routes, or stores as 1x1 convolutions, are reshaped.
     """
     state_dict = unwrap_state_dict(state_dict)
     if any(key.startswith("stem.") for key in state_dict):
@@ -229,21 +229,21 @@ def vmamba_b(pretrained=False, **kwargs):
 
 @register_model
 def vmamba_t_s2l5(pretrained=False, **kwargs):
-    """VMamba-T with twice the inner width and three blocks fewer."""
+    """VMamba-T with twice the inner width and three fewer blocks."""
     model_args = dict(depths=(2, 2, 5, 2), ssm_ratio=2.0)
     return _create_vmamba("vmamba_t_s2l5", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vmamba_s_s1l20(pretrained=False, **kwargs):
-    """VMamba-S with half the inner width and five blocks more."""
+    """VMamba-S with half the inner width and five more blocks."""
     model_args = dict(depths=(2, 2, 20, 2), ssm_ratio=1.0)
     return _create_vmamba("vmamba_s_s1l20", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def vmamba_b_s1l20(pretrained=False, **kwargs):
-    """VMamba-B with half the inner width and five blocks more."""
+    """VMamba-B with half the inner width and five more blocks."""
     model_args = dict(dims=BASE_DIMS, depths=(2, 2, 20, 2), ssm_ratio=1.0)
     return _create_vmamba("vmamba_b_s1l20", pretrained, **dict(model_args, **kwargs))
 

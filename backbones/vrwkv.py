@@ -3,9 +3,9 @@
 Paper: Vision-RWKV: Efficient and Scalable Visual Perception with RWKV-Like Architectures (ICLR 2025)
 - https://arxiv.org/abs/2403.02308
 
-Patch tokens with learned positions, and blocks of a token mixer and a gated channel mixer, each of which first mixes
+Patch tokens with learned positions, and blocks of a token mixer and a gated channel mixer. Each of them first mixes
 every token with its four neighbours. Vision-RWKV mixes by bidirectional means whose weights fall with the distance
-(BiWKV), Vision-RWKV-6 by matrix states of data-dependent decay, scanned forwards and backwards.
+(BiWKV), Vision-RWKV-6 by matrix states with data-dependent decay, scanned forwards and backwards.
 """
 
 import math
@@ -25,19 +25,19 @@ __all__ = ["VRWKV", "VRWKV6"]
 
 
 class VRWKV(Isotropic):
-    """Vision-RWKV (arXiv 2403.02308). Images are padded with 0 at the right and below to whole patches.
+    """Vision-RWKV (arXiv 2403.02308). Images are padded with 0 on the right and below to whole patches.
 
     Args:
-        img_size: Height and width (or one side) that the position table is made for; other sizes interpolate it.
+        img_size: Height and width (or one side) of images that fit the position table; interpolated for other sizes.
         patch_size: Side of a patch.
         in_chans: Input channels.
         num_classes: Classes; 0 for none.
         global_pool: As in `Isotropic`, without 'token'.
         dim: Width.
         depth: Blocks.
-        post_norm: Normalise what the mixers put out instead of what they take in.
-        init_values: Layer scales to begin with; None for none.
-        inner_norm: LayerNorms inside the mixers, as the large model has them.
+        post_norm: Normalise the outputs of the mixers instead of their inputs.
+        init_values: Initial layer scales; None for none.
+        inner_norm: Use LayerNorms inside the mixers, as the large model does.
         head_hidden: Width of a layer with tanh before the classifier; None for none.
         state_tuning: Call `state_tuning` at the end.
         drop_rate: Dropout before the classifier.
@@ -98,7 +98,7 @@ class VRWKV(Isotropic):
             self.state_tuning()
 
     def state_tuning(self, head: bool = True) -> None:
-        """From here on only the states learn that its scans start from and, with `head`, the classifier.
+        """From now on only the initial states of the scans are trained and, with `head`, the classifier.
 
         `save_states` writes these few numbers to a file, and `load_states` reads them; see
         `linzoo.backbones.layers.state_tuning`.
@@ -109,11 +109,11 @@ class VRWKV(Isotropic):
         tune_states(self, head)
 
     def save_states(self, path) -> None:
-        """Writes what `state_tuning` leaves to learn."""
+        """Writes the parameters that `state_tuning` trains."""
         save_states(self, path)
 
     def load_states(self, states) -> None:
-        """Reads what `save_states` wrote: a file or a state dict."""
+        """Reads the output of `save_states`: a file or a state dict."""
         load_states(self, states)
 
     @staticmethod
@@ -137,7 +137,7 @@ class VRWKV(Isotropic):
 
     @torch.jit.ignore
     def no_weight_decay(self):
-        """Nothing but vectors: the published recipe decays positions, too."""
+        """Only vectors: the published recipe also decays positions."""
         return set()
 
     @torch.jit.ignore
@@ -154,7 +154,7 @@ class VRWKV(Isotropic):
 
 
 class VRWKV6(VRWKV):
-    """Vision-RWKV with RWKV-6's token mixer: `VRWKV` without `inner_norm`, its width a multiple of 64."""
+    """Vision-RWKV with RWKV-6's token mixer: `VRWKV` without `inner_norm`; its width is a multiple of 64."""
 
     @staticmethod
     def mixers(dim, layer, layers, inner_norm, device=None, dtype=None):
@@ -192,13 +192,13 @@ def checkpoint_filter_fn(state_dict, model):
         side = math.isqrt(table.shape[1])
         out["pos_embed"] = resize_pos_embed(table, (side, side), model.grid_size, False, model.antialias_pos_embed)
     for key, value in model.state_dict().items():
-        if key.endswith(".time_state"):  # which weights of before the tuning do not have
+        if key.endswith(".time_state"):  # weights from before the tuning do not have it
             out.setdefault(key, torch.zeros(value.shape))
     return reshape_as(out, model)
 
 
 def vrwkv_cfg(**kwargs):
-    """timm's pretrained configuration, with `kwargs` in place of what differs."""
+    """timm's pretrained configuration; `kwargs` replace entries that differ."""
     cfg = dict(
         pool_size=None,
         min_input_size=(3, 16, 16),
@@ -259,7 +259,7 @@ def vrwkv_b(pretrained=False, **kwargs):
 
 @register_model
 def vrwkv_l(pretrained=False, **kwargs):
-    """Vision-RWKV-L, its positions made for 192 px."""
+    """Vision-RWKV-L, with positions for 192 px."""
     model_args = dict(
         img_size=192, dim=1024, depth=24, post_norm=True, init_values=1e-5, inner_norm=True, head_hidden=3072
     )

@@ -1,4 +1,4 @@
-"""Vision-RWKV in ViT-Adapter, for dense prediction: four maps instead of classes.
+"""Vision-RWKV in ViT-Adapter, for dense prediction: it returns four maps instead of classes.
 
 Papers: Vision-RWKV (ICLR 2025) - https://arxiv.org/abs/2403.02308
 Vision Transformer Adapter for Dense Predictions (ICLR 2023) - https://arxiv.org/abs/2205.08534
@@ -23,9 +23,9 @@ class VRWKVAdapter(ViTAdapter):
     Args:
         heads: Heads of the deformable attention.
         ratio: Width of its values over the backbone's.
-        own_tokens: Add to level i the tokens after group i of the blocks instead of the last ones to all.
+        own_tokens: Add the tokens after block group i to level i, instead of the last tokens to all levels.
         drop_path_rate: Stochastic depth of the last block and of the extractors.
-        kwargs: As `VRWKV`.
+        kwargs: As in `VRWKV`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ _ADAPTER = re.compile(r"(?:spm|prior|level_embed|interactions|up|norms?\d?)(?:\.
 def checkpoint_filter_fn(state_dict, model):
     """Converts the authors' state dict of an adapter, with or without a detector or segmenter around it.
 
-    Of a classifier's the backbone is taken; the adapter then begins anew.
+    From a classifier it takes the backbone; the adapter then starts from random weights.
     """
     state_dict = {key.removeprefix("backbone."): value for key, value in unwrap_state_dict(state_dict).items()}
     adapter = {rename(key, ADAPTER_NAMES): value for key, value in state_dict.items() if _ADAPTER.match(key)}
@@ -57,7 +57,7 @@ def checkpoint_filter_fn(state_dict, model):
     ours = model.state_dict()
     backbone = {f"backbone.{k}": v for k, v in vrwkv_checkpoint_filter_fn(rest, model.backbone).items()}
     backbone = {key: value for key, value in backbone.items() if key in ours}  # no final norm, no classifier
-    if "level_embed" not in adapter:  # layer scales, too, if the classifier has none
+    if "level_embed" not in adapter:  # also layer scales, if the classifier has none
         return {**ours, **backbone}
     return adapter | backbone
 
@@ -81,7 +81,7 @@ default_cfgs = generate_default_cfgs(
     {f"vrwkv_{size}_adapter_{task}": _cfg(size, task) for size in "tsbl" for task in ("det", "seg")}
 )
 
-# Those of the classifiers, but for layer scales.
+# The classifiers' sizes, without layer scales.
 _SIZES = {
     "t": dict(dim=192, init_values=1.0, heads=6, ratio=1.0),
     "s": dict(dim=384, post_norm=True, init_values=1e-5, heads=6, ratio=1.0),

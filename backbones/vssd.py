@@ -2,8 +2,8 @@
 
 Paper: VSSD: Vision Mamba with Non-Causal State Space Duality - https://arxiv.org/abs/2407.18559
 
-A four-stage pyramid in the mould of MLLA. Three stages mix tokens with non-causal state-space duality: all tokens write
-to one state, with positive weights that depend on them, and all read it. The last stage uses softmax attention.
+A four-stage pyramid built like MLLA. Three stages mix tokens with non-causal state-space duality: all tokens write to
+one state, with positive weights that depend on them, and all read it. The last stage uses softmax attention.
 
 Maps are channel-last (B, H, W, C) throughout.
 """

@@ -1,1 +1,1 @@
-"""How models make images, and attention processors for diffusers; the optional part `generate`."""
+"""Image generation, and attention processors for diffusers; needs the optional part `generate`."""

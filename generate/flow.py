@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["PATHS", "SAMPLERS", "Path", "diffuse", "flow", "guide", "loss", "noise", "score_of", "velocity_of"]
 
-Model = Callable[[Tensor, Tensor], Tensor]  # x and t to the prediction
+Model = Callable[[Tensor, Tensor], Tensor]  # from x and t to the prediction
 
 
 class Path(NamedTuple):
@@ -33,7 +33,7 @@ class Path(NamedTuple):
 
     @property
     def diffusion(self) -> Tensor:
-        """``(alpha' / alpha) sigma^2 - sigma sigma'``, d in the losses' weights."""
+        """``(alpha' / alpha) sigma^2 - sigma sigma'``, called d in the losses' weights."""
         return self.rate * self.sigma**2 - self.sigma * self.d_sigma
 
     def mix(self, data: Tensor, start: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def vp(t: Tensor) -> Path:
 PATHS: dict[str, Callable[[Tensor], Path]] = {"linear": linear, "gvp": gvp, "vp": vp}
 PREDICTIONS = ("velocity", "noise", "score")
 WEIGHTS = ("none", "velocity", "likelihood")
-# Names of solvers, and torchdiffeq's; those below need no number of steps.
+# Names of solvers, here and in torchdiffeq; those below need no number of steps.
 SAMPLERS = {"euler": "euler", "heun": "heun2", "midpoint": "midpoint", "rk4": "rk4", "dopri5": "dopri5"}
 ADAPTIVE = ("dopri5",)
 
@@ -79,7 +79,7 @@ def _check(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def path_at(path: str, t: Tensor, like: Tensor | None = None) -> Path:
-    """A path at times ``(B,)``, for tensors of the shape of `like`; ValueError where there is no such path."""
+    """A path at times ``(B,)``, for tensors of the shape of `like`; ValueError if there is no such path."""
     _check("path", path, tuple(PATHS))
     return PATHS[path](t if like is None else t.view(-1, *[1] * (like.dim() - 1)))
 
@@ -98,10 +98,11 @@ def loss(
     """The loss of each sample ``(B,)``: the mean of w times a squared error.
 
     With prediction "velocity" the error is ``v - (alpha' x_1 + sigma' x_0)``; with "noise" ``n - x_0``, with "score"
-    ``s sigma + x_0``, and of these w is 1 ("none"), ``(d / sigma)^2`` ("velocity") or ``d / sigma^2`` ("likelihood").
+    ``s sigma + x_0``. For the last two, w is 1 ("none"), ``(d / sigma)^2`` ("velocity") or ``d / sigma^2``
+    ("likelihood").
 
     Args:
-        predicted: What the model says at ``x_t`` ``(B, ...)``.
+        predicted: The model's output at ``x_t`` ``(B, ...)``.
         data, start: x_1 and the noise x_0.
         t: Times ``(B,)``.
 
@@ -119,7 +120,7 @@ def loss(
 
 
 def score_of(predicted: Tensor, x: Tensor, t: Tensor, path: str = "gvp", prediction: str = "velocity") -> Tensor:
-    """The score (the gradient of the log-density) at x, out of any prediction."""
+    """The score (the gradient of the log-density) at x, from any prediction."""
     at = path_at(path, t, x)
     if prediction == "velocity":
         ratio = at.alpha / at.d_alpha
@@ -128,7 +129,7 @@ def score_of(predicted: Tensor, x: Tensor, t: Tensor, path: str = "gvp", predict
 
 
 def velocity_of(predicted: Tensor, x: Tensor, t: Tensor, path: str = "gvp", prediction: str = "velocity") -> Tensor:
-    """``dx/dt`` at x, out of any prediction."""
+    """``dx/dt`` at x, from any prediction."""
     if prediction == "velocity":
         return predicted
     at = path_at(path, t, x)
@@ -148,15 +149,15 @@ def flow(
     """Noise to data along ``dx/dt = v(x, t)`` from t = 0 to 1, by torchdiffeq.
 
     Args:
-        model: x ``(B, ...)`` and t ``(B,)`` to the prediction.
+        model: From x ``(B, ...)`` and t ``(B,)`` to the prediction.
         x: Noise.
         sampler: One of `SAMPLERS`. "dopri5" chooses its steps by the error of the whole batch, so a sample depends on
-            those beside it, by the tolerance.
-        steps: How many, of the same length; "dopri5" chooses them.
+            the others in it, within the tolerance.
+        steps: Number of steps of equal length; "dopri5" chooses its own.
         atol, rtol: Tolerances of "dopri5".
 
     Raises:
-        ValueError: there is no such sampler, or no step.
+        ValueError: there is no such sampler, or `steps` is not positive.
     """
     from torchdiffeq import odeint
 
@@ -191,14 +192,14 @@ def diffuse(
     """Noise to data along ``dx = (v + g score) dt + sqrt(2 g) dW``, by Euler and Maruyama.
 
     Args:
-        model, x: As of `flow`.
-        steps: How many, before the last.
-        diffusion: The form of g, one of `DIFFUSIONS`; `norm` times that.
+        model, x: As in `flow`.
+        steps: Number of steps before the last.
+        diffusion: The form of g, one of `DIFFUSIONS`; multiplied by `norm`.
         last: Size of the last step, which takes the mean: no noise is added.
-        draw: Noise of the shape of what it is given.
+        draw: Returns noise of its argument's shape.
 
     Raises:
-        ValueError: there is no such form, or no step.
+        ValueError: there is no such form, or `steps` is not positive.
     """
     _check("diffusion", diffusion, tuple(DIFFUSIONS))
     first = 1e-3 if diffusion == "sbdm" or prediction != "velocity" else 0.0
@@ -224,9 +225,9 @@ def guide(
     """Classifier-free guidance: ``v_null + s (v_y - v_null)``, both in one batch.
 
     Args:
-        model: x, t and classes to the prediction.
+        model: From x, t and classes to the prediction.
         y: Classes ``(B,)``.
-        null: The class that stands for none.
+        null: The class that means no class.
         scale: s; 1 for no guidance.
         power: With a number p, s grows from 1 over time: ``(s - 1) (1 - cos(pi (1 - t)^p)) / 2 + 1``.
     """
@@ -246,7 +247,7 @@ def guide(
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One generator a sample, on the CPU: a sample depends on its seed alone, on any device and in any batch."""
+    """One generator per sample, on the CPU. A sample depends only on its seed, on any device and in any batch."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 

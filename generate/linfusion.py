@@ -1,14 +1,14 @@
-"""LinFusion: generalised linear attention in the place of a diffusion UNet's self-attention.
+"""LinFusion: generalised linear attention instead of a diffusion UNet's self-attention.
 
 Paper: LinFusion: 1 GPU, 1 Minute, 16K Image - https://arxiv.org/abs/2409.02097
 
-Plugs into a UNet of diffusers as attention processors of its `attn1` modules; cross-attention, LoRA on it, ControlNets
-and IP-Adapters stay as they are. Time and memory grow linearly with the number of tokens. These layers alone are
+It plugs into a diffusers UNet as attention processors of its `attn1` modules. Cross-attention, LoRA on it, ControlNets
+and IP-Adapters stay as they are. Time and memory grow linearly with the number of tokens. Only these layers are
 trained, by distillation from the UNet that they are installed in::
 
     unet = UNet2DConditionModel.from_pretrained(...)
-    install(unet, "LinFusion-1-5")           # a folder of the authors' weights
-    student = student_of(unet)               # or one of one's own, to train with `distillation_losses`
+    install(unet, "LinFusion-1-5")           # a folder with the authors' weights
+    student = student_of(unet)               # or your own, to train with `distillation_losses`
 """
 
 import copy
@@ -36,8 +36,8 @@ __all__ = [
     "training_target",
 ]
 
-EPS = 1e-4  # in the denominator, of the mean over tokens: it weighs the same at any number of them
-CHUNK = 4096  # tokens at once: what is made of them takes no more memory for longer sequences
+EPS = 1e-4  # in the denominator, a mean over tokens: its weight does not depend on their number
+CHUNK = 4096  # tokens at once: intermediate memory does not grow with the sequence
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -45,8 +45,8 @@ FILE = "diffusion_pytorch_model.safetensors"
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Normalised attention without softmax (section 3.2), in time linear in L.
 
-    ``y_i = q_i^T (1/L sum_j k_j v_j^T) / (q_i . (1/L sum_j k_j) + 1e-4)``, with L the number of queries. The factor 1/L
-    is put on k and v in halves, which keeps the sums in float16's range.
+    ``y_i = q_i^T (1/L sum_j k_j v_j^T) / (q_i . (1/L sum_j k_j) + 1e-4)``, with L the number of queries. Half of the
+    factor 1/L goes to k and half to v, which keeps the sums in float16's range.
 
     Args:
         q: Queries ``(..., L, E)``, positive.
@@ -77,11 +77,11 @@ def _branch(dim: int, mid: int | None) -> nn.Module:
 
 
 class LinearAttention(nn.Module):
-    """An attention processor of diffusers: `linear_attention` with feature maps that depend on the token.
+    """An attention processor for diffusers: `linear_attention` with feature maps that depend on the token.
 
     ``q = phi(W_q (x + f_q(x)));  k = phi(W_k (x + f_k(x)));  v = W_v x;  W_o y`` with ``phi = 1 + elu`` and
-    ``f(x) = W_2 LeakyReLU(LN(W_1 x))``. The W of attention are the module's that it is installed in. Masks are
-    ignored, as are group norms, residuals and scales of that module; there is no factor ``1 / sqrt(E)``.
+    ``f(x) = W_2 LeakyReLU(LN(W_1 x))``. W_q, W_k, W_v and W_o belong to the attention module. Its masks, group norms,
+    residuals and scales are ignored; there is no factor ``1 / sqrt(E)``.
 
     Args:
         dim: Channels.
@@ -116,7 +116,7 @@ class LinearAttention(nn.Module):
         def answer(part: Tensor, state: Tensor) -> Tensor:
             q = attn.to_q(part + self.to_q_(part))
             y = _answer(heads(1 + F.elu(q)), state).transpose(1, 2).flatten(2)
-            for layer in attn.to_out:  # the projection, and a dropout
+            for layer in attn.to_out:  # the projection and a dropout
                 y = layer(y)
             return y.to(x.dtype)
 
@@ -127,7 +127,7 @@ class LinearAttention(nn.Module):
 def self_attentions(unet: nn.Module) -> dict[str, Any]:
     """The self-attentions of a UNet by name, in the order in which the authors number them.
 
-    ValueError where `unet` is none of diffusers', or has none.
+    ValueError if `unet` is not a diffusers UNet, or has none.
     """
     if not hasattr(unet, "set_attn_processor"):
         raise ValueError(f"unet: expected a UNet of diffusers, got {type(unet).__name__}")
@@ -143,22 +143,22 @@ def install(
     """Puts `LinearAttention` into every self-attention of a UNet.
 
     Args:
-        unet: A UNet of diffusers, which is changed.
-        weights: A folder with ``diffusion_pytorch_model.safetensors``, as published; such a file, or one of PyTorch; or
+        unet: A diffusers UNet, changed in place.
+        weights: A folder with ``diffusion_pytorch_model.safetensors``, as published; such a file, or a PyTorch file; or
             a state dict. None for new feature maps. Names, where i counts `self_attentions`:
             ``{i}.to_{q,k,v}.weight``, ``{i}.to_out.0.{weight,bias}``, ``{i}.to_{q,k}_.{0,1,3}.{weight,bias}``.
-        reduction: Channels of a layer over the hidden width of its feature maps, without `weights`: 1 as of Stable
-            Diffusion 1.5 and 2.1, 16 as of SDXL; None for none, ``f(x) = x``.
-        fresh: Whether projections begin anew, too, as in the authors' training, in place of the UNet's own. With
-            `weights` they are theirs.
+        reduction: Channels of a layer over the hidden width of its feature maps, without `weights`: 1 for Stable
+            Diffusion 1.5 and 2.1, 16 for SDXL; None for no feature map, ``f(x) = x``.
+        fresh: Whether projections, too, start from random weights, as in the authors' training, instead of the UNet's.
+            `weights` replace them in any case.
 
     Returns:
         `unet`.
 
     Raises:
-        ValueError: `unet` is no UNet of diffusers, `reduction` is not positive, or the weights are another model's;
-            `unet` is as it was.
-        FileNotFoundError: there is no such file of weights.
+        ValueError: `unet` is not a diffusers UNet, `reduction` is not positive, or the weights are another model's;
+            `unet` is unchanged.
+        FileNotFoundError: there is no such weights file.
     """
     attentions = self_attentions(unet)
     if reduction is not None and not (isinstance(reduction, int) and reduction > 0):
@@ -184,7 +184,7 @@ def install(
 
 
 def state_of(unet: nn.Module) -> dict[str, Tensor]:
-    """What training changes, under the authors' names; ValueError where `install` has not been at `unet`."""
+    """The trained parameters under the authors' names; ValueError if `install` was not called on `unet`."""
     state = {}
     for i, (name, attn) in enumerate(self_attentions(unet).items()):
         if not isinstance(attn.processor, LinearAttention):
@@ -195,7 +195,7 @@ def state_of(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def save(unet: nn.Module, folder: str | Path) -> None:
-    """Writes what training changes as the authors do: ``config.json`` and a file of safetensors."""
+    """Writes the trained parameters as the authors do: ``config.json`` and a safetensors file."""
     state, folder = state_of(unet), Path(folder)
     modules = [
         dict(module_name=name, dim_n=attn.to_q.weight.shape[1], heads=attn.heads, projection_mid_dim=_mid(attn, -1))
@@ -220,13 +220,13 @@ def _read(weights: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor], s
         raise FileNotFoundError(f"{source}: no such file; expected a folder with {FILE}, or a file")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as e:  # whatever a damaged file makes of its reader
+    except Exception as e:  # a damaged file may raise anything
         raise ValueError(f"{source}: cannot be read ({type(e).__name__}); expected safetensors or tensors alone") from e
     return state, source
 
 
 def _check(state: dict[str, Tensor], attentions: dict[str, Any], source: str) -> None:
-    """ValueError where a state dict is not of as many modules, or a projection or a branch differs."""
+    """ValueError if the number of modules, a projection or a branch differs in a state dict."""
     numbers = {key.partition(".")[0] for key in state}
     if numbers != {str(i) for i in range(len(attentions))}:
         raise ValueError(
@@ -258,16 +258,16 @@ def _copy(state: dict[str, Tensor], attentions: dict[str, Any]) -> None:
 
 
 def student_of(teacher: nn.Module, **kwargs: Any) -> nn.Module:
-    """A copy of a UNet with `install` (which gets `kwargs`), to train beside it.
+    """A copy of a UNet after `install` (which gets `kwargs`), to train beside it.
 
-    Parameters outside self-attentions are the teacher's own, and get no gradient in either.
+    Parameters outside self-attentions are shared with the teacher, and get no gradient in either.
     """
     shared = {id(p): p for name, p in teacher.named_parameters() if ".attn1." not in name}
     return freeze_all_else(install(copy.deepcopy(teacher, shared), **kwargs))
 
 
 def freeze_all_else(unet: nn.Module) -> nn.Module:
-    """Leaves gradients to self-attentions alone, which is what LinFusion trains."""
+    """Keeps gradients only for self-attentions, which is what LinFusion trains."""
     unet.requires_grad_(False)
     for attn in self_attentions(unet).values():
         attn.requires_grad_(True)
@@ -275,15 +275,15 @@ def freeze_all_else(unet: nn.Module) -> nn.Module:
 
 
 def training_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What a UNet is to predict: the noise, or the velocity ``sqrt(a) noise - sqrt(1 - a) latents``.
+    """What a UNet must predict: the noise, or the velocity ``sqrt(a) noise - sqrt(1 - a) latents``.
 
     Args:
-        scheduler: A DDPM scheduler of diffusers, whose `prediction_type` says which.
+        scheduler: A diffusers DDPM scheduler, whose `prediction_type` says which.
         latents, noise: ``(B, C, H, W)``.
         timesteps: ``(B,)``.
 
     Raises:
-        ValueError: the scheduler predicts neither.
+        ValueError: the scheduler predicts something else.
     """
     kind = scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
@@ -317,17 +317,17 @@ def distillation_losses(
 
     Args:
         student: A UNet with linear attention.
-        teacher: The UNet with softmax attention that it learns from; it gets no gradient.
+        teacher: The UNet with softmax attention to learn from; it gets no gradient.
         sample: Noisy latents ``(B, C, H, W)``.
         timesteps: ``(B,)``.
-        encoder_hidden_states: Of the text ``(B, T, E)``.
+        encoder_hidden_states: The text's, ``(B, T, E)``.
         target: See `training_target`.
         weights: Of the two losses against the teacher.
         kwargs: Further arguments of both UNets, such as SDXL's `added_cond_kwargs`.
 
     Returns:
         "noise", the student's error; "output", its distance to the teacher; "attention", the mean distance of the
-        self-attentions' outputs, those of the student of its own inputs; and "loss", their weighted sum.
+        self-attentions' outputs, each computed from its own model's inputs; and "loss", their weighted sum.
     """
     given = (sample, timesteps, encoder_hidden_states)
     with torch.no_grad(), _attention_outputs(teacher) as theirs:

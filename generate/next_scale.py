@@ -24,7 +24,7 @@ class Generated(NamedTuple):
 
 
 def check_pair(model: MVAR, tokenizer: MVARTokenizer) -> None:
-    """ValueError where a transformer and a tokenizer do not fit."""
+    """ValueError if a transformer and a tokenizer do not fit."""
     for name in ("V", "Cvae", "patch_nums"):
         ours, theirs = getattr(model, name), getattr(tokenizer, name)
         if ours != theirs:
@@ -35,8 +35,8 @@ def keep_likely(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
     """Logits ``(..., V)`` with -inf for codes that are not drawn.
 
     Args:
-        top_k: The so many likeliest stay; 0 for all. (All that equal the last of them stay, too.)
-        top_p: Of what is left, the unlikeliest go as long as they have ``1 - top_p`` together at most; 0 for none. The
+        top_k: Keep the k likeliest, and all that equal the last of them; 0 keeps all.
+        top_p: Of those left, drop the unlikeliest while they have ``1 - top_p`` together at most; 0 drops none. The
             likeliest always stays.
     """
     if 0 < top_k < logits.shape[-1]:
@@ -55,7 +55,7 @@ def _exponential(shape: Sequence[int], sources: Sequence[torch.Generator], devic
 
 
 def draw(logits: Tensor, sources: Sequence[torch.Generator]) -> Tensor:
-    """One code for each token by its probability: logits ``(B, n, V)`` to ``(B, n)``, a generator for each sample."""
+    """Draws one code per token by its probability: logits ``(B, n, V)`` to ``(B, n)``, a generator per sample."""
     return (logits.softmax(-1) / _exponential(logits.shape[1:], sources, logits.device)).argmax(-1)
 
 
@@ -64,20 +64,20 @@ def generate(
     model: MVAR, tokenizer: MVARTokenizer, y: Tensor, sources: Sequence[torch.Generator], guidance: float = 1.5,
     top_k: int = 900, top_p: float = 0.96, smooth: bool = False,
 ) -> Generated:  # fmt: skip
-    """Images of classes.
+    """Generates images of given classes.
 
-    Of map k the logits are ``(1 + s) l_y - s l_null`` with ``s = guidance k / (K - 1)``, k from 0. The blocks remember
-    where their Mamba-2 stands, so each map is computed once.
+    The logits of map k, counted from 0, are ``(1 + s) l_y - s l_null`` with ``s = guidance k / (K - 1)``. The blocks
+    keep the state of their Mamba-2, so each map is computed once.
 
     Args:
         y: Classes ``(B,)``.
         sources: A generator for each sample; see `linzoo.generate.flow.generators`.
-        guidance: 0 for none. The published FIDs take 1.5, pictures 4.
+        guidance: 0 for none. The published FIDs use 1.5, pictures 4.
         top_k, top_p: See `keep_likely`.
-        smooth: Take means of codes, weighted by perturbed logits, for pictures.
+        smooth: For pictures: take means of codes, weighted by perturbed logits.
 
     Raises:
-        ValueError: transformer and tokenizer do not fit; classes out of range; `top_p` outside [0, 1].
+        ValueError: transformer and tokenizer do not fit; a class is out of range; `top_p` is outside [0, 1].
     """
     check_pair(model, tokenizer)
     if y.numel() and not 0 <= int(y.min()) <= int(y.max()) <= model.null_class:

@@ -41,7 +41,7 @@ __all__ = [
     "wkv7_state",
 ]
 
-# A function named as its package hides it: `import linzoo.ops.ssd.reference` finds the module through the function.
+# A function hides the package of its name; `import linzoo.ops.ssd.reference` finds the module through the function.
 for _function in (
     causal_conv1d,
     deform_conv,

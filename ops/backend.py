@@ -1,7 +1,7 @@
-"""Which implementation serves an operator: ``cpu`` (C++), ``cuda`` (NVRTC), ``reference`` (PyTorch) or ``export``.
+"""Which implementation runs an operator: ``cpu`` (C++), ``cuda`` (NVRTC), ``reference`` (PyTorch) or ``export``.
 
-By default the tensor's device decides, and ``reference`` serves where there is no kernel: it warns once and says what
-to do, or raises under ``LINZOO_STRICT=1``. ``LINZOO_BACKEND`` or `use_backend` force one.
+By default the tensor's device decides. Without a kernel, ``reference`` runs: it warns once and says what to do, or
+raises under ``LINZOO_STRICT=1``. ``LINZOO_BACKEND`` or `use_backend` force one backend.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ _forced = _checked(os.environ.get("LINZOO_BACKEND") or None, "LINZOO_BACKEND")
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Forces every operator of the process onto one backend within the block; None restores the choice by device.
+    """Forces every operator of the process onto one backend inside the block; None restores the choice by device.
 
     ``export`` evaluates operators by `torch._higher_order_ops.scan`, which ``torch.onnx.export`` turns into ONNX Scan.
 
     Raises:
-        ValueError: `name` is no backend.
+        ValueError: `name` is not a backend.
     """
     global _forced
     previous, _forced = _forced, _checked(name, "name")
@@ -52,7 +52,7 @@ def forced_backend() -> str | None:
 
 @functools.cache
 def _load(op):
-    """Loads operator `op`'s C++ library; returns None, or why it cannot be had."""
+    """Loads operator `op`'s C++ library; returns None, or why it is not available."""
     if op not in sources():
         return f"{op} has no C++ kernel"
     cause = None
@@ -72,9 +72,9 @@ def _load(op):
 
 
 def _libraries(op):
-    """Operator `op`'s C++ library: the wheel's, else one compiled here, where one before it did not load.
+    """Candidates for operator `op`'s C++ library, each tried if the one before does not load: the wheel's, then ours.
 
-    The cache may be damaged: it is built anew; or mounted noexec: a temporary folder serves.
+    A damaged cache is built anew. If the cache is mounted noexec, a temporary folder is used.
     """
     if path := prebuilt(op):
         yield path
@@ -83,7 +83,7 @@ def _libraries(op):
 
 
 def _unavailable(op, backend):
-    """Why `backend` cannot serve operator `op` here, or None if it can."""
+    """Why `backend` cannot run operator `op` here, or None if it can."""
     if backend == "cpu":
         return _load(op)
     if backend == "cuda":
@@ -97,10 +97,10 @@ def _warn_once(message):
 
 
 def resolve(op, device):
-    """Name of the backend that serves operator `op` on tensors of `device` (a `torch.device`).
+    """Name of the backend that runs operator `op` on tensors of `device` (a `torch.device`).
 
     Raises:
-        RuntimeError: a forced backend cannot serve; or, under ``LINZOO_STRICT=1``, nothing but the reference can.
+        RuntimeError: a forced backend cannot run it; or, under ``LINZOO_STRICT=1``, only the reference can.
     """
     if _forced in ("reference", "export"):
         return "reference"
@@ -116,7 +116,7 @@ def resolve(op, device):
 
 
 def fall_back(op, reason):
-    """'reference', after a warning that says why; an error where a backend is forced or ``LINZOO_STRICT=1``."""
+    """'reference', after a warning that says why; an error if a backend is forced or under ``LINZOO_STRICT=1``."""
     if _forced:
         raise RuntimeError(f"backend {_forced!r} is forced, but cannot serve {op}: {reason}")
     if os.environ.get("LINZOO_STRICT") == "1":
@@ -126,10 +126,10 @@ def fall_back(op, reason):
 
 
 def backend_info() -> dict[str, dict[str, str | None]]:
-    """For each operator, which backend serves CPU and CUDA tensors and why the others do not.
+    """For each operator, which backends can run it here, and why the others cannot.
 
     Returns:
-        ``{op: {"cpu": reason, "cuda": reason, "reference": None}}``; a reason is None where the backend can serve.
+        ``{op: {"cpu": reason, "cuda": reason, "reference": None}}``; a reason is None if the backend can run it.
     """
     return {
         op: {backend: _unavailable(op, backend) for backend in ("cpu", "cuda", "reference")}

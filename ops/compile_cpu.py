@@ -1,10 +1,10 @@
-"""Compiles the CPU kernels: ``python -m linzoo.ops.compile_cpu`` builds all of them ahead, for images and clusters.
+"""Compiles the CPU kernels. ``python -m linzoo.ops.compile_cpu`` builds all of them ahead, for images and clusters.
 
-Each operator's ``cpu.cpp`` needs a C++17 compiler and the headers that torch ships (its stable ABI). The library goes
-to `kernel_cache`, under a name made of everything it depends on.
+Each operator's ``cpu.cpp`` needs a C++17 compiler and the headers that ship with torch (its stable ABI). The library
+goes to `kernel_cache`, under a name made from everything it depends on.
 
-A platform wheel (``make wheel``) holds the libraries in ``prebuilt/<level>/``, for every level of processors: they need
-no compiler, and any torch from 2.10 on loads them.
+A platform wheel (``make wheel``) holds the libraries in ``prebuilt/<level>/``, for every processor level. They need
+no compiler and load with any torch from 2.10 on.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from .kernel_cache import stored
 OPS = Path(__file__).resolve().parent
 PREBUILT = OPS / "prebuilt"
 X86 = platform.machine() in ("x86_64", "AMD64")
-LEVELS = ("x86-64-v4", "x86-64-v3") if X86 else ("armv8-a",)  # of instructions, as -march has them; the best first
+LEVELS = ("x86-64-v4", "x86-64-v3") if X86 else ("armv8-a",)  # instruction sets, as -march names them; the best first
 CHUNK = 32  # steps between two stored states
 FLAGS = [
     "-std=c++17",
@@ -42,7 +42,7 @@ FLAGS = [
 
 
 class BuildError(RuntimeError):
-    """A kernel could not be compiled; the message says why and what to do."""
+    """A kernel could not be compiled; the message says why and what to do about it."""
 
 
 def sources():
@@ -75,14 +75,14 @@ def _cpu_flags():
 
 
 def library_name(name):
-    """File name of the compiled kernel of operator `name`: keyed by sources, flags, compiler, CPU and torch."""
+    """File name of the compiled kernel of operator `name`, keyed by sources, flags, compiler, CPU and torch."""
     compiler = find_compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     return f"{name}-cpu-{_key(name, compiler, version, _cpu_flags(), torch.__version__)}.so"
 
 
 def _key(name, *further):
-    """16 hexadecimal digits of an operator's sources, the flags and whatever else its library depends on."""
+    """16 hexadecimal digits for an operator's sources, the flags and whatever else its library depends on."""
     key = hashlib.sha256()
     for path in [sources()[name], *sorted(OPS.glob("*.h"))]:
         key.update(path.read_bytes())
@@ -91,18 +91,18 @@ def _key(name, *further):
 
 
 def levels():
-    """The levels that this processor runs, the best first."""
+    """The instruction-set levels that this processor supports, the best first."""
     return LEVELS[{"AVX512": 0, "AVX2": 1}.get(torch.backends.cpu.get_cpu_capability(), 2) if X86 else 0 :]
 
 
 def prebuilt(name):
-    """The library of operator `name` that a platform wheel holds for this processor; None where there is none."""
+    """The library of operator `name` in a platform wheel for this processor; None if there is none."""
     paths = (prebuilt_path(name, level) for level in levels())
     return next((path for path in paths if path.exists()), None)
 
 
 def prebuilt_path(name, level):
-    """Where a platform wheel holds the library of operator `name` for a level of processors."""
+    """Where a platform wheel holds the library of operator `name` for a processor level."""
     return PREBUILT / level / f"{name}-{_key(name)}.so"
 
 
@@ -111,10 +111,10 @@ def build(name, folder=None, anew=False):
 
     Args:
         name: Operator.
-        folder, anew: As `kernel_cache.stored`.
+        folder, anew: As in `kernel_cache.stored`.
 
     Raises:
-        BuildError: no compiler, or it failed.
+        BuildError: there is no compiler, or it failed.
     """
     return stored(library_name(name), functools.partial(_compile, name), folder, anew)
 
@@ -131,10 +131,10 @@ def _compile(name, target, level="native"):
 
 
 def build_ahead(name, level):
-    """Compiles operator `name` for all processors of a level, as a platform wheel holds it; returns its path.
+    """Compiles operator `name` for all processors of a level, as in a platform wheel; returns its path.
 
     Raises:
-        BuildError: no compiler, or it failed.
+        BuildError: there is no compiler, or it failed.
     """
     path = prebuilt_path(name, level)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def build_ahead(name, level):
 
 
 def wheel_platform():
-    """The platform tag of a wheel with kernels compiled here: they need this machine's C library or a later one."""
+    """The platform tag of a wheel with kernels compiled here. They need this machine's C library or a later one."""
     library, version = platform.libc_ver()
     if library != "glibc":
         return sysconfig.get_platform().replace("-", "_").replace(".", "_")
@@ -151,7 +151,7 @@ def wheel_platform():
 
 
 def main(argv=None):
-    """Builds every CPU kernel, as many at once as there are cores, and prints where each lies.
+    """Builds every CPU kernel, in parallel on all cores, and prints each path.
 
     Returns:
         Exit status: 1 if one fails.

@@ -1,8 +1,8 @@
 """Compiles the CUDA kernels with NVRTC and launches them: no nvcc, no host compiler, nothing built at install.
 
-An operator's ``cuda.cu`` holds kernel templates in device code alone; its ``cuda.py`` says with which arguments, and
-on which grid, they run. A template is compiled at its first use for its device and kept on disk as a cubin, under a
-name made of everything that it depends on.
+An operator's ``cuda.cu`` holds kernel templates, device code only. Its ``cuda.py`` sets their arguments and grid. A
+template is compiled when it is first used on a device. The cubin is kept on disk, under a name made from everything
+that it depends on.
 """
 # pyright: reportAttributeAccessIssue=false
 
@@ -24,10 +24,10 @@ import torch
 from .compile_cpu import OPS, BuildError
 from .kernel_cache import stored
 
-MAX_THREADS = 128  # of a block
+MAX_THREADS = 128  # per block
 CHUNK = 16  # steps between two stored states
-MARKS = 8  # chunks of a segment of bi_wkv, at most
-# What sources and their callers agree on.
+MARKS = 8  # most chunks in a segment of bi_wkv
+# Constants shared by the sources and their callers.
 MACROS = {"LINZOO_THREADS": str(MAX_THREADS), "LINZOO_CHUNK": str(CHUNK), "LINZOO_MARKS": str(MARKS)}
 REMEDY = "pip install linzoo[cuda]"
 
@@ -39,14 +39,14 @@ def sources():
 
 @functools.cache
 def unavailable(op):
-    """Why operator `op` has no CUDA kernel here, or None if it has."""
+    """Why operator `op` has no CUDA kernel here, or None if it has one."""
     if op not in sources():
         return f"{op} has no CUDA kernel in this version"
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
         return f"the package cuda-core, which compiles the CUDA kernels, is not installed: {REMEDY}"
     try:
         _nvrtc_version()
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation may raise anything
         return f"NVRTC, which compiles the CUDA kernels, does not load ({type(error).__name__}: {error}): {REMEDY}"
     return None
 
@@ -62,7 +62,7 @@ def _nvrtc_version():
 
 
 class Cubin(NamedTuple):
-    """A compiled kernel: the cubin, its name of the kernel, and the compiler's report of registers and spills."""
+    """A compiled kernel: the cubin, the kernel's name in it, and the compiler's report of registers and spills."""
 
     code: bytes
     symbol: str
@@ -73,7 +73,7 @@ def compile_kernel(op, name, arch):
     """Compiles the template instance `name` of operator `op`, like ``"forward<float, float, 1>"``, for `arch` (sm_90).
 
     Raises:
-        BuildError: the compiler refused.
+        BuildError: the compiler rejected it.
     """
     from cuda.core import Program, ProgramOptions
 
@@ -96,7 +96,7 @@ def compile_kernel(op, name, arch):
 
 
 def cubin_name(op, name, arch):
-    """File name of a compiled kernel: keyed by sources, template instance, architecture and NVRTC."""
+    """File name of a compiled kernel, keyed by sources, template instance, architecture and NVRTC."""
     key = hashlib.sha256(repr([name, arch, MACROS, _nvrtc_version()]).encode())
     for path in [sources()[op], *sorted(OPS.glob("*.cuh"))]:
         key.update(path.read_bytes())
@@ -104,7 +104,7 @@ def cubin_name(op, name, arch):
 
 
 def cubin(op, name, arch):
-    """The `Cubin` of a template instance, from disk if it was compiled before; the file has a line of JSON in front."""
+    """The `Cubin` of a template instance, from disk if compiled before; the file starts with a line of JSON."""
 
     def make(target):
         compiled = compile_kernel(op, name, arch)
@@ -130,7 +130,7 @@ def loaded(op, name, arch):
 
     Raises:
         BuildError: it does not compile.
-        RuntimeError: its first use is in the capture of a CUDA graph.
+        RuntimeError: it is first used while a CUDA graph is captured.
     """
     if (op, name, arch) not in _loaded:
         if torch.cuda.is_current_stream_capturing():
@@ -152,7 +152,7 @@ def _capability(index):
 
 
 def unsupported(device, *tensors):
-    """Why kernels cannot take `tensors` on `device`, or None: the conversions of bfloat16 need sm_80."""
+    """Why kernels cannot take `tensors` on `device`, or None. bfloat16 conversions need sm_80."""
     if device.type == "cuda" and any(x.dtype == torch.bfloat16 for x in tensors) and _capability(device.index) < (8, 0):
         return "bfloat16 kernels need a GPU of compute capability 8.0 or more, got {}.{}".format(
             *_capability(device.index)
@@ -162,7 +162,7 @@ def unsupported(device, *tensors):
 
 @functools.cache
 def multiprocessors(device):
-    """Multiprocessors of a `torch.device`; 132, an H100's, of any that is not CUDA."""
+    """Number of multiprocessors of a `torch.device`; 132, as on an H100, for devices other than CUDA."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -174,18 +174,18 @@ _KERNEL = re.compile(
 
 
 class Parameter(NamedTuple):
-    """A parameter of a kernel: the argument it takes its value from, and which stride of it, if it is one."""
+    """A parameter of a kernel: the argument that gives its value and, for a stride, which stride of it."""
 
     name: str
     kind: str  # "pointer", "integer" or "float"
-    dtype: torch.dtype | None  # of what a pointer points to
+    dtype: torch.dtype | None  # of a pointer's target
     argument: str
     stride: int | None
 
 
 @functools.cache
 def parameters(op, name):
-    """What template instance `name` of operator `op` takes, read from its signature in ``cuda.cu``.
+    """The parameters of template instance `name` of operator `op`, read from its signature in ``cuda.cu``.
 
     ``x_, x_batch, x_token`` is one argument, the tensor x and its first strides.
     """
@@ -211,7 +211,7 @@ def parameters(op, name):
 def arguments(op, name, **named):
     """The values of a kernel's parameters, in order: tensors as addresses (None is null), strides from their tensors.
 
-    A stride may be given by its own name, too, and is 0 for None.
+    A stride may also be given by its own name. For None it is 0.
 
     Raises:
         TypeError: an argument is missing, unknown, or not of the parameter's kind or dtype.
@@ -247,15 +247,15 @@ def launch(op, name, grid, block, **named):
     Args:
         op: Operator.
         name: Template instance, like ``"forward<float, float, 1>"``.
-        grid: Blocks, along one dimension. None are launched for 0.
+        grid: Blocks, along one dimension. With 0 nothing is launched.
         block: Threads of a block.
         named: The kernel's arguments, see `arguments`.
 
     Raises:
         BuildError: the kernel does not compile.
-        RuntimeError: its first use is in the capture of a CUDA graph.
+        RuntimeError: it is first used while a CUDA graph is captured.
         TypeError: arguments do not fit the kernel.
-        ValueError: more blocks than CUDA allows.
+        ValueError: there are more blocks than CUDA allows.
     """
     from cuda.core import Device, LaunchConfig
     from cuda.core import launch as launch_kernel
@@ -290,7 +290,7 @@ def template(kernel, *parameters):
 
 
 def vector(most, *tensors):
-    """Values along the last axis that one access can take of every tensor: `most`, or 1 where rows are not aligned."""
+    """Values along the last axis that one access can read from every tensor: `most`, or 1 if rows are not aligned."""
     for x in tensors:
         strides = [s for n, s in zip(x.shape[:-1], x.stride(), strict=False) if n > 1]
         misaligned = x.shape[-1] % most or any(s % most for s in strides)
@@ -300,21 +300,21 @@ def vector(most, *tensors):
 
 
 def channel_blocks(channels):
-    """Blocks that share `channels` channels, and the threads of each: a multiple of 32, at most `MAX_THREADS`."""
+    """Number of blocks that share `channels` channels, and threads of each: a multiple of 32, at most `MAX_THREADS`."""
     blocks = -(-channels // MAX_THREADS)
     return blocks, -(-channels // (32 * blocks)) * 32
 
 
 def order_arguments(order, shared_dims):
-    """A scan order and the distance of its rows: 0 where the batch shares it, which then has `shared_dims` axes."""
+    """A scan order and its stride between samples: 0 if the batch shares it, that is if it has `shared_dims` axes."""
     return dict(order=order, order_batch=0 if order is None or order.dim() == shared_dims else order.stride(0))
 
 
 def segments(steps, parallel, device, least=64, multiple=CHUNK):
-    """Into how many segments to cut a sequence of `steps` so that `parallel` times as many threads fill the machine.
+    """How many segments to cut `steps` into so that `parallel` times as many threads fill the device.
 
     Returns:
-        Segments, and the steps of each but the last: at least `least`, and a multiple of `multiple`.
+        The number of segments, and the steps in each but the last: at least `least`, and a multiple of `multiple`.
     """
     wanted = max(multiprocessors(device) * 1024 // max(parallel, 1), 1)
     length = max(-(-steps // wanted), least)
@@ -323,9 +323,9 @@ def segments(steps, parallel, device, least=64, multiple=CHUNK):
 
 
 def precompile(instances, arch):
-    """Compiles (operator, template instance) pairs for `arch` into the cache, as many at once as there are cores.
+    """Compiles (operator, template instance) pairs for `arch` into the cache, in one fresh process per core.
 
-    NVRTC takes 0.2 to 8 seconds an instance, and a fresh process for each core.
+    NVRTC takes 0.2 to 8 seconds per instance.
 
     Raises:
         BuildError: one does not compile.
@@ -340,13 +340,13 @@ def _compile_one(job):
     cubin(*job)
 
 
-# Rank, vector and lanes of the selective scans of VMamba and GroupMamba (one state); states and rank of Vim's.
+# Rank, vector and lanes of the selective scans of VMamba and GroupMamba (one state); states and rank for Vim.
 ONE_STATE = ((6, 4, 8), (12, 4, 16), (24, 4, 32), (48, 4, 32), (1, 4, 4), (2, 4, 8), (6, 1, 32), (7, 4, 32))
 SCANS = ((16, 12), (16, 24))
 
 
 def scan_instances(dtype, one_state=ONE_STATE, scans=SCANS, ends=(False, True)):
-    """Instances of the selective scan; those that join segments (`ends`) run for small batches alone."""
+    """Instances of the selective scan; those that join segments (`ends`) run only for small batches."""
     types = dtype, torch.float64 if dtype == torch.float64 else torch.float32
     out = [template(f"{k}_one", *types, *shape, True, e)
            for shape in one_state for k in ("forward", "backward") for e in ends]  # fmt: skip
@@ -356,7 +356,7 @@ def scan_instances(dtype, one_state=ONE_STATE, scans=SCANS, ends=(False, True)):
 
 
 def usual_instances(dtypes=(torch.float32, torch.bfloat16)):
-    """(operator, template instance) pairs that training the published models launches."""
+    """(operator, template instance) pairs that are launched when the published models are trained."""
     out = []
     for dtype in dtypes:
         types = dtype, torch.float32
@@ -373,7 +373,7 @@ def usual_instances(dtypes=(torch.float32, torch.bfloat16)):
 
 
 def main(argv=None):
-    """Compiles `usual_instances` for the architecture given (sm_90), or for that of the first GPU."""
+    """Compiles `usual_instances` for the given architecture (sm_90), or for that of the first GPU."""
     archs = (sys.argv[1:] if argv is None else argv) or [_arch(0)]
     for arch in archs:
         start = time.perf_counter()

@@ -16,21 +16,22 @@ def fft_conv(
     *,
     out_channels: int | None = None,
 ) -> Tensor:
-    """Depthwise convolution of channel-last `u` with a kernel per axis, from one step long to the whole sequence.
+    """Depthwise convolution of channel-last `u` with one kernel per axis, of any length up to the whole sequence.
 
-    Causal along every axis, with zeros in front: along one axis ``y_t = sum_j k_j u_{t-j}``. With `backward_kernels`
-    also the other way, from the next position on (as S4's bidirectional layers): ``+ sum_j k'_j u_{t+1+j}``. Along
-    several axes the kernel is the outer product of theirs (S4ND, arXiv 2210.06583, section 3).
+    It is causal along every axis, with zeros in front. Along one axis ``y_t = sum_j k_j u_{t-j}``. With
+    `backward_kernels` it also looks ahead, from the next position on (S4's bidirectional layers):
+    ``+ sum_j k'_j u_{t+1+j}``. Along several axes the kernel is the outer product of the axes' kernels (S4ND,
+    arXiv 2210.06583, section 3).
 
     Args:
         u: ``(B, L, H)``, ``(B, L_1, L_2, H)``, ...: one axis per kernel.
-        kernels: A list of ``(H, l)`` or ``(R, H, l)``: a kernel per axis. The R outer products are summed. A single
-            tensor for one axis.
-        backward_kernels: As `kernels`, of the same shapes.
-        out_channels: O, for a full convolution: the kernels then have O H rows, those of the first output first.
+        kernels: A list with one kernel ``(H, l)`` or ``(R, H, l)`` per axis. The R outer products are summed. For one
+            axis a single tensor will do.
+        backward_kernels: As `kernels`, with the same shapes.
+        out_channels: O, for a full convolution. The kernels then have O H rows, those of the first output first.
 
     Returns:
-        The shape and dtype of `u`, with O channels if given; computed in float32, float64 for float64.
+        The shape and dtype of `u`, with O channels if given. Computed in float32, or float64 for float64.
 
     Raises:
         ValueError: the kernels do not fit `u` or each other, or tensors lie on different devices.
@@ -50,7 +51,7 @@ def fft_conv(
     check(u=(u, f"B{'XYZVW'[: len(kernels)]}H"))
     if backward is not None and [k.shape for k in backward] != [k.shape for k in kernels]:
         raise ValueError("backward_kernels: expected the shapes of kernels")
-    if u.shape[0] == 0:  # which PyTorch's transforms do not take
+    if u.shape[0] == 0:  # PyTorch's transforms reject an empty batch
         return fft_conv(torch.cat([u, u.new_zeros(1, *u.shape[1:])]), kernels, backward, out_channels=out_channels)[:0]
     dtype, axes = state_dtype(u.dtype), tuple(range(-len(kernels), 0))
     sizes = [length + k.shape[-1] for length, k in zip(u.shape[1:-1], kernels, strict=True)]
@@ -60,9 +61,9 @@ def fft_conv(
         k = torch.nn.functional.pad(_ranked(k, dtype), (0, zeros))
         if backward is not None:
             k = k + torch.nn.functional.pad(_ranked(backward[i], dtype).flip(-1), (zeros, 0))
-        f = torch.fft.rfft(k) if axes[i] == -1 else torch.fft.fft(k)  # the real transform is that of the last axis
+        f = torch.fft.rfft(k) if axes[i] == -1 else torch.fft.fft(k)  # the last axis has the real transform
         spectra.append(f.view(*f.shape[:2], *(-1 if axis == axes[i] else 1 for axis in axes)))
-    # Channels in front: transforms run along contiguous memory, and compiled programs expect them there.
+    # Channels go in front: transforms then run along contiguous memory, and compiled programs expect that.
     transformed = torch.fft.rfftn(u.to(dtype).movedim(-1, 1).contiguous(), s=sizes, dim=axes)
     spectrum = functools.reduce(torch.mul, spectra).sum(0)
     if out_channels is None:

@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept between processes: each file whole, and checked before it is used."""
+"""Keeps compiled kernels between processes. Each file is checked before it is used."""
 
 import atexit
 import functools
@@ -48,17 +48,17 @@ def _instead(path: Path, error: Exception) -> Path:
 
 
 def stored(name: str, make: Callable[[Path], None], folder: Path | None = None, anew: bool = False) -> Path:
-    """The path of file `name` of the cache, made by ``make(path)`` unless it is there and whole.
+    """The path of file `name` in the cache. ``make(path)`` writes it if it is missing or damaged.
 
-    Beside each file lies its SHA-256: one that a crash or a quota cut short is made anew, and said. It is written under
-    a lock and moved into place, since several processes start at once. Where the folder, or the lock of another user,
-    cannot be written, a temporary folder serves, and the cause is said.
+    Each file has its SHA-256 beside it. A file cut short by a crash or a quota is made anew, with a warning. Several
+    processes may start at once, so files are written under a lock and then moved into place. If the folder, or another
+    user's lock, cannot be written, a temporary folder is used, with a warning that says why.
 
     Args:
-        name: File name; it must tell what the contents depend on.
+        name: File name; it must encode everything that the contents depend on.
         make: Writes the contents.
-        folder: Other than `cache_dir`.
-        anew: Make it even if it is there.
+        folder: Used instead of `cache_dir`.
+        anew: Make the file even if it is there.
     """
     folder = folder or cache_dir()
     path = folder / name

@@ -1,8 +1,8 @@
-"""What makes functions of tensors an operator of PyTorch: schema, shapes, derivatives of any order, FLOP formula.
+"""Turns functions of tensors into a PyTorch operator: schema, shapes, derivatives of any order, FLOP formula.
 
-First derivatives have kernels. Second ones, and forward mode, differentiate the operator's reference: right, slow, and
-said once. Under `torch.func` transforms an `autograd.Function` stands in, since PyTorch's own registration of gradients
-does not take part in them.
+First derivatives have kernels. Second derivatives and forward mode differentiate the operator's reference: correct but
+slow, with one warning. Under `torch.func` transforms an `autograd.Function` replaces the operator, because gradients
+registered with PyTorch's own operator API do not take part in them.
 """
 
 import contextlib
@@ -29,21 +29,21 @@ class Operator:
     Args:
         name: The operator's name.
         schema: Arguments and results, ``"(Tensor u, Tensor? order, bool save) -> (Tensor y, Tensor states)"``. The
-            first result is the operator's, the others are what the backward pass wants. An argument ``save`` says
-            whether it will want them; `Operator` passes it.
-        kernel: The folder of its kernels, ``ops/<kernel>``; None where `reference` is fast and serves every device.
-        reference: The operator in plain PyTorch, of the same arguments and results.
-        devices: The types of devices that have kernels; on others `reference` is as it should be.
-        forward: ``forward(backend, *arguments)``: the results, by the kernels of "cpu" or "cuda", where there are any.
-        backward: ``backward(backend, dy, *arguments, *results)``, without `save`, the first result and what `drop`
-            names: the gradients, in order, of every tensor that is differentiated and not None.
+            first result is the operator's output; the others are kept for the backward pass. An argument ``save`` says
+            whether they are needed; `Operator` passes it.
+        kernel: The folder of its kernels, ``ops/<kernel>``; None if `reference` is fast and runs on every device.
+        reference: The operator in plain PyTorch, with the same arguments and results.
+        devices: Device types that have kernels. On others `reference` runs without a warning.
+        forward: ``forward(backend, *arguments)``: the results of the kernels of "cpu" or "cuda", if there are any.
+        backward: ``backward(backend, dy, *arguments, *results)``, without `save`, the first result and the arguments
+            in `drop`: the gradients, in order, of every differentiated tensor that is not None.
         fake: The results' shapes, as empty tensors.
-        flops: The operations of ``flops(**shapes)``, by the arguments' names; backward counts twice as many.
+        flops: ``flops(**shapes)``: the number of operations, from shapes by argument name; backward counts twice that.
         constants: Tensors that are not differentiated.
-        keep_first: Whether the backward pass takes the first result, too.
-        drop: An argument that the backward pass does not take, since it can be had from the others and the results:
+        keep_first: Whether the backward pass also takes the first result.
+        drop: Arguments that the backward pass does not take, because the others and the results restore them:
             ``{"b": restore}`` with ``restore(**arguments)``.
-        export: The reference in a form for `torch.onnx.export`, where it needs one.
+        export: The reference in a form for `torch.onnx.export`, if it needs one.
         limit: ``limit(backend, *arguments)``: why the kernels cannot take these arguments, or None.
     """
 
@@ -111,7 +111,7 @@ class Operator:
         )
 
     def __call__(self, *inputs: Any) -> Tensor:
-        """The first result, of the arguments in front of `save`."""
+        """The first result; `inputs` are the arguments before `save`."""
         if forced_backend() == "export":
             return _first(self.export(*inputs, *([False] if self.saves else [])))
         tensors = [x for x in inputs if isinstance(x, Tensor)]
@@ -122,13 +122,13 @@ class Operator:
             if _has_tangents(tensors, transformed):
                 self._say("forward-mode derivatives have no kernel")
                 return _first(self.reference(*inputs, *([False] if self.saves else [])))
-        if self.saves:  # a program for export is for any length: its number of chunks must not be fixed
+        if self.saves:  # an exported program takes any length: do not fix its number of chunks
             save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
             inputs = (*inputs, save and not torch.compiler.is_exporting())
         return _first(self._function.apply(*inputs) if transformed else self.op(*inputs))
 
     def _say(self, reason):
-        """That the reference serves for a reason, where that is worth a word."""
+        """Warns that the reference runs, and why; silent if the operator has no kernel anyway."""
         if self.kernel is not None:
             fall_back(self.name, reason)
 
@@ -170,7 +170,7 @@ class Operator:
         return [x.new_empty(x.shape) for x in like.values() if x is not None]
 
     def _differentiated(self, named):
-        """The reference as a function of the tensors that are differentiated and not None, and these."""
+        """The reference as a function of the differentiated tensors that are not None, and these tensors."""
         for name, restore in self.drop.items():
             named = named | {name: restore(**named)}
         named = named | ({"save": False} if self.saves else {})
@@ -183,7 +183,7 @@ class Operator:
         return run, [named[n] for n in names]
 
     def _adjoint(self, named):
-        """The backward pass as a function that any transform of PyTorch differentiates."""
+        """The backward pass as a function that every PyTorch transform can differentiate."""
         run, tensors = self._differentiated({n: x for n, x in named.items() if n != "dy"})
         return torch.func.vjp(run, *tensors)[1](named["dy"])
 
@@ -192,7 +192,7 @@ class Operator:
         results = output if isinstance(output, tuple) else (output,)
         named |= dict(zip(self.kept, results[len(results) - len(self.kept) :], strict=True))
         ctx.mark_non_differentiable(*results[1:])
-        ctx.set_materialize_grads(False)  # none of what only the backward pass wants
+        ctx.set_materialize_grads(False)  # no zeros for results that only the backward pass uses
         _save(ctx, [named[n] for n in self.backward_arguments[1:]])
 
     def _first_derivative(self, ctx, dy, *_):
@@ -228,7 +228,7 @@ def _first(results):
 
 
 def _save(ctx, inputs):
-    """Keeps `inputs`; tensors in the way that autograd asks for."""
+    """Keeps `inputs` for the backward pass; tensors through autograd's `save_for_backward`."""
     ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
     ctx.save_for_backward(*(inputs[i] for i in ctx.places))
@@ -250,7 +250,7 @@ def _has_tangents(tensors, transformed):
 
 @contextlib.contextmanager
 def _recording():
-    """Autograd inside an operator's implementation, where PyTorch's dispatcher has passed it by."""
+    """Enables autograd inside an operator's implementation, where PyTorch's dispatcher has already passed it."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
         exclude = exclude.remove(getattr(torch._C.DispatchKey, key))

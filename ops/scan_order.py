@@ -1,8 +1,8 @@
-"""Scan orders: permutations of the tokens of an image, as data for the operators' ``order`` argument.
+"""Scan orders: permutations of an image's tokens, passed to the operators as ``order``.
 
-Every function takes the height and width of the token map and returns an int32 tensor whose entry ``t`` is the raster
-index ``row * W + column`` of the token visited at step ``t``; one order is ``(H * W,)``, several are ``(G, H * W)``.
-All are made of plain tensor operations, so they trace, and work for any ``H`` and ``W``.
+Every function takes the height and width of the token map and returns an int32 tensor. Its entry ``t`` is the raster
+index ``row * W + column`` of the token visited at step ``t``. One order is ``(H * W,)``, several are ``(G, H * W)``.
+All use only tensor operations, so they can be traced and work for any ``H`` and ``W``.
 """
 
 import torch
@@ -19,7 +19,7 @@ def column(H, W, device=None):
 
 
 def reverse(order):
-    """The same walk from its end."""
+    """The same walk backwards."""
     return order.flip(-1)
 
 
@@ -30,14 +30,14 @@ def cross(H, W, device=None):
 
 
 def snake(H, W, device=None):
-    """Row by row, every second one from right to left, so that successive tokens are neighbours."""
+    """Row by row, every second row from right to left, so that successive tokens are neighbours."""
     rows = raster(H, W, device).view(H, W)
     odd = torch.arange(H, device=device)[:, None] % 2 == 1
     return torch.where(odd, rows.flip(1), rows).reshape(-1)
 
 
 def _by_keys(*keys):
-    """Raster indices sorted by the first key, ties by the second and so on; keys are ``(H, W)`` integer maps."""
+    """Raster indices sorted by the first key, ties by the second and so on. Keys are integer maps ``(H, W)``."""
     order = torch.arange(keys[0].numel(), device=keys[0].device)
     for key in reversed(keys):
         order = order[torch.argsort(key.reshape(-1)[order], stable=True)]
@@ -51,10 +51,10 @@ def _grid(H, W, device):
 def windowed(H, W, window, device=None):
     """Window by window in raster order, raster order within each (LocalMamba, arXiv 2403.09338).
 
-    `window` is a size or a pair (height, width); windows that do not fit at the lower and right border are cut off.
+    `window` is a size or a pair (height, width). Windows that do not fit at the lower and right border are cut off.
 
     Raises:
-        ValueError: a window size below 1.
+        ValueError: a window size is below 1.
     """
     h, w = (window, window) if isinstance(window, int) else window
     if h < 1 or w < 1:
@@ -64,13 +64,13 @@ def windowed(H, W, window, device=None):
 
 
 def diagonal(H, W, device=None):
-    """Anti-diagonal by anti-diagonal from the upper left corner, each from its upper right end downwards."""
+    """Anti-diagonal by anti-diagonal from the upper left corner, each from its upper right end down."""
     row, col = _grid(H, W, device)
     return _by_keys(row + col, row)
 
 
 def zigzag(H, W, device=None):
-    """Anti-diagonal by anti-diagonal, the even ones upwards and the odd ones downwards, as JPEG orders coefficients."""
+    """Anti-diagonal by anti-diagonal, even ones upwards and odd ones downwards, as JPEG orders coefficients."""
     row, col = _grid(H, W, device)
     k = row + col
     return _by_keys(k, torch.where(k % 2 == 0, -row, row))
@@ -95,7 +95,7 @@ def spiral(H, W, device=None):
 
 
 def hilbert(H, W, device=None):
-    """Along Hilbert's curve of the smallest enclosing square of a power of two; tokens outside the map are left out.
+    """Along Hilbert's curve of the smallest power-of-two square around the map. Tokens outside the map are skipped.
 
     Successive tokens are neighbours where H = W is a power of two.
     """
@@ -103,7 +103,7 @@ def hilbert(H, W, device=None):
     x, y, distance = col.clone(), row.clone(), torch.zeros_like(row)
     side = 1 << max(max(H, W) - 1, 0).bit_length()
     half = side // 2
-    while half > 0:  # one quadrant decision a level, from the coarsest
+    while half > 0:  # one quadrant decision per level, from the coarsest
         right, lower = (x & half) > 0, (y & half) > 0
         distance += half * half * ((3 * right.long()) ^ lower.long())
         mirror = right & ~lower
@@ -114,13 +114,13 @@ def hilbert(H, W, device=None):
 
 
 def atrous(H, W, step, device=None):
-    """Every `step`-th token of every `step`-th row, one group for each of the ``step ** 2`` offsets, in raster order.
+    """Every `step`-th token of every `step`-th row in raster order, one group per offset, ``step ** 2`` in all.
 
     Group ``i * step + j`` starts at row i and column j (EfficientVMamba, arXiv 2403.09977, section 3.2).
-    Returns ``(step ** 2, H * W / step ** 2)``: shorter than the map, each group sees its own tokens only.
+    Returns ``(step ** 2, H * W / step ** 2)``: shorter than the map, since each group sees only its own tokens.
 
     Raises:
-        ValueError: H or W is no multiple of `step`.
+        ValueError: H or W is not a multiple of `step`.
     """
     if step < 1 or H % step or W % step:
         raise ValueError(f"step: must divide the map's sides, got {step} for {H} x {W}")
@@ -129,13 +129,13 @@ def atrous(H, W, step, device=None):
 
 
 def slices(length, chunks, device=None):
-    """Token j of each of `chunks` equal runs of raster order, then token j + 1 (SegMamba, arXiv 2401.13560).
+    """Cuts raster order into `chunks` equal runs; visits token j of each, then j + 1 (SegMamba, arXiv 2401.13560).
 
-    With as many chunks as a volume ``(D, H, W)`` is deep this goes through the depth at each place of a slice, place
-    by place. Returns ``(length,)``.
+    With one chunk per slice of a volume ``(D, H, W)``, this walks through the depth at each place of a slice in turn.
+    Returns ``(length,)``.
 
     Raises:
-        ValueError: `length` is no multiple of `chunks`.
+        ValueError: `length` is not a multiple of `chunks`.
     """
     if chunks < 1 or length % chunks:
         raise ValueError(f"chunks: must divide the number of tokens, got {chunks} for {length}")
@@ -143,16 +143,16 @@ def slices(length, chunks, device=None):
 
 
 def volume(length, chunks, device=None):
-    """The three walks of SegMamba (arXiv 2401.13560): forwards, backwards, through the `slices`; ``(3, length)``."""
+    """The three walks of SegMamba (arXiv 2401.13560): forwards, backwards and through the `slices`; ``(3, length)``."""
     forth = torch.arange(length, dtype=torch.int32, device=device)
     return torch.stack([forth, reverse(forth), slices(length, chunks, device)])
 
 
 def interleaved(H, W, device=None):
-    """Two maps of one size, token by token in turns (VFIMamba, arXiv 2407.02315): ``(4, 2 * H * W)``.
+    """Two maps of one size, taking tokens in turns (VFIMamba, arXiv 2407.02315): ``(4, 2 * H * W)``.
 
-    Tokens are those of the first map, then those of the second. The routes over the pixels are those of `cross`; at
-    each pixel the first map's token comes first, in reversed routes the second's.
+    Token indices count the first map, then the second. The routes over the pixels are those of `cross`. At each pixel
+    the first map's token comes first; in reversed routes the second map's token does.
     """
     forth = cross(H, W, device)[:2]
     pairs = torch.stack([forth, forth + H * W], -1).flatten(1)
@@ -160,11 +160,11 @@ def interleaved(H, W, device=None):
 
 
 def interleaved_places(H, W, device=None):
-    """Where VFIMamba's code puts what a step of `interleaved` gives: the token whose result it becomes.
+    """The token that receives the result of each step of `interleaved`, as in VFIMamba's code.
 
-    Of the routes along rows it is the token that the step visits. Those along columns are put back, each half of the
-    sequence by itself, as a ``W x H`` image turned over, although a half holds both maps of half of the columns. The
-    published weights were trained so.
+    On routes along rows it is the token that the step visits. On routes along columns, each half of the sequence is
+    put back by itself as a transposed ``W x H`` image, although a half holds both maps for half of the columns. The
+    published weights were trained that way.
     """
     rows = interleaved(H, W, device)[0]
     halves = torch.arange(2 * H * W, device=device).view(2, H, W).transpose(1, 2).reshape(-1)

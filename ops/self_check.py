@@ -1,4 +1,4 @@
-"""Compares the backend that is in use with the reference on a tiny input: what `linzoo doctor` runs."""
+"""Compares the backend in use with the reference on a tiny input. `linzoo doctor` runs this."""
 
 import torch
 
@@ -103,7 +103,7 @@ def self_check(op, device="cpu"):
     """Largest error of operator `op`'s output and gradients on `device`, relative to the reference's largest values.
 
     Returns:
-        A float: about 1e-6 where all is well in float32; infinite where something is not finite.
+        A float: about 1e-6 in float32 if all is well; infinite if a value is not finite.
 
     Raises:
         ValueError: there is no such operator.

@@ -1,4 +1,4 @@
-"""What every operator asks of its tensors: dtypes, and shapes by named axes."""
+"""Checks that all operators share: dtypes, and shapes by named axes."""
 
 import os
 
@@ -23,20 +23,20 @@ def promote(*tensors: Tensor) -> torch.dtype:
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """`x` with a contiguous last axis, as kernels want it; the other axes may be strided."""
+    """`x` with a contiguous last axis, as the kernels need it; the other axes may be strided."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def check(**named: tuple[Tensor | None, str]) -> dict:
-    """Checks tensors given as ``name=(tensor, axes)``; the first one says what the others must fit.
+    """Checks tensors given as ``name=(tensor, axes)``; the first tensor with an axis sets its size for the others.
 
-    An axis is a letter, whose size is that of the first tensor which has it, or a digit, its own size; "*" is any
-    number of axes. The batch, "B", may be empty, other axes not. ``order=(tensor, "GT")`` is a scan order: integers,
-    with an axis B in front or not, of T <= L steps; ``"GL"`` asks for as many as there are tokens. A tensor that is
-    None is passed over.
+    An axis is a letter, with the size of the first tensor that has it, or a digit, which is its size. "*" is any number
+    of axes. The batch, "B", may be empty; other axes may not. ``order=(tensor, "GT")`` is a scan order: integers, with
+    or without an axis B in front, of T <= L steps; ``"GL"`` requires as many steps as tokens. A tensor that is None is
+    skipped.
 
     Returns:
-        The size of every axis; of "*", the sizes.
+        The size of every axis; for "*", a tuple of sizes.
 
     Raises:
         TypeError: not a tensor, or of an unsupported dtype.
@@ -62,7 +62,7 @@ def check(**named: tuple[Tensor | None, str]) -> dict:
 
 
 def check_entries(order: Tensor | None, length: int) -> None:
-    """RuntimeError where entries of a scan order are out of range or repeat a token; under ``LINZOO_DEBUG=1`` alone."""
+    """RuntimeError if a scan order has entries out of range or repeats a token; only under ``LINZOO_DEBUG=1``."""
     if order is None or os.environ.get("LINZOO_DEBUG") != "1":
         return
     if order.min() < 0 or order.max() >= length:

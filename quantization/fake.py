@@ -20,15 +20,15 @@ class Quantizer:
     """How a tensor is rounded.
 
     Args:
-        bits: Of an integer, 2 to 16.
-        symmetric: A grid around 0 without a zero point; otherwise (affine) from the least value to the largest.
-        granularity: What has a scale of its own: the tensor, each index of `axis` ('channel'), each vector of the last
+        bits: Bits of an integer, 2 to 16.
+        symmetric: A grid around 0 without a zero point; otherwise (affine) from the smallest value to the largest.
+        granularity: What has its own scale: the tensor, each index of `axis` ('channel'), each vector of the last
             axis ('token'), or every `group` values of the last axis.
-        axis: The axis of 'channel'; several for an index of each.
-        group: Values of a 'group'.
+        axis: The axis of 'channel'; several for one scale per combination of their indices.
+        group: Values in a 'group'.
 
     Raises:
-        ValueError: bits or the granularity are none of these.
+        ValueError: the bits or the granularity are not among these.
     """
 
     bits: int = 8
@@ -45,12 +45,12 @@ class Quantizer:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The least and the largest integer."""
+        """The smallest and the largest integer."""
         half = 2 ** (self.bits - 1)
         return (1 - half, half - 1) if self.symmetric else (0, 2 * half - 1)
 
     def range(self, x: Tensor) -> Range:
-        """The least and the largest value of all that shares a scale, as tensors that broadcast over `x`.
+        """The smallest and the largest value of all elements that share a scale, as tensors that broadcast over `x`.
 
         Raises:
             ValueError: groups do not divide the last axis.
@@ -83,23 +83,23 @@ class Quantizer:
         return scale, (least - low / scale).round()
 
     def __call__(self, x: Tensor, range: Range | None = None) -> Tensor:
-        """`x` on the grid, in its own shape and dtype.
+        """`x` rounded to the grid, in its own shape and dtype.
 
         Args:
             x: Floating point.
-            range: Least and largest value (static); None for those of `x` itself (dynamic).
+            range: Smallest and largest value (static); None for those of `x` itself (dynamic).
         """
         scale, zero = self.parameters(*(self.range(x) if range is None else range))
         return ((x / scale + zero).round().clamp(*self.grid) - zero) * scale
 
 
 def log_sqrt2(a: Tensor, delta: Tensor | float, bits: int = 8) -> Tensor:
-    """RepQ-ViT's quantiser of what a softmax gives (arXiv 2212.08254, section 3.3): powers of the square root of 2.
+    """RepQ-ViT's quantiser for softmax outputs (arXiv 2212.08254, section 3.3): powers of the square root of 2.
 
-    ``k = round(-2 log2(a / delta))``; ``delta 2^(-k / 2)``, and 0 where k is beyond the last of 2^bits codes.
+    ``k = round(-2 log2(a / delta))``; ``delta 2^(-k / 2)``, or 0 if k is beyond the last of 2^bits codes.
 
     Args:
-        a: Not negative.
+        a: Non-negative.
         delta: The value of code 0.
     """
     k = (-2 * (a / delta).log2()).round().clamp(min=0)

@@ -1,7 +1,7 @@
-"""Integer arithmetic by libraries: torchao's 8-bit weights alone, and 8-bit weights and inputs of every linear map, by
-torchao (PT2E) or ONNX Runtime (QDQ).
+"""Integer arithmetic by libraries: 8-bit weights only (torchao), or 8-bit weights and inputs of every linear map
+(torchao PT2E or ONNX Runtime QDQ).
 
-Scans stay in floating point, and with them the step size's `dt_weight`, which the scan's operator multiplies itself.
+Scans stay in floating point. So does the step size's `dt_weight`, because the scan's operator multiplies by it.
 """
 
 import copy
@@ -39,7 +39,7 @@ class _S6(S6):
 
 
 def per_group(model: nn.Module) -> nn.Module:
-    """A copy whose `GroupedLinear` and `x_proj` of each group are linear maps of their own, which quantisers see."""
+    """A copy in which each group of `GroupedLinear` and `x_proj` is its own linear map, which quantisers can see."""
     model = copy.deepcopy(model).eval()
     kinds = {GroupedLinear: _GroupedLinear, S6: _S6}
     for module in model.modules():
@@ -48,11 +48,11 @@ def per_group(model: nn.Module) -> nn.Module:
 
 
 def weight_only(model: nn.Module) -> nn.Module:
-    """A copy with 8-bit weights of every `torch.nn.Linear`, one scale a row; inputs stay in floating point.
+    """A copy with 8-bit weights in every `torch.nn.Linear`, one scale per row; inputs stay in floating point.
 
     Raises:
         ImportError: torchao is missing.
-        ValueError: the model has no such layer, or torchao left one as it was.
+        ValueError: the model has no such layer, or torchao left one unchanged.
     """
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -78,12 +78,12 @@ def _is_dequantized(node: Any) -> bool:
 
 
 def float_linears(graph: fx.GraphModule) -> list[str]:
-    """Linear maps of an exported graph whose input or weight is not a dequantised integer, by the names of nodes."""
+    """Node names of the linear maps of an exported graph whose input or weight is not a dequantised integer."""
     return [node.name for node in _linears(graph) if not all(_is_dequantized(x) for x in node.args[:2])]
 
 
 def _drop_unused(graph: fx.GraphModule) -> None:
-    """Takes away the weights that integers stand for."""
+    """Removes the float weights that integers replace."""
     used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     for name in [name for name, _ in (*graph.named_parameters(), *graph.named_buffers()) if name not in used]:
         owner, _, key = name.rpartition(".")
@@ -91,20 +91,20 @@ def _drop_unused(graph: fx.GraphModule) -> None:
 
 
 def pt2e(model: nn.Module, images: Sequence[Tensor], reduce_range: bool | None = None) -> fx.GraphModule:
-    """The model exported with 8-bit weights and inputs of every linear map, and of the convolutions that X86 has.
+    """The model exported with 8-bit weights and inputs of every linear map, and of the convolutions that X86 supports.
 
-    Weights are symmetric, one scale a row; inputs affine, one static scale a tensor. `torch.compile` under
-    ``torch._inductor.config.freezing`` turns the graph into integer products.
+    Weights are symmetric with one scale per row; inputs are affine with one static scale per tensor. `torch.compile`
+    under ``torch._inductor.config.freezing`` turns the graph into integer products.
 
     Args:
-        model: Of one input.
-        images: Batches ``(B, C, H, W)`` of one shape to calibrate on; the graph takes this shape alone.
-        reduce_range: 7 bits for inputs, since products of 8 overflow 16-bit sums on processors without VNNI; None where
-            this processor has none.
+        model: A model with one input.
+        images: Batches ``(B, C, H, W)`` of one shape to calibrate on; the graph takes only this shape.
+        reduce_range: 7 bits for inputs, because 8-bit products overflow 16-bit sums on processors without VNNI. None:
+            only if this processor has no VNNI.
 
     Raises:
         ImportError: torchao is missing.
-        ValueError: no images, or of several shapes; a linear map that is not quantised.
+        ValueError: there are no images, or their shapes differ; a linear map is not quantised.
     """
     try:
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -138,20 +138,20 @@ def pt2e(model: nn.Module, images: Sequence[Tensor], reduce_range: bool | None =
 
 
 def qdq(file: str | Path, images: Sequence[Tensor], out: str | Path) -> int:
-    """Write an ONNX file with 8-bit weights and inputs of every linear map and convolution; how many there are.
+    """Write an ONNX file with 8-bit weights and inputs of every linear map and convolution; returns their number.
 
-    The file holds QuantizeLinear and DequantizeLinear (QDQ) around them, which runtimes turn into integer products.
-    Weights are symmetric, one scale a row; inputs affine, one static scale a tensor. Products of two inputs stay in
-    floating point. Export `per_group` of a model: weights of several groups in one product are not reached.
+    The file has QuantizeLinear and DequantizeLinear (QDQ) around them, which runtimes turn into integer products.
+    Weights are symmetric with one scale per row; inputs are affine with one static scale per tensor. Products of two
+    inputs stay in floating point. Export `per_group` of a model: products of several groups in one are missed.
 
     Args:
-        file: A model of one input.
+        file: A model with one input.
         images: Batches ``(B, C, H, W)`` to calibrate on.
         out: The file to write.
 
     Raises:
         ImportError: onnx or onnxruntime is missing.
-        ValueError: no images; no map with a constant weight, or one that is not quantised.
+        ValueError: there are no images; no map has a constant weight, or one is not quantised.
     """
     try:
         import onnx
@@ -183,7 +183,7 @@ def qdq(file: str | Path, images: Sequence[Tensor], out: str | Path) -> int:
 
     logger = logging.getLogger()
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it asks for a step that files of torch.onnx have no need of
+    logger.setLevel(logging.ERROR)  # it asks for a step that torch.onnx files do not need
     try:
         quantize_static(
             model,

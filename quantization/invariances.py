@@ -1,9 +1,9 @@
-"""What may change in a model's weights without changing what it computes, as data.
+"""Which changes of a model's weights leave its outputs unchanged, as data.
 
-An `Axis` is a set of channels inside a model and every parameter that has an axis for them. Its channels may be scaled
-(what writes them is divided by s, what reads them multiplied), rotated (what writes and what reads them, by one
-orthogonal matrix) or permuted, as far as what lies between commutes with that. `linzoo.quantization.transforms` does
-that.
+An `Axis` is a set of channels inside a model, with every parameter that has an axis for them. Its channels may be
+scaled (weights that write them are divided by s, weights that read them multiplied), rotated (writers and readers by
+one orthogonal matrix) or permuted, as far as the layers between commute with that. `linzoo.quantization.transforms`
+does it.
 
 Sources of what commutes with what: MambaQuant (arXiv 2501.13484, table of the transforms R1, R2, R5, S1 to S7 there),
 Quamba2 (arXiv 2503.22879, reordering of heads and channels), RepQ-ViT (arXiv 2212.08254, norms).
@@ -30,9 +30,9 @@ __all__ = ["Axis", "Slot", "invariances"]
 class Slot(NamedTuple):
     """Where an axis lies in a parameter.
 
-    `dim` is the parameter's axis, of which indices from `start` on belong to the channels. `power` says how a scale s
-    changes it, by ``s^power``: 1 for what reads the channels, -1 for what writes them, 0 for what goes along with a
-    permutation alone.
+    `dim` is the parameter's axis; its indices from `start` on are the channels. A scale s multiplies them by
+    ``s^power``: `power` is 1 for parameters that read the channels, -1 for those that write them, 0 for those that only
+    take part in a permutation.
     """
 
     name: str
@@ -46,17 +46,17 @@ class Axis:
     """Channels that may be transformed.
 
     Attributes:
-        name: Of the module, and of the channels there.
-        size: Channels n.
+        name: Name of the module, and of the channels in it.
+        size: Number of channels n.
         slots: Every parameter that has them.
-        moves: What they allow, of 'scale', 'rotate' and 'permute'.
-        grouped: Axis 0 of every slot is of groups whose channels move by themselves: scales are ``(G, n)``, rotations
+        moves: The transforms they allow, from 'scale', 'rotate' and 'permute'.
+        grouped: Axis 0 of every slot counts groups whose channels move separately: scales are ``(G, n)``, rotations
             ``(G, n, n)``.
-        blocks: Heads; channels keep to theirs.
-        tap: The tensor that shows the channels, a name of `linzoo.quantization.taps`; None where none does.
-        online: The module whose input is transformed as it comes, since no weight writes it; None for none.
-        norms: Norms that read the channels, with the linear map behind each, into which their gains must be folded
-            before a rotation.
+        blocks: Heads; channels stay in their head.
+        tap: The tensor that shows the channels, a name of `linzoo.quantization.taps`; None if there is none.
+        online: The module whose input is transformed at run time, because no weight writes it; None for none.
+        norms: Norms that read the channels, each with the linear map after it. Before a rotation their gains must be
+            folded into that map.
     """
 
     name: str
@@ -78,7 +78,7 @@ def _depthwise(module: nn.Module) -> bool:
 
 
 def _along(names: str, dim: int = 0, power: float = 0, start: int = 0) -> tuple[Slot, ...]:
-    """Slots of parameters that are alike."""
+    """Slots of parameters that are treated alike."""
     return tuple(Slot(name, dim, power, start) for name in names.split())
 
 
@@ -87,13 +87,13 @@ def _norm(name: str, power: float = -1, dim: int = 0) -> tuple[Slot, ...]:
 
 
 def _norm_to_linear(name: str, size: int) -> Axis:
-    """From the norm before `out_proj` to it; a gate between multiplies each channel for itself."""
+    """From the norm before `out_proj` to `out_proj`; a gate between them multiplies each channel separately."""
     slots = (*_norm(f"{name}.out_norm"), Slot(f"{name}.out_proj.weight", 1, 1))
     return Axis(f"{name}.out", size, slots, SCALE, tap=f"{name}.out_proj")
 
 
 def _online(name: str, size: int) -> Axis:
-    """What `out_proj` reads, transformed as it comes."""
+    """The input of `out_proj`, transformed at run time."""
     moves = frozenset({"scale", "rotate"})
     slots = (Slot(f"{name}.out_proj.weight", 1, 1),)
     return Axis(f"{name}.online", size, slots, moves, tap=f"{name}.out_proj", online=f"{name}.out_proj")
@@ -106,15 +106,15 @@ def _to_conv(name: str, conv: str, size: int, start: int = 0, dim: int = 0, tap:
 
 
 def _s6_channels(name: str) -> tuple[Slot, ...]:
-    """The channels that a scan keeps apart."""
+    """The channels that a scan keeps separate."""
     vectors = _along(f"{name}.s6.dt_weight {name}.s6.dt_bias {name}.s6.A_log {name}.s6.D", 1)
     return (Slot(f"{name}.s6.x_proj", 2, 0), *vectors)
 
 
 def s6(name: str, module: S6) -> Iterator[Axis]:
-    """The step size's narrow vector r (R5, S5), and the states: B writes, C reads them, A keeps them apart (S4).
+    """The step size's narrow vector r (R5, S5), and the states: B writes, C reads them, A keeps them separate (S4).
 
-    The mixers that leave an `S6` as it is declare it; some add to its B or C, as PlainMamba does.
+    Declared by mixers that use `S6` unchanged; some add to its B or C, as PlainMamba does.
     """
     R, N = module.dt_rank, module.d_state
     step = (Slot(f"{name}.x_proj", 1, -1), Slot(f"{name}.dt_weight", 2, 1))
@@ -124,7 +124,7 @@ def s6(name: str, module: S6) -> Iterator[Axis]:
 
 
 def ss2d(name: str, module: nn.Module) -> Iterator[Axis]:
-    """VMamba's mixer and those of its kin: the convolution (S7), the norm and gate (S2), the scan's channels."""
+    """Mixer of VMamba and its relatives: the convolution (S7), the norm and gate (S2), the scan's channels."""
     size = module.s6.dim
     yield from s6(f"{name}.s6", module.s6)
     yield _to_conv(name, "conv", size)
@@ -145,7 +145,7 @@ def ss2d(name: str, module: nn.Module) -> Iterator[Axis]:
 
 
 def vim_mixer(name: str, module: VimMixer) -> Iterator[Axis]:
-    """Vim's mixer: no norm stands before `out_proj`, so what it reads is transformed as it comes (R2, S2)."""
+    """Vim's mixer: it has no norm before `out_proj`, so the input there is transformed at run time (R2, S2)."""
     size = module.s6.dim
     yield from s6(f"{name}.s6", module.s6)
     yield _to_conv(name, "conv", size, dim=1)
@@ -156,7 +156,7 @@ def vim_mixer(name: str, module: VimMixer) -> Iterator[Axis]:
 
 
 def mambavision_mixer(name: str, module: mambavision.MambaVisionMixer) -> Iterator[Axis]:
-    """MambaVision's mixer; its convolutions read (B, C, L), which no tap shows."""
+    """MambaVision's mixer. Its convolutions read (B, C, L), which no tap shows."""
     half = module.s6.dim
     yield from s6(f"{name}.s6", module.s6)
     yield _to_conv(name, "conv_x", half, tap=False)
@@ -172,7 +172,7 @@ def mambavision_mixer(name: str, module: mambavision.MambaVisionMixer) -> Iterat
 
 
 def nc_ssd(name: str, module: NCSSD) -> Iterator[Axis]:
-    """VSSD's mixer: channels keep to their heads; the states of B and C move together behind their convolution."""
+    """VSSD's mixer: channels stay in their heads; the states of B and C move together after their convolution."""
     inner, mixed, _ = module.sizes
     states = module.split[1]
     yield _to_conv(name, "conv", mixed, inner)
@@ -197,7 +197,7 @@ def group_scan(name: str, module: groupmamba.GatedGroupScan) -> Iterator[Axis]:
 
 
 def spatial_mix(name: str, module: SpatialMix) -> Iterator[Axis]:
-    """RWKV's token mixer: BiWKV is linear in the values and keeps channels apart; the receptance multiplies each."""
+    """RWKV's token mixer: BiWKV is linear in the values and keeps channels separate; the receptance multiplies each."""
     size = module.value.out_features
     value, output = Slot(f"{name}.value.weight", 0, -1), Slot(f"{name}.output.weight", 1, 1)
     slots = (value, output)
@@ -221,7 +221,7 @@ def channel_mix(name: str, module: ChannelMix) -> Iterator[Axis]:
 
 
 def mlp(name: str, module: nn.Module) -> Iterator[Axis]:
-    """The hidden channels of an MLP; a depthwise convolution behind `fc1` reads them before the activation."""
+    """The hidden channels of an MLP; a depthwise convolution after `fc1` reads them before the activation."""
     size = module.fc1.out_features
     writes = tuple(_along(f"{name}.fc1.weight") + (_along(f"{name}.fc1.bias") if module.fc1.bias is not None else ()))
     slots = (*writes, Slot(f"{name}.fc2.weight", 1, 0))
@@ -260,7 +260,7 @@ def vim(name: str, module: Vim) -> Iterator[Axis]:
     yield Axis("stream", module.num_features, slots, moves, tap=tap, norms=norms)
 
 
-# What each kind of module allows; only modules of exactly these classes, since a derived one may compute otherwise.
+# What each kind of module allows. Only exactly these classes count, since a derived class may compute something else.
 MODULES: dict[type, Callable[[str, Any], Iterator[Axis]]] = {
     SS2D: ss2d,
     efficientvmamba.ES2D: ss2d,
@@ -278,7 +278,7 @@ MODULES: dict[type, Callable[[str, Any], Iterator[Axis]]] = {
     ViTAttention: attention,
     Vim: vim,
 }
-# The norms of blocks, and the parts that read each of them and nothing else does (S1).
+# The norms of blocks, and for each the parts that are its only readers (S1).
 NORMS: dict[type, dict[str, tuple[str, ...]]] = {
     VimBlock: {"norm": ("mixer",)},
     vmamba.Block: {"norm1": ("mixer",), "norm2": ("mlp",)},
@@ -291,7 +291,7 @@ NORMS: dict[type, dict[str, tuple[str, ...]]] = {
     RWKVBlock: {"norm1": ("mixer",), "norm2": ("mlp",)},
     ViTBlock: {"norm1": ("attn",), "norm2": ("mlp",)},
 }
-# The linear maps of a part that its input goes to first.
+# The linear maps of a part that read its input first.
 READERS: dict[type, tuple[str, ...]] = {
     **dict.fromkeys(
         (SS2D, efficientvmamba.ES2D, localmamba.LocalSS2D, spatialmamba.StructureAwareSSM, VimMixer, NCSSD),
@@ -309,15 +309,15 @@ READERS: dict[type, tuple[str, ...]] = {
 
 
 def _inputs(name: str, block: nn.Module) -> Iterator[Axis]:
-    """From a block's norms to what reads them.
+    """From a block's norms to the maps that read them.
 
-    RWKV's shift moves each channel between tokens, and 0 beyond a border stays 0. Where timm's attention has a gate,
-    that reads the norm too.
+    RWKV's shift moves each channel between tokens, and 0 beyond a border stays 0. If timm's attention has a gate, the
+    gate reads the norm too.
     """
     if getattr(block, "post_norm", False):
         return
     for norm, parts in NORMS[type(block)].items():
-        modules = [attrgetter(part)(block) for part in parts]  # None for the MLP of a block without
+        modules = [attrgetter(part)(block) for part in parts]  # None for the MLP of a block that has none
         kinds = [type(module) for module in modules]
         if not all(kind in READERS for kind in kinds) or getattr(modules[0], "gate", None) is not None:
             continue
@@ -332,9 +332,9 @@ def _inputs(name: str, block: nn.Module) -> Iterator[Axis]:
 
 
 def invariances(model: nn.Module) -> list[Axis]:
-    """What a model's families declare, block by block; nothing for modules that none knows.
+    """The axes that a model's families declare, block by block; nothing for unknown modules.
 
-    Declared are Vim, VMamba, GroupMamba (what is grouped or an MLP), EfficientVMamba (the blocks that scan),
+    Declared are Vim, VMamba, GroupMamba (the grouped parts and MLPs), EfficientVMamba (the blocks that scan),
     LocalMamba, MambaVision, VSSD, Spatial-Mamba, VideoMamba, Vision-RWKV, the plain ViTs, and the attention of KAT
     and other ViTs.
     """

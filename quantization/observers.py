@@ -1,4 +1,4 @@
-"""What calibration notes: ranges of tensors, and maxima and covariances of channels."""
+"""What calibration records: ranges of tensors, and maxima and covariances of channels."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -12,7 +12,7 @@ __all__ = ["BestRangeObserver", "ChannelObserver", "MinMaxObserver", "Observer",
 
 
 class Observer(Protocol):
-    """Sees tensors one after another, and says in the end which range they need."""
+    """Sees tensors one after another, and returns the range they need at the end."""
 
     def see(self, x: Tensor) -> None: ...
 
@@ -20,7 +20,7 @@ class Observer(Protocol):
 
 
 class MinMaxObserver:
-    """The least and the largest value of all tensors, for each scale of `quantizer`."""
+    """The smallest and the largest value of all tensors, for each scale of `quantizer`."""
 
     def __init__(self, quantizer: Quantizer):
         self.quantizer = quantizer
@@ -33,7 +33,7 @@ class MinMaxObserver:
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
     def range(self) -> Range:
-        """Raises ValueError where nothing was seen."""
+        """Raises ValueError if nothing was seen."""
         if self.low is None or self.high is None:
             raise ValueError("range: expected tensors to have been seen, got none")
         return self.low, self.high
@@ -43,8 +43,8 @@ class PercentileObserver:
     """Quantiles of all values seen, from a histogram whose bins double in width when larger values come.
 
     Args:
-        share: Part of the values that the range holds at either end.
-        bins: Bins of the histogram, an even number; they lie symmetrically around 0.
+        share: Share of the values that the range includes at either end.
+        bins: Number of histogram bins, even; they lie symmetrically around 0.
     """
 
     def __init__(self, share: float = 0.999999, bins: int = 2048):
@@ -68,11 +68,11 @@ class PercentileObserver:
         self.counts += torch.histc(x, self.bins, -self.reach, self.reach)
 
     def range(self) -> Range:
-        """Edges of the bins that the quantiles lie in; raises ValueError where nothing was seen."""
+        """Edges of the bins that hold the quantiles; raises ValueError if nothing was seen."""
         return self.quantiles(self.share)
 
     def quantiles(self, share: float) -> Range:
-        """`range` of another share."""
+        """`range` for another share."""
         total = self.counts.sum()
         if not total:
             raise ValueError("range: expected tensors to have been seen, got none")
@@ -90,9 +90,9 @@ class BestRangeObserver(PercentileObserver):
     """`best_range` of all values seen, from a histogram.
 
     Args:
-        quantizer: What rounds them; called with a range.
+        quantizer: Rounds the values; called with a range.
         shares: Quantiles to choose from.
-        bins: As for `PercentileObserver`.
+        bins: As in `PercentileObserver`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class BestRangeObserver(PercentileObserver):
         self.quantizer, self.shares = quantizer, shares
 
     def range(self) -> Range:
-        """The quantiles that round with the least squared error; raises ValueError where nothing was seen."""
+        """The quantiles with the smallest squared rounding error; raises ValueError if nothing was seen."""
         edges = torch.linspace(-self.reach, self.reach, self.bins + 1)
         centres = (edges[1:] + edges[:-1]) / 2
         used = self.counts > 0
@@ -114,10 +114,10 @@ class BestRangeObserver(PercentileObserver):
 
 
 class ChannelObserver:
-    """Maxima of the last axis's channels, and on demand their covariance; for each index of the axis before, or none.
+    """Maxima of the last axis's channels, and on demand their covariance; separately for each group, if there are any.
 
     Args:
-        groups: Whether the axis before the last one, of groups with channels of their own, is kept.
+        groups: Whether the axis before the last one is kept, as groups with their own channels.
         covariance: Whether second moments are summed.
     """
 
@@ -140,13 +140,13 @@ class ChannelObserver:
             self.count += rows.shape[-2]
 
     def maxima(self) -> Tensor:
-        """``(n,)`` or ``(G, n)``, float64; raises ValueError where nothing was seen."""
+        """``(n,)`` or ``(G, n)``, float64; raises ValueError if nothing was seen."""
         if self.largest is None:
             raise ValueError("maxima: expected tensors to have been seen, got none")
         return self.largest
 
     def covariance(self) -> Tensor:
-        """``(n, n)`` or ``(G, n, n)``, float64; raises ValueError where it was not asked for or nothing was seen."""
+        """``(n, n)`` or ``(G, n, n)``, float64; raises ValueError if it was not requested or nothing was seen."""
         if self.products is None or self.sums is None:
             raise ValueError("covariance: expected an observer with covariance=True that saw tensors")
         mean = self.sums / self.count
@@ -154,11 +154,11 @@ class ChannelObserver:
 
 
 def best_range(x: Tensor, quantizer: Quantizer, shares: Sequence[float] = SHARES) -> Range:
-    """The quantiles ``(1 - q, q)`` of `x` that round it with the least squared error (RepQ-ViT, arXiv 2212.08254).
+    """The quantiles ``(1 - q, q)`` of `x` with the smallest squared rounding error (RepQ-ViT, arXiv 2212.08254).
 
     Args:
-        x: A calibration tensor; all of it shares a scale.
-        shares: The q to choose from.
+        x: A calibration tensor with one scale.
+        shares: Values of q to choose from.
     """
     values = x.flatten().sort().values
     last = values.numel() - 1

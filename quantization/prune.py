@@ -1,7 +1,7 @@
-"""Pruning in one shot: single weights by magnitude or by DIMAP's scores, or whole channels; the model keeps its shapes.
+"""One-shot pruning: single weights by magnitude or DIMAP score, or whole channels. The model keeps its shapes.
 
 DIMAP: arXiv 2404.13648. Its score is that of LAMP (arXiv 2010.07611): the share of a layer's remaining energy that
-leaves with a weight. It makes layers comparable, so that one threshold serves all of one kind.
+leaves with a weight. The score makes layers comparable, so one threshold serves all layers of one kind.
 """
 
 import re
@@ -19,18 +19,18 @@ __all__ = ["KINDS", "PRUNINGS", "Pruning", "dimap_scores", "prunable", "prune", 
 
 Pruning = Literal["magnitude", "dimap", "channels"]
 PRUNINGS: tuple[Pruning, ...] = ("magnitude", "dimap", "channels")
-# DIMAP's sets of modules, by their names; what is in none (stems, norms, scans, convolutions, heads) is not pruned.
+# DIMAP's sets of modules, by name. Modules in none (stems, norms, scans, convolutions, heads) are not pruned.
 KINDS = {
     "mixers' inputs": re.compile(r"(^|\.)(in_proj|qkv|(mixer|attn)\.(key|value|receptance|gate))$"),
     "mixers' outputs": re.compile(r"(^|\.)(out_proj|(mixer|attn)\.(output|proj))$"),
     "channel mixers": re.compile(r"(^|\.)mlp\.(fc1|fc2|key|value|receptance)$"),
 }
-# Axes of `invariances` inside one part of a block: its inner channels. Those of other names reach further, or are few.
+# Axes of `invariances` inside one part of a block: its inner channels. Other axes reach further, or are few.
 INNER = ("channels", "beside", "hidden", "value")
 
 
 def prunable(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
-    """Linear maps by kind and name; ValueError where the model has none of these names."""
+    """Linear maps by kind and name; ValueError if the model has none of these names."""
     linear: dict[str, nn.Module] = {k: m for k, m in model.named_modules() if isinstance(m, nn.Linear | GroupedLinear)}
     found = {kind: {k: m for k, m in linear.items() if names.search(k)} for kind, names in KINDS.items()}
     if not any(found.values()):
@@ -39,7 +39,7 @@ def prunable(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
 
 
 def dimap_scores(weight: Tensor) -> Tensor:
-    """``w^2 / sum of all v^2 with |v| >= |w|``, of the shape of `weight`; 1 for the largest weight."""
+    """``w^2 / sum of all v^2 with |v| >= |w|``, in the shape of `weight`; 1 for the largest weight."""
     energy, order = weight.detach().double().square().flatten().sort(descending=True)
     scores = torch.empty_like(energy)
     scores[order] = energy / energy.cumsum(0).clamp(min=torch.finfo(energy.dtype).tiny)
@@ -63,7 +63,7 @@ def _prune_weights(model: nn.Module, ratio: float, global_scores: bool) -> list[
 
 
 def _channel_scores(model: nn.Module, axis: Axis) -> Tensor:
-    """Each channel's shares of the energies of the matrices that have it, summed ``(n,)``."""
+    """Each channel's shares of energy, summed over the matrices that have it ``(n,)``."""
     scores = torch.zeros(axis.size, dtype=torch.float64)
     for slot in axis.slots:
         weight = model.get_parameter(slot.name).detach()
@@ -93,16 +93,18 @@ def prune(model: nn.Module, method: Pruning, ratio: float) -> list[str]:
     """Set weights to 0, in place.
 
     Args:
-        model: Any with projections or MLPs of usual names; for 'channels' a family that declares its inner channels.
-        method: 'magnitude', the smallest of each layer; 'dimap', the lowest scores of each kind of layer; 'channels',
-            in each part of a block the inner channels of the least energy, with every weight that reads or writes them.
-        ratio: Share that goes, between 0 and 1.
+        model: Any model whose projections or MLPs have usual names; for 'channels' its family must declare inner
+            channels.
+        method: 'magnitude', the smallest weights of each layer; 'dimap', the lowest scores of each kind of layer;
+            'channels', the inner channels with the least energy in each part of a block, with every weight that reads
+            or writes them.
+        ratio: Share of weights to prune, between 0 and 1.
 
     Returns:
-        Names of the parameters whose zeros are to stay.
+        Names of the parameters whose zeros must stay.
 
     Raises:
-        ValueError: another method or ratio, or a model without such layers; the model is unchanged then.
+        ValueError: unknown method, invalid ratio, or a model without such layers; the model is then unchanged.
     """
     if method not in PRUNINGS:
         raise ValueError(f"method: expected {', '.join(PRUNINGS)}, got {method!r}")
@@ -114,7 +116,7 @@ def prune(model: nn.Module, method: Pruning, ratio: float) -> list[str]:
 
 
 def sparsity(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Zeros and weights of each kind of layer, of everything else, and of all."""
+    """Zeros and weights for each kind of layer, for everything else, and for all."""
     found = {kind: [module.weight for module in modules.values()] for kind, modules in prunable(model).items()}
     taken = {id(weight) for weights in found.values() for weight in weights}
     found["all else"] = [parameter for parameter in model.parameters() if id(parameter) not in taken]

@@ -1,7 +1,7 @@
-"""A quantised copy of a model: channels transformed, weights rounded, inputs of layers rounded as they come.
+"""A quantised copy of a model: channels transformed, weights rounded, layer inputs rounded at run time.
 
 Arithmetic is simulated: rounded numbers in floating point. Scans, norms, activations and dense convolutions are not
-rounded; a method may round what scans and softmax attention read.
+rounded. A method may round the inputs of scans and softmax attention.
 """
 
 import copy
@@ -44,18 +44,18 @@ Clusters = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """What is done to channels before rounding, and how is rounded.
+    """What happens to channels before rounding, and how values are rounded.
 
     Attributes:
-        name: As `METHODS` has it.
-        transform: Changes a model's weights without what it computes; returns clusters ``(n,)`` of the channels that a
-            tap shows, each of which gets a range of its own.
-        applies: Whether a model has what it needs, and what that is, in words.
-        best_ranges: Whether ranges of inputs are the best of some quantiles, not the least and the largest value.
+        name: The key in `METHODS`.
+        transform: Changes a model's weights but not its outputs; returns clusters ``(n,)`` of the channels that a tap
+            shows, each with its own range.
+        applies: Whether a model has what the method needs, and what that is, in words.
+        best_ranges: Whether input ranges are the best of some quantiles, not the smallest and the largest value.
         attention: Whether the factors of softmax attention are rounded.
-        scans: Whether x, B and C of scans are rounded, symmetrically; B and C by scan.
+        scans: Whether x, B and C of scans are rounded, symmetrically; B and C per scan.
         symmetric: Whether weights are rounded symmetrically.
-        group: Input channels that share a scale in weights of 4 bits or fewer; None for all of a row.
+        group: Input channels that share a scale in weights of 4 bits or fewer; None for a whole row.
     """
 
     name: str
@@ -70,15 +70,15 @@ class Method:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize` gives.
+    """The result of `quantize`.
 
     Attributes:
-        model: The copy, whose inputs of layers are rounded by hooks.
-        weight_bits: Of the weights of layers.
-        activation_bits: Of the inputs of layers; None where they are not rounded.
-        ranges: Of these inputs, by the names of taps; over all clusters where a method has some.
-        left: Taps of scans whose mixer multiplies by `x_proj` itself; what it reads is not rounded.
-        method: What was done.
+        model: The copy; hooks round the inputs of its layers.
+        weight_bits: Bits of layer weights.
+        activation_bits: Bits of layer inputs; None if they are not rounded.
+        ranges: Ranges of these inputs, by tap name; over all clusters if a method has some.
+        left: Taps of scans whose mixer multiplies by `x_proj` itself; its inputs there are not rounded.
+        method: The method used.
     """
 
     model: nn.Module
@@ -89,13 +89,13 @@ class Quantized:
     method: Method
 
     def state_dict(self) -> dict[str, Tensor]:
-        """An ordinary state dict of the model: its weights carry the rounding; inputs are rounded no more."""
+        """An ordinary state dict of the model, with rounded weights; inputs are no longer rounded."""
         plain = copy.deepcopy(self.model)
         remove_online(plain)
         return plain.state_dict()
 
     def size(self) -> int:
-        """Bytes of the weights, packed: integers and, for each scale, itself and its zero point, 4 bytes each."""
+        """Bytes of the weights, packed: integers, and 4 bytes each for every scale and its zero point."""
         total = sum(x.numel() * x.element_size() for x in self.model.state_dict().values())
         for weight, quantizer in weights_of(self.model, self.weight_bits, self.method):
             grouped = quantizer.granularity == "group"
@@ -105,7 +105,7 @@ class Quantized:
 
 
 def weights_of(model: nn.Module, bits: int, method: Method) -> list[tuple[nn.Parameter, Quantizer]]:
-    """The weights of `layers`, and how they are rounded: by output channel, or by group where a method has groups."""
+    """The weights of `layers` and how they are rounded: by output channel, or by group if a method has groups."""
     found = []
 
     def quantizer(weight: Tensor, axis: int | tuple[int, ...]) -> Quantizer:
@@ -134,7 +134,7 @@ def _axes(model: nn.Module, move: str) -> list[Axis]:
 def _smooth(model: nn.Module, images: Images) -> None:
     """Moves outliers of channels into the weights that read them, wherever a family allows scales (S1, S2, S5, S7).
 
-    What may be scaled in weights is not scaled again as it comes.
+    Channels that can be scaled in weights are not scaled again at run time.
     """
     axes = _axes(model, "scale")
     written = {axis.tap for axis in axes if not axis.online}
@@ -146,13 +146,13 @@ def _smooth(model: nn.Module, images: Images) -> None:
 
 
 def _rotate_written(model: nn.Module, images: Images, klt: bool = True) -> None:
-    """Rotates what weights write, the residual stream (R1) and the vectors of step sizes (R5), by ``K H`` or H alone.
+    """Rotates channels that weights write, the residual stream (R1) and the step size vectors (R5), by ``K H`` or H.
 
-    Folding the norms' gains before R1 takes back what `smooth` did to them.
+    Folding the norms' gains before R1 undoes what `smooth` did to them.
     """
     axes = [axis for axis in _axes(model, "rotate") if not axis.online and axis.blocks == 1]
     for axis in axes:
-        fold_gains(model, axis)  # K is of what the norm gives, before its gain
+        fold_gains(model, axis)  # K belongs to the norm's output before its gain
     seen = measure(model, axes, images, covariance=True)
     for axis in axes:
         if seen[axis.name].largest is None:
@@ -163,19 +163,19 @@ def _rotate_written(model: nn.Module, images: Images, klt: bool = True) -> None:
 
 
 def _rotate_online(model: nn.Module) -> None:
-    """Rotates what `out_proj` reads as it comes (R2)."""
+    """Rotates the input of `out_proj` at run time (R2)."""
     for axis in _axes(model, "rotate"):
         if axis.online:
             rotate(model, axis, block_hadamard(axis.size))
 
 
 def _hadamard_only(model: nn.Module, images: Images) -> None:
-    """Hadamard matrices where weights write the channels (R1, R5), and no smoothing: for comparison."""
+    """Hadamard matrices where weights write the channels (R1, R5), without smoothing: for comparison."""
     _rotate_written(model, images, klt=False)
 
 
 def _hadamard_online(model: nn.Module, images: Images) -> None:
-    """`_hadamard_only`, and before `out_proj` as it comes (R2): for comparison."""
+    """`_hadamard_only`, plus a run-time rotation before `out_proj` (R2): for comparison."""
     _rotate_written(model, images, klt=False)
     _rotate_online(model)
 
@@ -183,8 +183,8 @@ def _hadamard_online(model: nn.Module, images: Images) -> None:
 def _mambaquant(model: nn.Module, images: Images) -> None:
     """MambaQuant (arXiv 2501.13484): smoothing, ``K H`` where weights write the channels, H before `out_proj`.
 
-    Its R1, R2, R5, S1, S2, S5 and S7; not R3, R4, R6 and S3, which rotate and scale the states of a scan, as these stay
-    float32, nor S4, "which may lower", nor its percentiles.
+    Its R1, R2, R5, S1, S2, S5 and S7. R3, R4, R6 and S3 rotate and scale the states of a scan; they are left out, as
+    these states stay float32. So are S4, "which may lower", and its percentiles.
     """
     _smooth(model, images)
     _rotate_written(model, images)
@@ -197,7 +197,7 @@ def _norm_axes(model: nn.Module) -> list[Axis]:
 
 
 def _repq(model: nn.Module, images: Images) -> None:
-    """RepQ-ViT's fold (arXiv 2212.08254): behind a block's norm all channels get one range."""
+    """RepQ-ViT's fold (arXiv 2212.08254): all channels after a block's norm get one range."""
     channels = Quantizer(8, granularity="channel", axis=-1)
     axes = {axis.tap: axis for axis in _norm_axes(model)}
     seen = {name: MinMaxObserver(channels) for name in axes}
@@ -217,9 +217,9 @@ def _repq(model: nn.Module, images: Images) -> None:
 
 
 def _quamba2(model: nn.Module, images: Images) -> Clusters:
-    """Quamba2 (arXiv 2503.22879): what scans read is sorted and clustered; H in the stream and before `out_proj`.
+    """Quamba2 (arXiv 2503.22879): scan inputs are sorted and clustered; H in the stream and before `out_proj`.
 
-    Without GPTQ; heads keep their places, since a cluster need not be contiguous here.
+    Without GPTQ. Heads keep their places, since a cluster need not be contiguous here.
     """
     found = sort_channels(model, images)
     for axis in _axes(model, "rotate"):
@@ -296,21 +296,21 @@ def quantize(
     weight_bits: int = 8,
     activation_bits: int | None = 8,
 ) -> Quantized:
-    """A quantised copy of a model; the model itself stays as it is.
+    """A quantised copy of a model; the model itself is unchanged.
 
-    Unless the method says otherwise, weights are rounded by output channel, inputs of layers by tensor, both affine
-    between the least and the largest value, those of the inputs over all `images`.
+    Unless the method says otherwise, weights are rounded per output channel and layer inputs per tensor. Both are
+    affine between the smallest and the largest value; for inputs, over all `images`.
 
     Args:
         model: Any model of the zoo. Methods other than `minmax` need a family that declares what they change.
         images: Batches ``(B, C, H, W)`` to calibrate on, as the model takes them.
-        method: What is done to channels first.
+        method: What happens to channels first.
         weight_bits: 2 to 16.
-        activation_bits: 2 to 16; None to round weights alone.
+        activation_bits: 2 to 16; None to round only weights.
 
     Raises:
-        ValueError: no images; a method that does not apply; a linear map or convolution that no image reaches;
-            bits out of range.
+        ValueError: there are no images; the method does not apply; no image reaches a linear map or convolution; bits
+            are out of range.
     """
     if not images:
         raise ValueError("images: expected at least one batch, got none")

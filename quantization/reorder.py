@@ -20,7 +20,7 @@ def _means(lengths: Tensor, labels: Tensor, count: int) -> Tensor:
 
 
 def _columns(x: Tensor, count: int) -> Tensor:
-    """k-means of sorted columns ``(P, n)``, from every P/count-th on: labels ``(P,)`` that never fall."""
+    """k-means of sorted columns ``(P, n)``, started at every P/count-th: non-decreasing labels ``(P,)``."""
     count = min(count, len(x))
     centres = x[torch.arange(count) * len(x) // count]
     labels = torch.zeros(len(x), dtype=torch.long)
@@ -45,13 +45,13 @@ def _heads(x: Tensor, count: int) -> Tensor:
 def clusters(statistic: Tensor, blocks: int = 1, heads: int = 4, channels: int = 4) -> Tensor:
     """Which cluster each channel belongs to.
 
-    Heads are clustered by their unit vectors (Ward), then the channels of each cluster's heads by their columns
-    (k-means, which keeps the order).
+    Heads are clustered by their unit vectors (Ward). Then the channels of each cluster's heads are clustered by their
+    columns (k-means, which keeps the order).
 
     Args:
-        statistic: ``(n,)``, not negative, rising within each head.
-        blocks: Heads H, which divide n.
-        heads, channels: Clusters at most.
+        statistic: ``(n,)``, non-negative, rising within each head.
+        blocks: Heads H, a divisor of n.
+        heads, channels: Largest number of clusters of each.
 
     Returns:
         Integers ``(n,)``, below ``heads channels``.
@@ -66,7 +66,7 @@ def clusters(statistic: Tensor, blocks: int = 1, heads: int = 4, channels: int =
 
 
 def scan_axes(model: nn.Module) -> dict[str, Axis]:
-    """The axes of what scans read, which a family allows to be permuted, by their taps."""
+    """By tap, the axes of scan inputs that a family allows to permute."""
     found = {}
     for axis in invariances(model):
         mixer, _, part = axis.name.rpartition(".")
@@ -80,14 +80,14 @@ def scan_axes(model: nn.Module) -> dict[str, Axis]:
 
 @torch.no_grad()
 def sort_channels(model: nn.Module, images: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Sort what scans read, in place and within heads, by their mean size: the largest mean of any batch counts.
+    """Sort scan inputs, in place and within heads, by their mean size: the largest mean of any batch counts.
 
     Args:
-        model: Of a family that declares the channels of its scans.
+        model: Its family must declare the channels of its scans.
         images: Batches ``(B, C, H, W)``.
 
     Returns:
-        Clusters ``(n,)`` of the sorted channels, by the taps of scans.
+        Clusters ``(n,)`` of the sorted channels, by scan tap.
     """
     axes, seen = scan_axes(model), {}
 

@@ -1,4 +1,4 @@
-"""RepQ-ViT's reparametrisation (arXiv 2212.08254, section 3.2): one scale for all channels behind a LayerNorm."""
+"""RepQ-ViT's reparametrisation (arXiv 2212.08254, section 3.2): one scale for all channels after a LayerNorm."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ __all__ = ["fold_ranges", "shift"]
 
 
 def _biases(model: nn.Module, axis: Axis) -> tuple[Slot, list[nn.Linear]] | None:
-    """The bias of the norm that writes the channels, and the linear maps that read them, if those have biases too."""
+    """The bias of the norm that writes the channels, and the linear maps that read them, if these have biases too."""
     writers = [slot for slot in axis.slots if slot.power < 0 and slot.name.endswith(".bias")]
     readers = [model.get_submodule(slot.name.rpartition(".")[0]) for slot in axis.slots if slot.power > 0]
     linear = [module for module in readers if isinstance(module, nn.Linear) and module.bias is not None]
@@ -23,7 +23,7 @@ def _biases(model: nn.Module, axis: Axis) -> tuple[Slot, list[nn.Linear]] | None
 
 @torch.no_grad()
 def shift(model: nn.Module, axis: Axis, b: Tensor) -> None:
-    """Subtract `b` ``(n,)`` from what a LayerNorm puts out, and add ``W b`` to the biases of what reads it.
+    """Subtract `b` ``(n,)`` from a LayerNorm's output, and add ``W b`` to the biases of the maps that read it.
 
     Raises:
         ValueError: the axis is not between a LayerNorm with a bias and linear maps with biases.
@@ -38,20 +38,20 @@ def shift(model: nn.Module, axis: Axis, b: Tensor) -> None:
 
 
 def fold_ranges(model: nn.Module, axis: Axis, low: Tensor, high: Tensor, quantizer: Quantizer) -> bool:
-    """Make the channels' ranges one: what a quantiser per channel would do, one per tensor then does.
+    """Make the channels' ranges equal, so that one quantiser per tensor does the work of one per channel.
 
-    With scales s_c and least values m_c of the channels, ``s`` the scales' mean and z the zero points' mean::
+    With scales s_c and smallest values m_c of the channels, ``s`` the scales' mean and z the zero points' mean::
 
         r = s_c / s;    b = m_c / r + z s;    gain / r;    bias / r - b;    W r;    bias + W b
 
-    Where the maps behind the norm have no biases, ranges around 0 are taken, and b is 0.
+    If the maps after the norm have no biases, ranges around 0 are used, and b is 0.
 
     Args:
-        low, high: Least and largest values ``(n,)`` of the channels of `axis`, which must allow scales.
-        quantizer: That of the activations.
+        low, high: Smallest and largest values ``(n,)`` of the channels of `axis`, which must allow scales.
+        quantizer: The quantiser of the activations.
 
     Returns:
-        Whether the channels were shifted, too.
+        Whether the channels were also shifted.
     """
     low, high = low.double(), high.double()
     shifted = not quantizer.symmetric and _biases(model, axis) is not None

@@ -1,7 +1,7 @@
-"""Orthogonal matrices that spread outliers: Hadamard matrices, and the eigenvectors of what the channels do (KLT).
+"""Orthogonal matrices that spread outliers: Hadamard matrices, and eigenvectors of the channels' covariance (KLT).
 
-Source: MambaQuant, arXiv 2501.13484. A linear map keeps its output where its input and its weight are rotated alike,
-``x W^T = (x R) (W R)^T``. Entries of a Hadamard matrix H all have the size ``n^-1/2``: each rotated channel takes a
+Source: MambaQuant, arXiv 2501.13484. A linear map keeps its output if its input and its weight are rotated alike,
+``x W^T = (x R) (W R)^T``. All entries of a Hadamard matrix H have the size ``n^-1/2``: each rotated channel takes a
 little of every other. With the eigenvectors K of the covariance of x, all channels of ``x K H`` have the same variance.
 """
 
@@ -18,7 +18,7 @@ def _is_prime(q: int) -> bool:
 
 
 def _jacobsthal(q: int) -> Tensor:
-    """``chi(i - j)`` for a prime q: 1 for squares modulo q, -1 for what is none, 0 on the diagonal."""
+    """``chi(i - j)`` for a prime q: 1 for squares modulo q, -1 for non-squares, 0 on the diagonal."""
     chi = -torch.ones(q, dtype=torch.float64)
     chi[[k * k % q for k in range(1, q)]] = 1
     chi[0] = 0
@@ -54,7 +54,7 @@ def _signs(n: int) -> Tensor | None:
 
 
 def has_hadamard(n: int) -> bool:
-    """Whether `hadamard` reaches the order `n`."""
+    """Whether `hadamard` supports the order `n`."""
     return _signs(n) is not None
 
 
@@ -77,7 +77,7 @@ def hadamard(n: int) -> Tensor:
 
 
 def rotation(n: int, seed: int = 0) -> Tensor:
-    """A Hadamard matrix with random signs of its rows; where there is none of the order, a random orthogonal matrix.
+    """A Hadamard matrix with random row signs, or a random orthogonal matrix if there is none of this order.
 
     Returns:
         ``(n, n)``, float64.
@@ -90,7 +90,7 @@ def rotation(n: int, seed: int = 0) -> Tensor:
 
 
 def block_hadamard(n: int) -> Tensor:
-    """Hadamard matrices of the largest order that divides `n` along the diagonal: for what is rotated as it comes.
+    """Diagonal blocks of Hadamard matrices, of the largest order that divides `n`: for run-time rotations.
 
     Returns:
         ``(n, n)``, float64.
@@ -100,11 +100,11 @@ def block_hadamard(n: int) -> Tensor:
 
 
 def klt_rotation(covariance: Tensor, seed: int = 0) -> Tensor:
-    """``K H``: what is rotated by it has one variance in all channels, the mean of the eigenvalues.
+    """``K H``: a rotation after which all channels have one variance, the mean of the eigenvalues.
 
     Args:
-        covariance: ``(..., n, n)`` of the rows that are to be rotated.
-        seed: Of the signs of H.
+        covariance: ``(..., n, n)`` of the rows to rotate.
+        seed: For the signs of H.
 
     Returns:
         ``(..., n, n)``, float64, one matrix for each covariance.

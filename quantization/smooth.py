@@ -1,4 +1,4 @@
-"""Moving outliers from activations into weights (SmoothQuant's factors, as MambaQuant uses them)."""
+"""Moves outliers from activations into weights (SmoothQuant's factors, as MambaQuant uses them)."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ __all__ = ["read_maxima", "smoothing"]
 
 
 def read_maxima(model: nn.Module, axis: Axis) -> Tensor:
-    """The largest absolute weight that reads each channel: ``(n,)``, or ``(G, n)`` where the axis is grouped."""
+    """The largest absolute weight that reads each channel: ``(n,)``, or ``(G, n)`` if the axis is grouped."""
     found = []
     for slot in axis.slots:
         if slot.power > 0:
@@ -22,7 +22,7 @@ def read_maxima(model: nn.Module, axis: Axis) -> Tensor:
 def smoothing(activations: Tensor, weights: Tensor, alpha: float = 0.5, floor: float = 1e-2) -> Tensor:
     """``max|x|^alpha / max|w|^(1 - alpha)`` of each channel, at least `floor` (MambaQuant's S1 to S7).
 
-    It is 1 where either is 0.
+    It is 1 if either is 0.
 
     Args:
         activations, weights: Largest absolute values, of one shape.

@@ -1,9 +1,9 @@
-"""What a quantised layer reads, shown to a function: the inputs of linear maps and of depthwise convolutions.
+"""Shows a function the inputs of quantised layers: of linear maps and of depthwise convolutions.
 
-A tap's name is its module's. An `S6` holds its linear maps as bare parameters: its own name stands for what `x_proj`
-reads, ``<name>.step`` for the narrow vector r that `dt_weight` reads inside the scan. On demand ``<name>.x``, ``.B``
-and ``.C`` of a mixer or `S6` are what its scan reads, and ``<name>.query``, ``.key``, ``.softmax`` and ``.value`` of
-softmax attention the factors of its products.
+A tap has its module's name. An `S6` holds its linear maps as bare parameters: its own name is the tap for the input of
+`x_proj`, and ``<name>.step`` that for the narrow vector r that `dt_weight` reads inside the scan. On demand
+``<name>.x``, ``.B`` and ``.C`` of a mixer or `S6` are its scan's inputs, and ``<name>.query``, ``.key``, ``.softmax``
+and ``.value`` are the factors of softmax attention's products.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +31,7 @@ ATTENTION = (Attention, vssd.Attention)
 
 @register_notrace_module
 class TappedS6(S6):
-    """An `S6` that shows what its linear maps read; `show` takes the place of it."""
+    """An `S6` that shows the inputs of its linear maps; it then uses what `show` returns."""
 
     show: Seen
     name: str
@@ -48,7 +48,7 @@ class TappedS6(S6):
 
 
 class TappedNCSSD(NCSSD):
-    """An `NCSSD` that shows what its scan reads."""
+    """An `NCSSD` that shows its scan's inputs."""
 
     show: Seen
     name: str
@@ -59,7 +59,7 @@ class TappedNCSSD(NCSSD):
 
 
 class TappedAttention(TorchFunctionMode):
-    """Shows the factors of the products of softmax attention, while a module runs."""
+    """Shows the factors in softmax attention's products, while a module runs."""
 
     def __init__(self, name: str, show: Seen):
         self.name, self.show = name, show
@@ -90,8 +90,8 @@ class TappedAttention(TorchFunctionMode):
 def layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose weights and inputs are quantised, by name.
 
-    Linear maps, those per group, depthwise and causal convolutions, and `S6`. Dense convolutions (stems, downsampling)
-    stay in floating point, and so do all scans.
+    These are linear maps (also per group), depthwise and causal convolutions, and `S6`. Dense convolutions (stems,
+    downsampling) stay in floating point, and so do all scans.
     """
     found = {}
     for name, module in model.named_modules():
@@ -103,16 +103,16 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def tap(model: nn.Module, show: Seen, scans: bool = False, attention: bool = False) -> Callable[[], None]:
-    """Calls `show(name, x)` for what each of `layers` reads, which goes on with what it returns.
+    """Calls `show(name, x)` for the input x of each of `layers`, which then uses the returned tensor instead.
 
     Args:
         model: Changed in place.
-        show: Called with names of taps.
+        show: Called with tap names.
         scans: Whether inputs of selective scans and of NC-SSD are shown, too.
         attention: Whether the factors of softmax attention are shown, too.
 
     Returns:
-        A function that takes all taps away again.
+        A function that removes all taps.
     """
     handles, changed = [], []
 
@@ -152,7 +152,7 @@ def tap(model: nn.Module, show: Seen, scans: bool = False, attention: bool = Fal
 
 @contextmanager
 def tapped(model: nn.Module, show: Seen, **kinds: bool) -> Iterator[None]:
-    """`tap` while it lasts."""
+    """A context manager for `tap`."""
     undo = tap(model, show, **kinds)
     try:
         yield
@@ -164,7 +164,7 @@ def tapped(model: nn.Module, show: Seen, **kinds: bool) -> Iterator[None]:
 def measure(
     model: nn.Module, axes: Iterable[Axis], batches: Iterable[Tensor], covariance: bool = False
 ) -> dict[str, ChannelObserver]:
-    """The channels of every axis that has a tap, over images.
+    """Observes the channels of every axis that has a tap, over images.
 
     Args:
         model: In eval mode.
@@ -173,7 +173,7 @@ def measure(
         covariance: Whether covariances are measured too.
 
     Returns:
-        An observer for each name of an axis.
+        An observer for each axis name.
     """
     observers = {axis.name: ChannelObserver(axis.grouped, covariance) for axis in axes if axis.tap}
     wanted: dict[str, list[str]] = {}

@@ -1,7 +1,7 @@
-"""Scaling, rotating and permuting the channels of an `Axis` in place: the model computes what it did.
+"""Scales, rotates and permutes the channels of an `Axis` in place; the model's outputs stay the same.
 
-Matrices are float64, and cast where they meet a weight. Every function raises ValueError for what an axis does not
-allow; the model is unchanged then.
+Matrices are float64, and are cast when they meet a weight. Every function raises ValueError for a transform that the
+axis does not allow; the model is then unchanged.
 """
 
 import torch
@@ -30,13 +30,13 @@ def _check(axis: Axis, move: str) -> None:
 
 
 def _slots(model: nn.Module, axis: Axis):
-    """Each slot with the channels' part of its parameter, a view."""
+    """Each slot with a view of the channels' part of its parameter."""
     for slot in axis.slots:
         yield slot, model.get_parameter(slot.name).narrow(slot.dim, slot.start, axis.size)
 
 
 def _broadcast(x: Tensor, axis: Axis, dim: int, ndim: int) -> Tensor:
-    """A vector of the channels, or one for each group, along axis `dim` of a tensor."""
+    """A vector of the channels, or one per group, along axis `dim` of a tensor."""
     shape = [1] * ndim
     shape[dim] = axis.size
     if axis.grouped:
@@ -46,10 +46,10 @@ def _broadcast(x: Tensor, axis: Axis, dim: int, ndim: int) -> Tensor:
 
 @torch.no_grad()
 def scale(model: nn.Module, axis: Axis, s: Tensor) -> None:
-    """Divide what writes the channels by `s` and multiply what reads them.
+    """Divide the weights that write the channels by `s` and multiply those that read them.
 
     Args:
-        s: Positive, ``(n,)``, or ``(G, n)`` where the axis is grouped.
+        s: Positive, ``(n,)``, or ``(G, n)`` if the axis is grouped.
     """
     _check(axis, "scale")
     groups = [model.get_parameter(axis.slots[0].name).shape[0]] if axis.grouped else []
@@ -67,7 +67,7 @@ def scale(model: nn.Module, axis: Axis, s: Tensor) -> None:
 
 @torch.no_grad()
 def fold_gains(model: nn.Module, axis: Axis) -> None:
-    """Move the gains of the norms that read the channels into the linear maps behind them; they become 1."""
+    """Move the gains of the norms that read the channels into the linear maps after them; the gains become 1."""
     for norm, reader in axis.norms:
         gain = model.get_submodule(norm).weight
         model.get_submodule(reader).weight.mul_(gain)
@@ -76,10 +76,10 @@ def fold_gains(model: nn.Module, axis: Axis) -> None:
 
 @torch.no_grad()
 def rotate(model: nn.Module, axis: Axis, R: Tensor) -> None:
-    """Rotate the channels, ``x R``: what writes and what reads them.
+    """Rotate the channels, ``x R``: the weights that write them and those that read them.
 
     Args:
-        R: Orthogonal, ``(n, n)``, or ``(G, n, n)`` where the axis is grouped. With heads it is block-diagonal.
+        R: Orthogonal, ``(n, n)``, or ``(G, n, n)`` if the axis is grouped. With heads it is block-diagonal.
     """
     _check(axis, "rotate")
     groups = [model.get_parameter(axis.slots[0].name).shape[0]] if axis.grouped else []
@@ -95,7 +95,7 @@ def rotate(model: nn.Module, axis: Axis, R: Tensor) -> None:
     fold_gains(model, axis)
     for slot, part in _slots(model, axis):
         rows = part.double().movedim(slot.dim, -1)
-        flat = rows.flatten(1, -2) if axis.grouped else rows  # (G, ..., n), each with the matrix of its group
+        flat = rows.flatten(1, -2) if axis.grouped else rows  # (G, ..., n), each with its group's matrix
         part.copy_((flat @ R.to(rows)).view(rows.shape).movedim(-1, slot.dim))
     if axis.online:
         model.get_submodule(axis.online).register_forward_pre_hook(Online(R))
@@ -121,7 +121,7 @@ def permute(model: nn.Module, axis: Axis, order: Tensor) -> None:
 
 @torch.no_grad()
 def remove_online(model: nn.Module) -> None:
-    """Undo in the weights what hooks do to inputs, and take the hooks away: an ordinary model again."""
+    """Undo in the weights what hooks do to inputs, and remove the hooks: an ordinary model again."""
     for module in model.modules():
         hooks = [(key, hook) for key, hook in module._forward_pre_hooks.items() if isinstance(hook, Online)]
         for key, hook in reversed(hooks):

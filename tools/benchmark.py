@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Times the zoo: `ops` its operators, backend against backend, `models` whole networks beside the usual baselines,
-`linfusion` linear against softmax attention, `quantized` networks in 8 bits beside float32, `exports` what
-`linzoo export` writes beside the network itself.
+"""Times the zoo: `ops` each backend of an operator, `models` whole networks beside common baselines, `linfusion`
+linear beside softmax attention, `quantized` 8-bit networks beside float32, `exports` the files of `linzoo export`
+beside the network itself.
 
-Whatever is compared is timed in turns within one run, so that a busy moment of the machine hits all alike, and the
-median counts. The first line says what was timed on what.
+Everything that is compared is timed in turns within one run, so a busy moment of the machine hits all alike. The
+median counts. The first line names the hardware, the software and the settings.
 """
 
 import argparse
@@ -62,7 +62,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def environment(device, dtype="float32"):
-    """What a timing depends on, as a dictionary of strings and numbers."""
+    """The facts that a timing depends on, as a dictionary of strings and numbers."""
     facts = {"device": device, "dtype": dtype, "torch": torch.__version__, "timm": timm.__version__}
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
@@ -76,7 +76,7 @@ def environment(device, dtype="float32"):
 
 
 def cpu_name():
-    """The processor's name as the system tells it."""
+    """The processor's name as the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -84,7 +84,7 @@ def cpu_name():
 
 
 def seconds(call, device):
-    """How long one call takes; on a GPU by events, after the cache that the call before left was overwritten."""
+    """How long one call takes; on a GPU by events, after the cache has been overwritten."""
     if device != "cuda":
         start = time.perf_counter()
         call()
@@ -99,10 +99,10 @@ def seconds(call, device):
 
 
 def medians(calls, device, budget=2.0, least=3):
-    """Median seconds of each of `calls`, `{name: function}`, timed in turns after a warm-up of two calls each.
+    """Median seconds of each of `calls`, `{name: function}`, timed in turns after two warm-up calls each.
 
-    A call drops out once it has taken `budget` seconds, warm-up included, and was timed `least` times. A line on
-    stderr names those whose repeats differ by more than a tenth of their median.
+    A call drops out once it has taken `budget` seconds, warm-up included, and was timed `least` times. If a
+    call's repeats differ by more than a tenth of their median, a warning on stderr names it.
     """
     spent = {name: sum(seconds(call, device) for _ in range(2)) for name, call in calls.items()}
     times = {name: [] for name in calls}
@@ -123,7 +123,7 @@ def warn(text):
 
 
 def print_rows(title, facts, rows, columns, file):
-    """The environment, then `rows` as a table of `columns`, `{heading: row -> text}`; added to the tables in `file`."""
+    """Prints the environment and `rows` as a table of `columns`, `{heading: row -> text}`; adds it to `file`."""
     console = Console(width=None if Console().is_terminal else 170)
     console.print("  ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
     table = Table(title=title)
@@ -141,7 +141,7 @@ def print_rows(title, facts, rows, columns, file):
 
 
 def tables_of(file):
-    """The tables that earlier runs wrote to `file`; ValueError where it holds anything else."""
+    """The tables that earlier runs wrote to `file`; ValueError if it holds anything else."""
     tables = json.loads(file.read_text()) if file.exists() else []
     if not isinstance(tables, list) or any(not {"title", "environment", "rows"} <= set(t) for t in tables):
         raise ValueError("it holds no tables of this tool")
@@ -151,8 +151,8 @@ def tables_of(file):
 # --- operators ------------------------------------------------------------------------------------------------------
 
 # A case of an operator: `shape -> (call, leaves, floor)`. `call()` runs it as a model does, `leaves` are the tensors
-# that receive gradients, and `floor()` does what no implementation can do without. Rivals of an operator on CUDA are
-# other ways to its result: `shape -> {name: (call, leaves)}`.
+# that receive gradients, and `floor()` does the work that no implementation can avoid. An operator's rivals on CUDA are
+# other ways to the same result: `shape -> {name: (call, leaves)}`.
 
 
 def selective_scan_case(device, B, L, G, D, N):
@@ -168,12 +168,12 @@ def selective_scan_case(device, B, L, G, D, N):
 
 def cross_scan(device, B, L, G, D, N, composed=False):
     """Two ways from the projections to the merged output, for `selective_scan_case`: by the operator alone, or
-    `composed` of copies into scan order, 1-D scans, and a merge of what they give.
+    `composed`: copies into scan order, 1-D scans, and a merge of their outputs.
     """
     side, rank = math.isqrt(L), math.ceil(D / 16)
     order = scan_order.cross(side, side).to(device)[:G]
     u = torch.randn(B, L, D, device=device)
-    projected = torch.randn(B, L, G, rank + 2 * N, device=device)  # a model computes these by one projection
+    projected = torch.randn(B, L, G, rank + 2 * N, device=device)  # a model computes these with one projection
     A = -torch.rand(G, D, N, device=device) - 0.5
     skip, bias = torch.ones(G, D, device=device), torch.full((G, D), -4.0, device=device)
     weight = torch.randn(G, D, rank, device=device) * rank**-0.5
@@ -193,7 +193,7 @@ def cross_scan(device, B, L, G, D, N, composed=False):
 
 
 def selective_scan_rivals(device, B, L, G, D, N):
-    """The composition around our own 1-D scan, and the `mamba-ssm` package's scan of copies that lie in order."""
+    """The composition around our own 1-D scan, and the `mamba-ssm` package's scan of copies in scan order."""
     rivals = {"composition": cross_scan(device, B, L, G, D, N, composed=True)[:2]}
     with contextlib.suppress(ImportError):
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
@@ -216,7 +216,7 @@ def causal_conv1d_case(device, B, L, G, C):
 
 
 def causal_conv1d_rivals(device, B, L, G, C):
-    """The `causal-conv1d` package on tokens that lie in order."""
+    """The `causal-conv1d` package on tokens in scan order."""
     with contextlib.suppress(ImportError):
         from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportMissingImports]
 
@@ -282,7 +282,7 @@ def deform_conv_case(device, B, H, W, C, G):
 
 
 def ssm_kernel_case(device, H, N, L, rank):
-    """S4D's kernels, or S4's of that rank. The floor: the sum over modes as a matrix product, its powers given."""
+    """S4D's kernels, or S4's with that rank. The floor: the sum over modes as a matrix product, with given powers."""
     A = torch.stack([-torch.full((H, N), 0.5), math.pi * torch.arange(N).expand(H, N)], -1).to(device)
     B, C = torch.randn(H, N, 2, device=device), torch.randn(H, N, 2, device=device)
     dt, P = 0.001 * 100 ** torch.rand(H, device=device), torch.randn(max(rank, 1), H, N, 2, device=device)
@@ -319,7 +319,7 @@ def matrix_state_case(op, directions, device, B, L, C, N):
     heads = C // N
     vectors = {name: torch.randn(B, L, heads, N, device=device) for name in ("r", "k", "v", "a", "b", "w")}
     r, k, v, a, b, w = vectors.values()
-    inputs = dict(r=r, k=k, v=v, w=w - 4)  # states remember for some 50 steps
+    inputs = dict(r=r, k=k, v=v, w=w - 4)  # states remember some 50 steps
     inputs |= dict(u=torch.randn(heads, N, device=device)) if op is wkv6 else dict(a=a / N, b=b)
     leaves = [t.requires_grad_() for t in inputs.values()]
     write, values, read = k.detach().permute(0, 2, 3, 1), v.detach().transpose(1, 2), r.detach().transpose(1, 2)
@@ -377,7 +377,7 @@ OPS = {
     "wkv7": (functools.partial(matrix_state_case, wkv7, 1), [{"B": 1, "L": 4096, "C": 192, "N": 64}]),
 }
 
-# What fills a GPU; other operators are timed there as on the CPU.
+# Shapes that fill a GPU; other operators are timed there with their CPU shapes.
 CUDA_OPS = OPS | {
     "bi_wkv": (bi_wkv_case, [{"B": 1, "L": 16384, "C": 192}, {"B": 64, "L": 196, "C": 768}]),
     "causal_conv1d": (causal_conv1d_case, [{"B": 64, "L": 197, "G": 2, "C": 768}]),
@@ -398,12 +398,12 @@ CUDA_OPS = OPS | {
 }
 RIVALS = {"causal_conv1d": causal_conv1d_rivals, "selective_scan": selective_scan_rivals}
 
-# Operators of linear cost whose first shape is also timed, on the device's backend alone, at these lengths.
+# Operators of linear cost. Their first shape is also timed at these lengths, on the device's backend only.
 LENGTHS = dict.fromkeys(("bi_wkv", "gated_delta", "wkv6", "wkv7"), (1024, 2048, 4096, 8192, 16384))
 
 
 def backward_ms(row, prefix=""):
-    """The backward pass alone: that of both less the forward pass."""
+    """Time of the backward pass: forward and backward together, less the forward pass."""
     return row[f"{prefix}both_ms"] - row[f"{prefix}forward_ms"]
 
 
@@ -446,12 +446,12 @@ def op_row(case, shape, device, budget):
     return {"shape": shape, "error": error, **{f"{name}_ms": t * 1e3 for name, t in times.items()}}
 
 
-COPY_BYTES = 2**30  # of the copy that measures the memory's bandwidth: read and written
+COPY_BYTES = 2**30  # size of the copy that measures memory bandwidth: read and written
 
 
 def cuda_op_row(case, rivals, shape, device, budget):
-    """As `op_row`, with the bandwidth that the forward pass reaches: each input read once and each output written once,
-    against a copy of 1 GiB; the peak memory of forward and backward; and the rivals.
+    """As `op_row`, with the bandwidth of the forward pass (each input read once, each output written once) against a
+    copy of 1 GiB, the peak memory of forward and backward, and the rivals.
     """
     call, leaves, floor = case(device, **shape)
     with torch.no_grad():
@@ -469,7 +469,7 @@ def cuda_op_row(case, rivals, shape, device, budget):
         )
     times = medians(calls, device, budget)
 
-    # Once and cold: step by step, the reference launches some twenty small kernels a step.
+    # Once and cold: going step by step, the reference launches some twenty small kernels per step.
     with use_backend("reference"):
         expected = None
 
@@ -503,7 +503,7 @@ CUDA_COLUMNS = {
 
 
 def rival_columns(rows):
-    """For each rival of `rows`: its times and memory over ours."""
+    """Each rival's times and memory, divided by ours."""
     names = sorted(
         {key.removesuffix("_both_ms") for r in rows for key in r if key.endswith("_both_ms")} - {"reference"}
     )
@@ -525,7 +525,7 @@ LENGTH_COLUMNS = {
 
 
 def length_rows(case, shape, lengths, device, budget):
-    """Times one shape at several lengths in turns, and fits time to a power of the length."""
+    """Times one shape at several lengths in turns, and fits the exponent of time against length."""
     calls = {}
     for length in lengths:
         call, leaves, _ = case(device, **{**shape, "L": length})
@@ -563,7 +563,7 @@ def run_ops(args):
 
 
 def backbones():
-    """The zoo's backbones and those of timm that it adopts."""
+    """The zoo's backbones, and the timm backbones that it adopts."""
     return list_models() + list_models(kind="adopted")
 
 
@@ -584,7 +584,7 @@ def network(name, size, args, compiled=False):
 
 
 def operator_share(call, device):
-    """The share of the time of `call()` that passes inside operators of `linzoo`, all that they call included."""
+    """The share of the time of `call()` spent inside `linzoo` operators, including everything they call."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
@@ -596,12 +596,12 @@ def operator_share(call, device):
 
 
 def is_ours(event):
-    """Whether a profiler event is an operator of `linzoo` or lies inside one."""
+    """Whether a profiler event is a `linzoo` operator or lies inside one."""
     return event is not None and (event.name.startswith("linzoo") or is_ours(event.cpu_parent))
 
 
 def peak_bytes(call, device):
-    """Peak bytes that PyTorch allocated during a call, beside what was there before."""
+    """Peak bytes that PyTorch allocated during a call, beyond those allocated before."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -643,7 +643,7 @@ def exponent(tokens, times):
 
 
 def model_columns(rows):
-    """The columns that the run has something to say in."""
+    """The columns for which the run has values."""
     columns = {
         "model": lambda r: r["model"],
         "size": lambda r: f"{r['size']}",
@@ -683,7 +683,7 @@ def run_models(args):
 
 
 def draw_models(rows, args):
-    """Seconds and peak memory of an image against its pixels, a line a model, as a picture."""
+    """Plots seconds and peak memory per image against pixels, one line per model."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -709,11 +709,11 @@ def draw_models(rows, args):
 
 # --- LinFusion ------------------------------------------------------------------------------------------------------
 
-LARGEST_SCORES = 2**30  # bytes of a matrix of attention scores that is still made
+LARGEST_SCORES = 2**30  # bytes of the largest attention score matrix that is tried
 
 
 def attention_calls(tokens, args):
-    """Ways through one self-attention of a UNet, without gradient: by name, its call on that many tokens."""
+    """Ways to compute one self-attention of a UNet without gradient: for each name, a call on that many tokens."""
     from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
     from linzoo.generate.linfusion import LinearAttention
@@ -741,7 +741,7 @@ ATTENTION_COLUMNS = {
 
 
 def run_linfusion(args):
-    """The `linfusion` part: softmax is PyTorch's fused attention, "with scores" the one that makes the L x L matrix."""
+    """The `linfusion` part: softmax is PyTorch's fused attention; "with scores" builds the L x L matrix."""
     calls = {n: attention_calls(n, args) for n in args.tokens}
     timed = {(name, n): call for n, ways in calls.items() for name, call in ways.items() if name != "scores"}
     times = medians(timed, args.device, args.budget)
@@ -771,14 +771,14 @@ QUANTIZED_COLUMNS = {
 
 
 def saved_bytes(model):
-    """Bytes of the file that `torch.save` makes of the weights."""
+    """Bytes of the file that `torch.save` writes for the weights."""
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     return file.tell()
 
 
 def arithmetics(model, calibration, compile_float):
-    """Ways to run a model: by name, what makes its copy and the dtype of its images; compiled ones last."""
+    """Ways to run a model: for each name, a function that makes the copy, and the images' dtype; compiled ones last."""
 
     def compiled(made):
         with torch._inductor.config.patch(freezing=True):
@@ -802,7 +802,7 @@ def arithmetics(model, calibration, compile_float):
 
 @torch.no_grad()
 def quantized_rows(name, args):
-    """Prepares every arithmetic of one model, which stderr tells, and times them in turns."""
+    """Prepares every arithmetic of one model, reports it on stderr, and times them in turns."""
     torch.manual_seed(0)
     model = create(name, args.size).eval()
     calibration, x = torch.randn(2, args.batch, model.in_chans, args.size, args.size)
@@ -826,7 +826,7 @@ def quantized_rows(name, args):
 
 
 def run_quantized(args):
-    """The `quantized` part: random weights and images; the error is the norm of the logits' over that of logits."""
+    """The `quantized` part, on random weights and images. The error is relative: norm over norm, of the logits."""
     facts = environment("cpu") | {"instructions": torch.backends.cpu.get_cpu_capability()}
     facts |= {"vnni": torch.cpu._is_vnni_supported(), "batch": args.batch, "size": args.size}
     for name in args.models:
@@ -857,7 +857,7 @@ def smallest_of_families():
 
 
 def exported(model, form, size, axes, folder, budget):
-    """Writes a network and times the file: what is known of it, up to the first step that fails."""
+    """Writes a network and times the file. Returns what is known up to the first step that fails."""
     places = {"batch": 0, "height": 2, "width": 3}
     write, file = export.FORMATS[form]
     x, row, begin = torch.randn(2, model.in_chans, size, size), {"axes": ",".join(axes)}, time.perf_counter()
@@ -868,14 +868,14 @@ def exported(model, form, size, axes, folder, budget):
         row["error"] = export.compare(run, model, x)[0]
         if axes:
             row["other_error"] = export.compare(run, model, torch.randn(3, model.in_chans, *sides))[0]
-    except Exception as e:  # whatever a tracer or a runtime finds in the way
+    except Exception as e:  # a tracer or a runtime may raise anything
         return row | {"reason": type(e).__name__, "written_s": row.get("written_s", time.perf_counter() - begin)}
     calls = {"file": functools.partial(run, x), "model": functools.partial(torch.no_grad()(model), x)}
     return row | {f"{name}_ms": s * 1e3 for name, s in medians(calls, "cpu", budget).items()}
 
 
 def run_exports(args):
-    """The `exports` part: the widest choice of axes that a file is right for, of random weights and images."""
+    """The `exports` part: the most dynamic axes for which a file is right, on random weights and images."""
     rows = []
     for name in args.models or smallest_of_families():
         torch.manual_seed(0)
@@ -902,25 +902,25 @@ def run_exports(args):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
-    ops = parts.add_parser("ops", help="operators, against the reference and against a floor")
+    ops = parts.add_parser("ops", help="operators, against the reference and a floor")
     ops.add_argument("--op", nargs="+", action="extend", choices=list(CUDA_OPS), help="default: all of them")
     models = parts.add_parser("models", help="networks: images/s, share of our operators, parameters, MACs")
     models.add_argument("--models", nargs="+", default=[], metavar="NAME", help="names registered with timm")
     models.add_argument(
-        "--family", nargs="+", default=[], help="all models of these families, and " + ", ".join(BASELINES)
+        "--family", nargs="+", default=[], help="all models of these families, plus " + ", ".join(BASELINES)
     )
     models.add_argument("--sizes", "--size", nargs="+", type=int, default=[224], help="sides of the square images")
     models.add_argument("--batch", type=int, default=4)
-    models.add_argument("--dtype", choices=list(DTYPES), help="autocast to it (default: float32; on CUDA bfloat16)")
+    models.add_argument("--dtype", choices=list(DTYPES), help="autocast dtype (default: float32; on CUDA bfloat16)")
     models.add_argument("--train", action="store_true", help="forward and backward in training mode")
-    models.add_argument("--compile", action="store_true", help="also time what torch.compile makes of each")
+    models.add_argument("--compile", action="store_true", help="also time each model under torch.compile")
     models.add_argument(
-        "--picture", type=Path, metavar="FILE", help="draw time and memory against pixels; takes several sizes"
+        "--picture", type=Path, metavar="FILE", help="plot time and memory against pixels; needs several sizes"
     )
     linfusion = parts.add_parser("linfusion", help="LinFusion's attention against softmax, by the number of tokens")
     linfusion.add_argument("--tokens", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 16384])
     linfusion.add_argument("--batch", type=int, default=1)
-    linfusion.add_argument("--dim", type=int, default=320, help="channels (default: of Stable Diffusion's first level)")
+    linfusion.add_argument("--dim", type=int, default=320, help="channels (default: Stable Diffusion's first level)")
     linfusion.add_argument("--heads", type=int, default=8)
     quantized = parts.add_parser("quantized", help="networks in float32, bfloat16 and 8 bits, on the CPU")
     quantized.add_argument(
@@ -928,8 +928,8 @@ def parse(argv):
     )
     quantized.add_argument("--size", type=int, default=224, help="side of the square images")
     quantized.add_argument("--batch", type=int, default=4)
-    quantized.add_argument("--compile", action="store_true", help="also what torch.compile makes of float32")
-    exports = parts.add_parser("exports", help="files of `linzoo export`: axes, errors, seconds, beside the networks")
+    quantized.add_argument("--compile", action="store_true", help="also time float32 under torch.compile")
+    exports = parts.add_parser("exports", help="files of `linzoo export`: axes, errors and times beside the networks")
     exports.add_argument("--models", nargs="+", metavar="NAME", help="default: each family's smallest")
     exports.add_argument("--formats", nargs="+", choices=["onnx", "torch"], default=["onnx", "torch"])
     exports.add_argument("--size", type=int, default=64, help="side of the square images")
@@ -938,7 +938,7 @@ def parse(argv):
     for part in (ops, models, linfusion):
         part.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     for part in (ops, models, linfusion, quantized, exports):
-        part.add_argument("--budget", type=float, default=2.0, metavar="S", help="seconds that each timing may take")
+        part.add_argument("--budget", type=float, default=2.0, metavar="S", help="seconds per timing")
         part.add_argument("--json", type=Path, metavar="FILE", help="add the results to this JSON file")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -985,7 +985,7 @@ def parse(argv):
 
 
 def main(argv: list[str] | None = None) -> None:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler calls a machine without a GPU an error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler reports a missing GPU as an error
     args = parse(argv)
     load = environment(args.device).get("load") or 0
     if load > torch.get_num_threads():

@@ -1,4 +1,4 @@
-"""The `linzoo` command: `linzoo doctor`, `linzoo train CONFIG`, ... each the `main` of the tool of that name."""
+"""The `linzoo` command. `linzoo doctor`, `linzoo train CONFIG`, ... call the `main` of the tool of that name."""
 
 import importlib
 import importlib.metadata
@@ -28,7 +28,7 @@ COMMANDS = {
     "mixers": "token mixers side by side, in plain ViTs",
     "ptd": "states of perturbed diagonal matrices, as S4 and S5 start from",
 }
-MODULES = {"build": "linzoo.ops.compile_cpu", "sample": "linzoo.tools.predict"}  # of other names than their commands
+MODULES = {"build": "linzoo.ops.compile_cpu", "sample": "linzoo.tools.predict"}  # names that differ from the command
 COMPLETION = {
     "bash": 'complete -o default -W "{names}" linzoo',
     "zsh": "autoload -U +X bashcompinit && bashcompinit\ncomplete -o default -W '{names}' linzoo",
@@ -36,7 +36,7 @@ COMPLETION = {
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    """Runs the tool that the first argument names with the others."""
+    """Runs the tool that the first argument names, with the remaining arguments."""
     argv = sys.argv[1:] if argv is None else argv
     if argv == ["--version"]:
         print(f"linzoo {importlib.metadata.version('linzoo')}")
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int | None:
         return 0
     try:
         tool = importlib.import_module(MODULES.get(argv[0], f"linzoo.tools.{argv[0]}"))
-    except ImportError as e:  # an optional part, or one that does not fit; its message says how to install it
+    except ImportError as e:  # an optional part is missing or does not fit; the message says how to install it
         print(f"error: linzoo {argv[0]}: {e}", file=sys.stderr)
         return 2
     return tool.main(argv[1:])

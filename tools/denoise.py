@@ -1,4 +1,4 @@
-"""Train a light Restore-RWKV to remove noise and compare it on held-out photographs: what `make denoise` runs."""
+"""Train a light Restore-RWKV to remove noise, and compare it on held-out photographs. `make denoise` runs this."""
 
 import argparse
 from pathlib import Path
@@ -27,7 +27,7 @@ def total_variation(noisy: np.ndarray, weight: float) -> np.ndarray:
 
 
 def non_local_means(noisy: np.ndarray, strength: float) -> np.ndarray:
-    """Non-local means of an image (H, W), told the noise's sigma."""
+    """Non-local means of an image (H, W), given the noise's sigma."""
     return denoise_nl_means(noisy, patch_size=5, patch_distance=6, h=strength * SIGMA, sigma=SIGMA, fast_mode=True)
 
 
@@ -38,9 +38,9 @@ CLASSICAL = {
 
 
 def compare(restored: list[torch.Tensor], pairs: list[dict]) -> tuple[dict, dict]:
-    """PSNR and SSIM of every method, and what the methods make of every image.
+    """PSNR and SSIM of every method, and each method's result for every image.
 
-    The classical methods are given their best parameter of a few, chosen on the very images that they are tested on.
+    The classical methods use the best of a few parameters, chosen on the very images that they are tested on.
 
     Args:
         restored: the model's images (1, H, W).
@@ -62,7 +62,7 @@ def compare(restored: list[torch.Tensor], pairs: list[dict]) -> tuple[dict, dict
 
 
 def draw(images: dict, pairs: list[dict], scores: dict, file: Path) -> None:
-    """A picture: some images, each noisy, restored by every method, and clean."""
+    """Draws some images, each noisy, restored by every method, and clean."""
     rows = range(0, len(pairs), max(len(pairs) // 4, 1))
     columns = {**images, "clean": [pair["targets"] for pair in pairs]}
     figure = Figure(figsize=(2.2 * len(columns), 2.3 * len(rows)), layout="constrained")
@@ -77,7 +77,7 @@ def draw(images: dict, pairs: list[dict], scores: dict, file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `denoise`. A run that was cut off continues; a finished one only compares."""
+    """Command line of `denoise`. An interrupted run continues; a finished one only compares."""
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
     train.main([CONFIG, "--work-dir", str(WORK_DIR), "--resume"])
     cfg = load_config(CONFIG, None)

@@ -1,4 +1,4 @@
-"""Says what LinZoo finds on this machine: versions, the backend of each operator, and whether it computes rightly."""
+"""Reports what LinZoo finds on this machine: versions, the backend of each operator, and whether results are right."""
 
 import argparse
 import importlib.metadata
@@ -21,8 +21,8 @@ PACKAGES = (
     *("onedl-mmengine", "onedl-mmcv", "onedl-mmpretrain", "onedl-mmsegmentation", "onedl-mmdetection"),
     *("onnx", "onnxscript", "onnxruntime", "diffusers"),
 )
-KERNELS = {"cpu": compile_cpu.sources, "cuda": compile_cuda.sources}  # the operators that have some
-TOLERANCE = 1e-4  # of the largest value, in float32
+KERNELS = {"cpu": compile_cpu.sources, "cuda": compile_cuda.sources}  # the operators that have kernels
+TOLERANCE = 1e-4  # relative to the largest value, in float32
 
 
 def version(package):
@@ -53,9 +53,9 @@ def cpu_kernels():
 
 
 def check(op, device):
-    """The backend that serves `op` on `device`, its self-check, and whether that is good enough."""
+    """The backend that runs `op` on `device`, its self-check, and whether that is good enough."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the table says why the reference serves
+        warnings.simplefilter("ignore")  # the table says why the reference runs
         try:
             backend, error = resolve(op, torch.device(device)), self_check(op, device)
         except RuntimeError as failure:
@@ -85,7 +85,7 @@ def main(argv=None):
     for op, reasons in backend_info().items():
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             if op not in KERNELS[device]():
-                table.add_row(op, device, "torch", "-", "")  # PyTorch's own operators serve it
+                table.add_row(op, device, "torch", "-", "")  # PyTorch's own operators compute it
                 continue
             backend, result, good = check(op, device)
             healthy &= good

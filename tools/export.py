@@ -1,11 +1,14 @@
 """Write a model for other programs: `linzoo export MODEL [WEIGHTS] --format onnx --out DIR`.
 
-onnx: what ONNX Runtime and its kin run without LinZoo or torch. torch: an archive of torch.export, with our operators.
-qdq: ONNX whose linear maps and convolutions have 8-bit weights and inputs, calibrated on the images of `--calib DIR`.
+--format:
+onnx: a file that ONNX Runtime and similar engines run without LinZoo or torch.
+torch: an archive of torch.export, with our operators.
+qdq: ONNX with 8-bit weights and inputs of linear maps and convolutions, calibrated on the images of `--calib DIR`.
 
-MODEL is a model's name (`linzoo models`, or timm's), `local-dir:DIR` of a run's export, or a config of ours with its
-checkpoint as WEIGHTS. The file is compared with the model itself, at the size that it was traced at and, where axes are
-dynamic, at another; a difference beyond the tolerance ends with status 1. What qdq rounds is measured on its images.
+MODEL is a model's name (`linzoo models`, or timm's), `local-dir:DIR` of a run's export, or one of our configs with its
+checkpoint as WEIGHTS. The file is compared with the model at the size of the trace and, if axes are dynamic, at another
+size. A difference beyond the tolerance ends with status 1. qdq has no tolerance: its error on the calibration images is
+printed.
 """
 
 import argparse
@@ -36,9 +39,9 @@ from linzoo.tools.engine.task import TimmModel, build
 from linzoo.tools.engine.weights import create_model, load_weights
 from linzoo.tools.outliers import logit_error
 
-AXES = ("batch", "depth", "height", "width")  # depth of volumes alone
-VOLUME = 64  # side of the volumes that are written, if no size is asked for
-TOLERANCE = 1e-3  # of the outputs' standard deviation
+AXES = ("batch", "depth", "height", "width")  # depth only for volumes
+VOLUME = 64  # default side of exported volumes
+TOLERANCE = 1e-3  # relative to the outputs' standard deviation
 
 
 def load(name: str, weights: str | None) -> tuple[nn.Module, tuple[int, ...]]:
@@ -58,7 +61,7 @@ def load(name: str, weights: str | None) -> tuple[nn.Module, tuple[int, ...]]:
         base = name.partition(".")[0]
         if ":" not in name and not timm.is_model(base):
             raise InputError(f"MODEL {name!r}: no such model in timm or LinZoo{did_you_mean(base, timm.list_models())}")
-        own = ":" in name or "." in name  # a run's export, or a tag of published weights
+        own = ":" in name or "." in name  # a run's export, or a tag for published weights
         if own and weights:
             raise InputError(f"WEIGHTS {weights!r}: MODEL {name!r} has weights of its own; expected one of the two")
         if not own and weights is None:
@@ -69,7 +72,7 @@ def load(name: str, weights: str | None) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def to_onnx(model: nn.Module, x: Tensor, dynamic: dict, file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Write an ONNX file whose scans are ONNX's own; how ONNX Runtime runs it."""
+    """Write an ONNX file that uses ONNX's own scans; returns how ONNX Runtime runs it."""
     import onnxruntime  # the optional part `export`
 
     with use_backend("export"), torch.no_grad():
@@ -81,7 +84,7 @@ def to_onnx(model: nn.Module, x: Tensor, dynamic: dict, file: Path) -> Callable[
 
 
 def to_torch(model: nn.Module, x: Tensor, dynamic: dict, file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Write an archive of torch.export, which keeps our operators; how torch runs it."""
+    """Write a torch.export archive, which keeps our operators; returns how torch runs it."""
     program = torch.export.export(model, (x,), dynamic_shapes=(dynamic,))
 
     def write(partial: Path) -> None:
@@ -94,7 +97,7 @@ def to_torch(model: nn.Module, x: Tensor, dynamic: dict, file: Path) -> Callable
 
 
 def to_qdq(model: nn.Module, batches: list[Tensor], dynamic: dict, file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Write an ONNX file of 8-bit integers, calibrated on batches ``(B, C, H, W)``; how ONNX Runtime runs it."""
+    """Write an 8-bit ONNX file, calibrated on batches ``(B, C, H, W)``; returns how ONNX Runtime runs it."""
     import onnxruntime
 
     with TemporaryDirectory() as folder:
@@ -118,7 +121,7 @@ FORMATS: dict[str, tuple[Callable, str]] = {
 
 
 def compare(run: Callable, model: nn.Module, x: Tensor) -> tuple[float, float, float]:
-    """Largest error over the standard deviation of each output; seconds of the file and of the model."""
+    """Largest error over the standard deviation of each output; seconds taken by the file and by the model."""
     with torch.inference_mode():
         run(x)
         model(x)
@@ -133,21 +136,21 @@ def compare(run: Callable, model: nn.Module, x: Tensor) -> tuple[float, float, f
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `export`. Wrong input ends it with a line on stderr and status 2, a wrong file with status 1."""
+    """Command line of `export`. Wrong input ends with a line on stderr and status 2, a wrong file with status 1."""
     parser = argparse.ArgumentParser(
         prog="linzoo export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("weights", metavar="WEIGHTS", nargs="?", help="a file of weights of any trainer")
+    parser.add_argument("weights", metavar="WEIGHTS", nargs="?", help="a weights file of any trainer")
     parser.add_argument("--format", choices=FORMATS, default="onnx")
     parser.add_argument(
-        "--size", type=int, nargs="+", metavar="N", help="H W, or D H W of volumes; default: the model's own"
+        "--size", type=int, nargs="+", metavar="N", help="H W, or D H W for volumes; default: the model's own"
     )
     parser.add_argument(
-        "--dynamic", default="batch", help="axes of any length, of batch,depth,height,width; default: batch"
+        "--dynamic", default="batch", help="dynamic axes, from batch,depth,height,width; default: batch"
     )
-    parser.add_argument("--calib", metavar="DIR", help="of qdq: a folder of images to calibrate on")
-    parser.add_argument("--images", type=int, default=32, metavar="N", help="of qdq: how many of them; default: 32")
+    parser.add_argument("--calib", metavar="DIR", help="qdq: folder of images to calibrate on")
+    parser.add_argument("--images", type=int, default=32, metavar="N", help="qdq: how many of them; default: 32")
     parser.add_argument("--out", required=True, help="folder")
     args = parser.parse_args(argv)
     integers = args.format == "qdq"
@@ -193,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
             run = write(model, batches or x, {axes[axis]: torch.export.Dim.AUTO for axis in asked}, file)
     except ImportError as e:
         raise InputError(f"--format {args.format} needs the export part: `pip install 'linzoo[export]'` ({e})") from e
-    except Exception as e:  # whatever a tracer finds in the way
+    except Exception as e:  # a tracer may raise anything
         reason = (str(e).strip().splitlines() or [""])[0]
         hint = "; try --dynamic batch" if set(asked) - {"batch"} else ""
         raise InputError(
@@ -207,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     for images in [x, torch.randn(other)] if asked else [x]:
         try:
             error, theirs, ours = compare(run, model, images)
-        except Exception as e:  # whatever the runtime finds
+        except Exception as e:  # the runtime may raise anything
             raise InputError(
                 f"{str(file)!r} does not run on {tuple(images.shape)}, which --dynamic {args.dynamic} asks for: "
                 f"{(str(e).strip().splitlines() or [type(e).__name__])[0]}"

@@ -1,9 +1,11 @@
 """Fine-tune a model on a folder of your own: `linzoo finetune MODEL DATA --work-dir DIR`.
 
-DATA is a folder of images per class, or a CSV file (classification); images/ and masks/ (segmentation); COCO
-annotations (detection); or input/ and target/ (restoration), with train/ and val/ or without. Large sets of classes:
-wds/FOLDER (WebDataset, train*.tar and val*.tar) or hfds/NAME-OR-FOLDER (Hugging Face). Written to the work dir:
-config.py, to go on by hand with `linzoo train`; checkpoints; curves.png; and report.html, with all pictures in it.
+DATA depends on the task. Classification: one folder of images per class, or a CSV file; for large sets wds/FOLDER
+(WebDataset, train*.tar and val*.tar) or hfds/NAME-OR-FOLDER (Hugging Face). Segmentation: images/ and masks/.
+Detection: COCO annotations. Restoration: input/ and target/. Each may be split into train/ and val/, or not.
+
+Written to the work dir: config.py, to continue by hand with `linzoo train`; checkpoints; curves.png; and report.html,
+which contains all its pictures.
 """
 
 import argparse
@@ -45,18 +47,18 @@ COLOURS = [[120, 120, 120], [230, 25, 75], [60, 180, 75], [0, 130, 200], [245, 1
 
 
 class Recipe(NamedTuple):
-    """How long to train, and how far to alter the images, on a set of some size."""
+    """How long to train, and how strongly to augment the images, for a range of data set sizes."""
 
     epochs: int
-    smallest_crop: float  # of the image's area
+    smallest_crop: float  # share of the image's area
 
 
-# Up to so many images to train on. A small set is seen more often, and less altered.
+# By the largest number of training images. A small set is seen more often, and augmented less.
 RECIPES = {500: Recipe(30, 0.5), 5_000: Recipe(20, 0.35), 50_000: Recipe(15, 0.2), 10**12: Recipe(10, 0.08)}
 
 
 def _size(arranged: Arranged, asked: int | None, largest: int) -> int:
-    """Side to train at: a multiple of 32, the images' own up to `largest`."""
+    """Side to train at: a multiple of 32, by default that of the images, up to `largest`."""
     if asked is not None and (asked < 32 or asked % 32):
         raise InputError(f"--size {asked}: expected a multiple of 32")
     return asked or min(max(arranged.side // 32 * 32, 64), largest)
@@ -74,7 +76,7 @@ def _loaders(batch: int, val_batch: int, workers: int, train_set: dict, val_set:
             **kwargs,
         )
 
-    # A last batch of one image has no statistics for BatchNorm.
+    # drop_last: BatchNorm has no statistics for a last batch of one image.
     return dict(
         train_dataloader=loader(batch, True, train_set) | dict(drop_last=True),
         val_dataloader=loader(val_batch, False, val_set),
@@ -114,11 +116,11 @@ def _hooks(task: str, steps: int) -> dict[str, Any]:
 
 
 def _start(args: argparse.Namespace) -> dict[str, Any]:
-    """Keywords that start the model from the weights asked for."""
+    """Keywords that start the model from the requested weights."""
     name, given = args.model, args.weights
     if given is None:
         return dict(model_name=name, pretrained=False)
-    if given == "published" or not (Path(given).suffix or Path(given).exists()):  # a tag of timm's
+    if given == "published" or not (Path(given).suffix or Path(given).exists()):  # a timm tag
         return dict(model_name=name if given == "published" else f"{name}.{given}", pretrained=True)
     existing_file("--weights", given.partition("#")[0])
     return dict(model_name=name, pretrained=given)
@@ -179,7 +181,7 @@ def _classes(args: argparse.Namespace, arranged: Arranged, data: Path) -> dict[s
 
 
 def _backbone(args: argparse.Namespace, size: int) -> tuple[dict, LinZooBackbone]:
-    """Settings of a backbone, and the backbone without memory."""
+    """Settings of a backbone, and the backbone, built without memory."""
     kwargs = dict(img_size=size) if timm.get_pretrained_cfg(args.model).fixed_input_size else {}
     settings = dict(type="LinZooBackbone", model_kwargs=kwargs, **_start(args))
     with without_memory():
@@ -310,7 +312,7 @@ def _check_model(name: str, task: str) -> None:
 
 
 def make_config(args: argparse.Namespace, arranged: Arranged, data: Path) -> Config:
-    """The training config of a data set, with nothing left to look up."""
+    """The complete training config of a data set; nothing is left to look up."""
     settings = SETTINGS[args.task](args, arranged, data)
     bases = [base if "::" in base else str(BASES / base) for base in settings.pop("_base_")]
     lines = [f"_base_ = {bases!r}", *(f"{key} = {value!r}" for key, value in settings.items())]
@@ -328,7 +330,7 @@ def make_config(args: argparse.Namespace, arranged: Arranged, data: Path) -> Con
 
 
 def best_weights(work_dir: Path) -> Path:
-    """The weights of a run's best validation; the last where no validation found anything."""
+    """The weights of a run's best validation; the last checkpoint if there is no best one."""
     for pattern in ("export/model.safetensors", "best_*.pth", "epoch_*.pth"):
         if found := sorted(work_dir.glob(pattern), key=lambda file: file.stat().st_mtime):
             return found[-1]
@@ -336,7 +338,7 @@ def best_weights(work_dir: Path) -> Path:
 
 
 def _said(main: Any, argv: list[str]) -> str:
-    """What a tool prints."""
+    """Runs a tool and returns what it prints."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         main(argv)
     return out.getvalue()
@@ -344,31 +346,31 @@ def _said(main: Any, argv: list[str]) -> str:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `finetune`. Wrong input ends it with one line on stderr and status 2."""
+    """Command line of `finetune`. Wrong input ends with one line on stderr and status 2."""
     parser = argparse.ArgumentParser(
         prog="linzoo finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", help="a model of `linzoo models`, or of timm")
+    parser.add_argument("model", metavar="MODEL", help="a model of `linzoo models` or of timm")
     parser.add_argument("data", metavar="DATA", help="file or folder")
-    parser.add_argument("--task", choices=TASK_NAMES, help="default: what the layout of DATA says")
+    parser.add_argument("--task", choices=TASK_NAMES, help="default: inferred from the layout of DATA")
     parser.add_argument("--work-dir", help="default: work_dirs/finetune_MODEL")
-    parser.add_argument("--weights", help="a file of weights of any trainer; or a tag of timm's, or 'published'")
+    parser.add_argument("--weights", help="a weights file of any trainer, a timm tag, or 'published'")
     parser.add_argument(
-        "--classes", help="names of the label maps' classes, A,B,...; default: those of DATA/classes.txt"
+        "--classes", help="class names of the label maps, A,B,...; default: those listed in DATA/classes.txt"
     )
-    parser.add_argument("--epochs", type=int, help="default: 30 to 10, the more images the fewer")
-    parser.add_argument("--size", type=int, help="side to train at, in pixels; default: the images' own, up to a limit")
-    parser.add_argument("--batch", type=int, help="images a step; default: 16 for classes, 4 else")
+    parser.add_argument("--epochs", type=int, help="default: 30 to 10, fewer for more images")
+    parser.add_argument("--size", type=int, help="image side in pixels; default: that of DATA, up to a limit")
+    parser.add_argument("--batch", type=int, help="images per step; default: 16 for classification, else 4")
     parser.add_argument("--lr", type=float, help="learning rate of the last layers")
     parser.add_argument("--workers", type=int, default=1, help="processes that read images")
-    parser.add_argument("--freeze", action="store_true", help="train the head alone")
-    parser.add_argument("--adapter", choices=ADAPTERS, help="train the head and low-rank adapters of projections alone")
-    parser.add_argument("--rank", type=int, default=4, help="of --adapter; default: 4")
+    parser.add_argument("--freeze", action="store_true", help="train only the head")
+    parser.add_argument("--adapter", choices=ADAPTERS, help="train only the head and low-rank adapters of projections")
+    parser.add_argument("--rank", type=int, default=4, help="rank of --adapter; default: 4")
     parser.add_argument(
-        "--weight-bits", type=int, help="train with projections rounded to so many bits, 2 to 8 (OFQ), as exported"
+        "--weight-bits", type=int, help="train and export with projections rounded to this many bits, 2 to 8 (OFQ)"
     )
-    parser.add_argument("--no-flip", action="store_true", help="left and right are not the same, as in letters")
-    parser.add_argument("--resume", action="store_true", help="continue the run of the work dir")
+    parser.add_argument("--no-flip", action="store_true", help="do not mirror images, for data like letters")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the work dir")
     args = parser.parse_args(argv)
     stream = args.data.startswith(("wds/", "hfds/"))
     data, work_dir = Path(args.data), Path(args.work_dir or f"work_dirs/finetune_{args.model}")
@@ -415,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
     weights = best_weights(work_dir)
     metrics = json.loads(_said(test.main, [str(config), str(weights)]).strip().splitlines()[-1])
     results = None
-    if not stream:  # whose images are in no files
+    if not stream:  # a stream has no image files
         inputs = {"cls": "val", "seg": "images/val", "det": "val", "restore": "val/input"}[args.task]
         out = work_dir / "predictions"
         _said(predict.main, [str(config), str(weights), str(work_dir / "data" / inputs), "--out", str(out)])

@@ -1,18 +1,18 @@
 """Look into a trained model: `linzoo look MODEL [WEIGHTS] --what cam --images IMAGE... --out cam.png`.
 
-MODEL and WEIGHTS are those of `linzoo export`: a model's name, `local-dir:DIR` of a run's export, or a config of ours
+MODEL and WEIGHTS are those of `linzoo export`: a model's name, `local-dir:DIR` of a run's export, or one of our configs
 with its checkpoint.
 
-cam: where in each image the reasons for its first class lie (Grad-CAM of the last layer; `--class` for another class).
-erf: the effective receptive field of the last map's centre: how much each pixel of the images moves it.
+cam: the regions of each image that speak for its top class (Grad-CAM of the last layer; `--class` for another class).
+erf: the effective receptive field of the last map's centre: how much each pixel of the images changes it.
 features: the maps of all stages; colours are the three principal components of their channels.
-orders: the ways along which the operators walk over the tokens, each once, from dark to light; step by step where --out
+orders: the scan orders of the operators over the tokens, each drawn once, from dark to light; step by step if --out
 ends in .gif.
-states: which tokens reach the middle one through a state: how much each moves an operator's output there.
-attention: where the middle token of each softmax attention looks, the mean over its heads.
-dynamics: of each selective scan the signs of the eigenvalues of S_C^T S_B, by their real parts. Where all are negative,
-tokens of a deep model collapse to 0; where one is positive, they diverge, which serves a model better
-(arXiv 2410.03292). `linzoo.backbones.layers.definite_projection` makes all of them positive.
+states: which tokens reach the middle token through a state: how much each one changes an operator's output there.
+attention: where the middle token of each softmax attention looks, averaged over the heads.
+dynamics: for each selective scan, the signs of the real parts of the eigenvalues of S_C^T S_B. If all are negative,
+tokens of a deep model collapse to 0. If one is positive, they diverge, which is better for a model (arXiv 2410.03292).
+`linzoo.backbones.layers.definite_projection` makes all of them positive.
 """
 
 import argparse
@@ -44,11 +44,11 @@ from linzoo.tools.engine.files import write_atomically
 from linzoo.tools.engine.images import read_rgb
 from linzoo.tools.export import load
 
-FRAMES = 32  # of a GIF
+FRAMES = 32  # frames of a GIF
 
 
 class View(NamedTuple):
-    """What one look finds: rows of equal keys, and a line that sums them up."""
+    """Result of a look: rows with equal keys, and a line that sums them up."""
 
     rows: list[dict]
     summary: str
@@ -71,12 +71,12 @@ def dynamics(model: nn.Module) -> View:
     )
 
 
-# What there is to see: a function of a model, which raises ValueError where the model has none of it.
+# What can be shown: functions of a model, which raise ValueError if the model has nothing to show.
 LOOKS: dict[str, Callable[[nn.Module], View]] = {"dynamics": dynamics}
 
 
 class Picture(NamedTuple):
-    """One picture of a sheet: pixels, or the steps of a way over a grid of tokens ``(T, 2)`` of rows and columns."""
+    """One picture of a sheet: pixels, or the steps of a scan over a grid of tokens ``(T, 2)``, as rows and columns."""
 
     title: str
     pixels: np.ndarray | None = None
@@ -85,14 +85,14 @@ class Picture(NamedTuple):
 
 
 def maps_of(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """The maps ``(B, C, h, w)`` of a model's stages or blocks; InputError where it has none."""
+    """The maps ``(B, C, h, w)`` of a model's stages or blocks; InputError if it has none."""
     if not hasattr(model, "forward_intermediates"):
         raise InputError(f"MODEL {type(model).__name__} gives no maps; expected a backbone, such as vmamba_t")
     return model.forward_intermediates(images, intermediates_only=True)
 
 
 def as_pixels(image: Tensor) -> np.ndarray:
-    """A normalised image ``(3, H, W)`` for the eye: from its darkest to its brightest value."""
+    """A normalised image ``(3, H, W)`` for viewing, scaled from its darkest to its brightest value."""
     low, high = image.min(), image.max()
     return ((image - low) / (high - low).clamp(min=1e-9)).permute(1, 2, 0).numpy()
 
@@ -121,7 +121,7 @@ def cam(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
     grid = maps[-1].shape[2:]
 
     def reshape(x: Tensor) -> Tensor:
-        """What a layer gives, as maps ``(B, C, h, w)``."""
+        """A layer's output as maps ``(B, C, h, w)``."""
         if x.dim() == 3:
             x = model.without_token(x) if hasattr(model, "without_token") else x[:, -math.prod(grid) :]
             x = x.unflatten(1, grid)
@@ -139,7 +139,7 @@ def cam(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
 def erf(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
     """The effective receptive field (arXiv 1701.04128): the mean over images of ``|d sum_c y_c(centre) / d pixel|``.
 
-    Of values from 0 to 1 the fourth root is drawn, as the field does it: what is far is faint.
+    The fourth root of the values, scaled to 0 to 1, is drawn, as is usual: far pixels would be too faint.
     """
     images = images.requires_grad_(True)
     last = maps_of(model, images)[-1]
@@ -151,7 +151,7 @@ def erf(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
 
 
 def features(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
-    """Each map's three principal components over its places, as red, green and blue."""
+    """Each map's three principal components over its positions, as red, green and blue."""
     pictures = []
     with torch.no_grad():
         maps = maps_of(model, images)
@@ -168,7 +168,7 @@ def features(model: nn.Module, images: Tensor, target: int | None) -> list[Pictu
 
 
 class Ways(TorchDispatchMode):
-    """Records LinZoo's operators: by name, tokens and order each way, by name and tokens the last call."""
+    """Records LinZoo's operators: each scan order by name and number of tokens, and the last call of each."""
 
     def __init__(self):
         super().__init__()
@@ -182,7 +182,7 @@ class Ways(TorchDispatchMode):
             length = next(x for x in args if isinstance(x, Tensor)).shape[1]
             self.calls[func._opname, length] = func, named
             if isinstance(order := named.get("order"), Tensor):
-                groups = func._opname in ("selective_scan", "causal_conv1d")  # each with a way of its own
+                groups = func._opname in ("selective_scan", "causal_conv1d")  # each group has its own order
                 first = order[0] if order.dim() == 2 + groups else order
                 for way in first.reshape(-1, order.shape[-1]).cpu():
                     self.found[func._opname, length, way.numpy().tobytes()] = way
@@ -190,7 +190,7 @@ class Ways(TorchDispatchMode):
 
 
 def orders(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
-    """The ways of the first image over maps of tokens, without class tokens; other steps are left out."""
+    """The scan orders of the first image over token maps, without class tokens; other steps are left out."""
     with torch.no_grad():
         grids = {math.prod(y.shape[2:]): y.shape[2:] for y in maps_of(model, images[:1])}
         with Ways() as ways:
@@ -212,10 +212,10 @@ def orders(model: nn.Module, images: Tensor, target: int | None) -> list[Picture
 
 
 def states(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
-    """Of each operator's last call ``|d sum_c y_c(middle) / d x(token)|``, summed over the channels of its values x.
+    """For each operator's last call ``|d sum_c y_c(middle) / d x(token)|``, summed over the channels of its values x.
 
-    The middle's own part is cut to the largest of the others; of values from 0 to 1 the fourth root is drawn. What
-    tokens do to decays and gates does not count. Tokens lie as the operator gets them: ViL turns every second layer's.
+    The middle's own part is cut to the largest of the others; the fourth root of values from 0 to 1 is drawn. Effects
+    of tokens on decays and gates do not count. Tokens lie as the operator gets them: ViL reverses every second layer's.
     """
     with torch.no_grad():
         grids = {math.prod(y.shape[2:]): y.shape[2:] for y in maps_of(model, images[:1])}
@@ -262,7 +262,7 @@ class Queries(TorchFunctionMode):
 def attention(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
     """``mean over heads of softmax(scale q(middle) k^T)`` of each layer, over the tokens of its map.
 
-    Attention within windows is drawn where one window covers the map. Causal and masked attention is left out.
+    Window attention is drawn if one window covers the map. Causal and masked attention is left out.
     """
     with torch.no_grad():
         grids = {math.prod(y.shape[2:]): y.shape[2:] for y in maps_of(model, images[:1])}
@@ -296,7 +296,7 @@ PICTURES: dict[str, Callable[[nn.Module, Tensor, int | None], list[Picture]]] = 
 
 
 def draw(pictures: list[Picture], file: Path) -> None:
-    """All pictures side by side, eight in a row; as a GIF, the ways step by step."""
+    """All pictures side by side, eight per row; as a GIF, the scan orders step by step."""
     if file.suffix.lower() != ".gif":
         write_atomically(file, lambda partial: _sheet(pictures).savefig(partial, format="png", dpi=120))
         return
@@ -313,7 +313,7 @@ def draw(pictures: list[Picture], file: Path) -> None:
 
 
 def _sheet(pictures: list[Picture], whole: list[Picture] | None = None) -> Figure:
-    """The pictures on one figure; `whole` has the ways that theirs are the beginnings of."""
+    """The pictures on one figure; `whole` has the complete orders when `pictures` show only their beginnings."""
     columns = min(8, len(pictures))
     rows = -(-len(pictures) // columns)
     figure = Figure(figsize=(2.2 * columns, 2.4 * rows), layout="constrained")
@@ -338,7 +338,7 @@ def _sheet(pictures: list[Picture], whole: list[Picture] | None = None) -> Figur
 
 
 def read_images(files: list[str], model: nn.Module) -> Tensor:
-    """Image files as the model was trained to see them ``(B, C, H, W)``."""
+    """Image files, prepared as in the model's training ``(B, C, H, W)``."""
     settings: Any = timm.data.resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg))
     transform: Any = timm.data.create_transform(**settings)
     return torch.stack([transform(Image.fromarray(read_rgb(file))) for file in files])
@@ -346,19 +346,19 @@ def read_images(files: list[str], model: nn.Module) -> Tensor:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `look`. Wrong input ends it with one line on stderr and status 2."""
+    """Command line of `look`. Wrong input ends with one line on stderr and status 2."""
     parser = argparse.ArgumentParser(
         prog="linzoo look", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("weights", metavar="WEIGHTS", nargs="?", help="a file of weights of any trainer")
+    parser.add_argument("weights", metavar="WEIGHTS", nargs="?", help="a weights file of any trainer")
     parser.add_argument("--what", choices=[*PICTURES, *LOOKS], required=True)
-    parser.add_argument("--images", nargs="+", metavar="IMAGE", help="files; what `dynamics` alone does without")
+    parser.add_argument("--images", nargs="+", metavar="IMAGE", help="image files; only `dynamics` needs none")
     parser.add_argument(
-        "--class", type=int, dest="target", metavar="N", help="of cam; the model's first guess if left out"
+        "--class", type=int, dest="target", metavar="N", help="class for cam; default: the model's top class"
     )
-    parser.add_argument("--out", help="PNG file of the pictures, of orders GIF too; look_<what>.png if left out")
-    parser.add_argument("--json", action="store_true", help="one line of JSON in place of the table")
+    parser.add_argument("--out", help="PNG file, for orders also GIF; default: look_<what>.png")
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     args = parser.parse_args(argv)
     if args.what in PICTURES and not args.images:
         raise InputError(f"--what {args.what}: --images is missing; expected image files")
@@ -372,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     try:
         rows, summary = LOOKS[args.what](model)
-    except ValueError as e:  # the model has none of what is looked for
+    except ValueError as e:  # the model has nothing to show
         raise InputError(f"--what {args.what}: {e}") from e
     if args.json:
         print(json.dumps(rows))

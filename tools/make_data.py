@@ -1,4 +1,4 @@
-"""Write a small data set, from what scikit-learn ships: `python tools/make_data.py digits`."""
+"""Write a small data set from what scikit-learn ships: `python tools/make_data.py digits`."""
 
 import argparse
 import os
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def digits(out: str | os.PathLike, kept: range = range(10)) -> None:
-    """scikit-learn's handwritten digits as `out/{train,val}/<digit>/<index>.png`, 8x8 grey; those of `kept`.
+    """scikit-learn's handwritten digits as `out/{train,val}/<digit>/<index>.png`, 8x8 grey; only those in `kept`.
 
-    1,797 scans (UCI Optical Recognition of Handwritten Digits, test part); a fixed stratified split of 1,437 and 360.
+    1,797 scans (UCI Optical Recognition of Handwritten Digits, test part) in a fixed stratified split of 1,437 and 360.
     The folder appears whole or not at all; an existing one is left as it is.
     """
     from PIL import Image
@@ -50,7 +50,7 @@ def inked(out: str | os.PathLike) -> None:
     """Handwritten digits on photographs as `out/{train,val}/images/<index>.png`, 64x64, and their ink as `masks/`.
 
     480 and 120 of scikit-learn's digits, written 24 px wide in blue at a random place of a random crop of its two
-    sample photographs: the left three quarters for training, the right quarter for validation. The same every time.
+    sample photographs: the left three quarters for training, the right quarter for validation. Always the same data.
     The folder appears whole or not at all; an existing one is left as it is.
     """
     import numpy as np
@@ -81,8 +81,9 @@ def bouncing(out: str | os.PathLike) -> None:
     """Clips of two handwritten digits that bounce off the borders: `out/{train,val}.npy`, uint8 (clips, 20, 32, 32).
 
     400 clips of scikit-learn's first 1,437 digits and 60 of the others, each drawn 14 px wide on black. A digit starts
-    anywhere, moves one to three pixels a frame along either axis, and is reflected at the borders; where two meet, the
-    brighter shows. The same every time. The folder appears whole or not at all; an existing one is left as it is.
+    anywhere, moves one to three pixels per frame along either axis, and is reflected at the borders. Where two meet,
+    the brighter one shows. Always the same data. The folder appears whole or not at all; an existing one is left as it
+    is.
     """
     import numpy as np
     from PIL import Image
@@ -113,9 +114,9 @@ def beating(out: str | os.PathLike) -> None:
     """Clips of a beating shape over photographs: `out/{train,val}/{frames,masks}/<clip>/<frame>.png`, grey, 64 x 64.
 
     240 and 40 clips of ten frames. A shape of random outline, a brighter or darker piece of the same photograph, grows
-    and shrinks around a centre that drifts; a second shape that stands still is no part of the mask. Over all lies
-    speckle. Photographs of the validation set are not in the training set. The same every time. The folder appears
-    whole or not at all; an existing one is left as it is.
+    and shrinks around a centre that drifts. The mask does not include a second shape, which stands still. Speckle
+    covers everything. Photographs of the validation set are not in the training set. Always the same data. The folder
+    appears whole or not at all; an existing one is left as it is.
     """
     import numpy as np
     from PIL import Image
@@ -170,10 +171,10 @@ def beating(out: str | os.PathLike) -> None:
 def moving(out: str | os.PathLike) -> None:
     """Triplets of moving crops of photographs in Vimeo90K's layout: `out/sequences/<name>/im{1,2,3}.png`, 96 x 96.
 
-    320 to train on and 40 to test on (`tri_{train,test}list.txt`). The photograph moves by up to 4 pixels a frame, by
-    fractions of a pixel, and an ellipse with another part of it moves by up to 6 on its own: exactly as far from the
-    first frame to the middle as from there to the last. Photographs of the test set are not in the training set. The
-    same every time. The folder appears whole or not at all; an existing one is left as it is.
+    320 for training and 40 for testing (`tri_{train,test}list.txt`). The photograph moves by up to 4 pixels per frame,
+    by fractions of a pixel. An ellipse with another part of it moves by up to 6 on its own. Both move exactly as far
+    from the first frame to the middle as from there to the last. Photographs of the test set are not in the training
+    set. Always the same data. The folder appears whole or not at all; an existing one is left as it is.
     """
     import numpy as np
     from PIL import Image
@@ -183,7 +184,7 @@ def moving(out: str | os.PathLike) -> None:
     y, x = np.mgrid[:side, :side].astype(float)
 
     def sample(photo, top, left):
-        """A crop at a place between pixels."""
+        """A crop at a fractional pixel position."""
         row, column = int(top), int(left)
         near = photo[row - 6 : row + side + 8, column - 6 : column + side + 8].astype(float)
         at = [y + top - row + 6, x + left - column + 6]
@@ -219,9 +220,9 @@ def moving(out: str | os.PathLike) -> None:
 def noisy(out: str | os.PathLike) -> None:
     """Grey photographs with Gaussian noise of sigma 25 (of 255), as `out/{train,val}/{input,target}/<name>.tif|png`.
 
-    What scikit-learn and scikit-image ship: seven photographs to train on, and 15 crops of 128 px of two others to
-    validate on. Targets are 8-bit PNGs, inputs float32 TIFFs with white at 1, so that the noise is not clipped. The
-    same every time. The folder appears whole or not at all; an existing one is left as it is.
+    What scikit-learn and scikit-image ship: seven photographs for training, and 15 crops of 128 px from two others for
+    validation. Targets are 8-bit PNGs, inputs float32 TIFFs with white at 1, so that the noise is not clipped. Always
+    the same data. The folder appears whole or not at all; an existing one is left as it is.
     """
     import numpy as np
     from PIL import Image
@@ -251,8 +252,8 @@ def noisy(out: str | os.PathLike) -> None:
 def photos(out: str | os.PathLike) -> None:
     """Colour photographs as `out/{train,val}/target/<name>.png`, to be shrunk for super-resolution.
 
-    What scikit-learn and scikit-image ship: four photographs to train on, and 12 crops of 128 px of two others to
-    validate on. The same every time. The folder appears whole or not at all; an existing one is left as it is.
+    What scikit-learn and scikit-image ship: four photographs for training, and 12 crops of 128 px from two others for
+    validation. Always the same data. The folder appears whole or not at all; an existing one is left as it is.
     """
     from PIL import Image
 
@@ -267,7 +268,7 @@ def photos(out: str | os.PathLike) -> None:
 
 
 def photographs() -> "tuple[dict[str, np.ndarray], dict[str, np.ndarray]]":
-    """Colour photographs (H, W, 3), uint8, that scikit-learn and scikit-image ship: to train on, and held out."""
+    """Colour photographs (H, W, 3), uint8, from scikit-learn and scikit-image: for training, and held out."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 
@@ -277,7 +278,7 @@ def photographs() -> "tuple[dict[str, np.ndarray], dict[str, np.ndarray]]":
 
 
 def crops(photos: "dict[str, np.ndarray]") -> "dict[str, np.ndarray]":
-    """All crops of 128 px at distances of 160, by the photograph's name and their place."""
+    """All crops of 128 px, 160 px apart, by the photograph's name and their position."""
     return {
         f"{name}_{y:03d}_{x:03d}": photo[y : y + 128, x : x + 128]
         for name, photo in photos.items()
@@ -289,9 +290,9 @@ def crops(photos: "dict[str, np.ndarray]") -> "dict[str, np.ndarray]":
 def lumps(out: str | os.PathLike) -> None:
     """Volumes of ellipsoids in noise, as NIfTI files `out/{train,val}/{images,labels}/<index>.nii.gz`.
 
-    24 and 8 of 32 slices of 48 x 48 voxels, 2 mm between slices and 1 mm in them. Each has one or two bright ellipsoids
-    (class 1) and one dark (class 2), apart from each other, in smooth noise, with noise of each voxel over it. The same
-    every time. The folder appears whole or not at all; an existing one is left as it is.
+    24 and 8 volumes of 32 slices of 48 x 48 voxels, 2 mm between slices and 1 mm within. Each has one or two bright
+    ellipsoids (class 1) and a dark one (class 2), apart from each other, in smooth noise with voxel noise over it.
+    Always the same data. The folder appears whole or not at all; an existing one is left as it is.
     """
     import nibabel
     import numpy as np
@@ -326,14 +327,14 @@ SCENE_CLASSES = ("photograph", *(str(digit) for digit in range(10)))
 def scenes(out: str | os.PathLike) -> None:
     """Handwritten digits on photographs, for detection and segmentation: 400 images of 128 px and 80 held-out ones.
 
-    Two to four of scikit-learn's digits, 32 to 48 px wide, stand apart in light colours on a crop, at half its
-    brightness, of a photograph that scikit-learn or scikit-image ships. Neither digits nor photographs of the
-    validation set are in the training set. The same every time. The folder appears whole or not at all; an existing one
-    is left as it is.
+    Two to four of scikit-learn's digits, 32 to 48 px wide and in light colours, lie apart from each other on a crop, at
+    half brightness, of a photograph from scikit-learn or scikit-image. Neither digits nor photographs of the
+    validation set are in the training set. Always the same data. The folder appears whole or not at all; an existing
+    one is left as it is.
 
-    As ADE20K has it: `images/{training,validation}/<index>.png` and, with the same names, label maps in `annotations/`:
-    0 unlabelled (a digit's blurred edge), 1 photograph, 2 to 11 digits. As COCO has it: `{training,validation}.json`
-    with boxes and masks (run lengths) of categories 1 to 10, named "0" to "9".
+    In ADE20K's layout: `images/{training,validation}/<index>.png` and, with the same names, label maps in
+    `annotations/`: 0 unlabelled (a digit's blurred edge), 1 photograph, 2 to 11 digits. In COCO's layout:
+    `{training,validation}.json` with boxes and masks (run lengths) of categories 1 to 10, named "0" to "9".
     """
     import json
 
@@ -345,7 +346,7 @@ def scenes(out: str | os.PathLike) -> None:
     side = 128
 
     def run_lengths(mask) -> dict:
-        """COCO's uncompressed run lengths: zeros first, down the columns."""
+        """COCO's uncompressed run lengths, column by column, starting with zeros."""
         flat = np.concatenate([[0], mask.T.ravel(), [0]])
         starts = np.flatnonzero(np.diff(flat))
         return {"counts": np.diff([0, *starts, mask.size]).tolist(), "size": list(mask.shape)}
@@ -418,7 +419,7 @@ def scenes(out: str | os.PathLike) -> None:
 
 
 def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(folder)` on a temporary folder and move it to `out`, unless that is there."""
+    """Call `write(folder)` on a temporary folder and move it to `out`, unless that exists."""
     out.parent.mkdir(parents=True, exist_ok=True)
     # Several training processes may start at once.
     with FileLock(out.parent / f".{out.name}.lock"):

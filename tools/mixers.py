@@ -1,8 +1,8 @@
-"""Token mixers side by side: plain ViTs that differ in their mixer and in nothing else.
+"""Token mixers side by side: plain ViTs that differ only in their mixer.
 
-Of every `plain_<mixer>_t`: parameters and MACs at 224 px, images a second at several sizes and how time grows with the
-tokens, all in turns in one run; and, after as many steps from the same seed, the accuracy of one of two blocks on
-held-out handwritten digits (`cls/plain_digits`). A training that was cut off continues.
+For every `plain_<mixer>_t`: parameters and MACs at 224 px, images per second at several sizes, and how time grows with
+the tokens, all timed in turns in one run. It also trains a version of two blocks of each, with the same steps and seed,
+and prints its accuracy on held-out handwritten digits (`cls/plain_digits`). An interrupted training continues.
 """
 
 import argparse
@@ -23,10 +23,10 @@ WORK_DIR = Path("work_dirs/mixers")
 def main(argv: list[str] | None = None) -> None:
     """Command line of `mixers`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), metavar="MIXER", help="some alone")
+    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), metavar="MIXER", help="only these")
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448, 896], help="sides of the images, in px")
-    parser.add_argument("--budget", type=float, default=3.0, help="seconds that each timing may take")
-    parser.add_argument("--no-training", action="store_true", help="leave the digits out")
+    parser.add_argument("--budget", type=float, default=3.0, help="seconds per timing")
+    parser.add_argument("--no-training", action="store_true", help="skip the training on digits")
     args = parser.parse_args(argv)
 
     config, found = str(shipped_configs()["cls/plain_digits"]), {}

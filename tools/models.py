@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Lists the zoo: what each model costs, measured, beside what its authors publish.
+"""Lists the zoo: the measured cost of each model, beside the figures that its authors publish.
 
-MACs are measured by running the model on the meta device under `torch.utils.flop_counter`: convolutions and matrix
-products count one MAC per multiply-add, our operators count by their registered formula as the papers count them (a
-selective scan of L tokens, D channels and N states: 9 L D N, and L D for the skip), elementwise operations and
+MACs are measured by running the model on the meta device under `torch.utils.flop_counter`. Convolutions and matrix
+products count one MAC per multiply-add. Our operators count by their registered formula, as the papers count them (a
+selective scan of L tokens, D channels and N states: 9 L D N, and L D for the skip). Elementwise operations and
 normalisations count nothing.
 """
 
@@ -25,7 +25,7 @@ from linzoo.backbones import KINDS, kind_of, list_models
 from linzoo.backbones.layers.without_memory import without_memory
 from linzoo.backbones.published import PUBLISHED, Published
 
-VOLUME = 64  # side of the cubes in which models of volumes are measured
+VOLUME = 64  # side of the cubes that volume models are measured on
 COLUMNS = (
     "name", "family", "params_m", "gmacs", "size", "published_params_m", "published_gmacs", "top1", "paper", "weights",
     "license", "source", "note",
@@ -33,24 +33,24 @@ COLUMNS = (
 
 
 def family_of(name: str) -> str:
-    """The family of a registered model: its file in `linzoo.backbones`, or timm's."""
+    """The family of a registered model: its file in `linzoo.backbones`, or in timm."""
     return model_entrypoint(name).__module__.rpartition(".")[2]
 
 
 def create(name: str, size: int, **kwargs) -> torch.nn.Module:
-    """`timm.create_model` for square images of `size`, also where the architecture fixes its input size."""
+    """`timm.create_model` for square images of `size`, even if the architecture fixes its input size."""
     if get_pretrained_cfg_value(name, "fixed_input_size"):
         kwargs["img_size"] = size
     return timm.create_model(name, **kwargs)
 
 
 def measure(name: str, size: int = 224) -> tuple[int, float | None]:
-    """Parameters and multiply-accumulates of one image, of `size` x `size`.
+    """Parameters and multiply-accumulates for one image of `size` x `size`.
 
-    Of a clip of the model's number of frames, where it has one, else of one frame; of a volume as deep as it is wide;
-    of a series of seven variates; of a model that makes images, one forward pass at its own size.
+    Video models: a clip of the model's number of frames, if it has one, else one frame. Volumes: a cube. Forecasting: a
+    series of seven variates. Image generators: one forward pass at their own size.
 
-    MACs are None where they depend on what is in the scene, as those of occupancy do.
+    MACs are None if they depend on the scene, as for occupancy models.
     """
     with without_memory():
         model, kind = create(name, size).eval(), kind_of(name)
@@ -68,14 +68,14 @@ def measure(name: str, size: int = 224) -> tuple[int, float | None]:
     inputs = [torch.empty(shape, device="meta")] * (2 if kind == "interpolation" else 1)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(*getattr(model, "dummy_inputs", inputs))  # the name is diffusers'
+        model(*getattr(model, "dummy_inputs", inputs))  # the name comes from diffusers
     counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
     macs = sum(count if op.startswith("linzoo") else count / 2 for op, count in counts.items())
     return parameters, macs
 
 
 def describe(name: str) -> dict:
-    """One row of the list, with `COLUMNS` as keys; None where there is no figure."""
+    """One row of the list, with `COLUMNS` as keys; None if there is no figure."""
     cfg = get_pretrained_cfg(name)
     published = PUBLISHED.get(name, Published(None, None, None, "", (cfg.input_size or (VOLUME,))[-1]))
     params, macs = measure(name, published.size)
@@ -98,10 +98,10 @@ def describe(name: str) -> dict:
 
 
 def speeds(file: Path) -> tuple[dict[str, float], str]:
-    """Images a second of models at 224 pixels, as ``tools/benchmark.py models --json FILE`` wrote them, and where.
+    """Images per second of models at 224 pixels, written by ``tools/benchmark.py models --json FILE``, and the machine.
 
     Raises:
-        ValueError: the file holds no such table.
+        ValueError: the file has no such table.
     """
     try:
         [table] = [table for table in json.loads(file.read_text()) if table["title"] == "models"]
@@ -114,7 +114,7 @@ def speeds(file: Path) -> tuple[dict[str, float], str]:
 
 
 def write_page(rows: list[dict], file: Path, images_per_s: dict[str, float], machine: str) -> None:
-    """Write `rows` of `describe` as a page that needs no network: a chart of top-1 against costs, filters, a table."""
+    """Write `rows` of `describe` as an offline page: a chart of top-1 against costs, filters, a table."""
     rows = [{**row, "kind": kind_of(row["name"]), "images_per_s": images_per_s.get(row["name"])} for row in rows]
     data = json.dumps({"rows": rows, "machine": machine}).replace("<", "\\u003c")
     page = importlib.resources.files("linzoo.tools").joinpath("models.html").read_text(encoding="utf-8")
@@ -124,7 +124,7 @@ def write_page(rows: list[dict], file: Path, images_per_s: dict[str, float], mac
 
 
 def print_table(rows: list[dict]) -> None:
-    """The rows as a table on the terminal, the published figures in brackets beside ours."""
+    """The rows as a table on the terminal, with published figures in brackets beside ours."""
     table = Table(caption="in brackets: as published; parameters in millions, MACs in 10^9 of one image of px x px")
     for title in ("model", "family", "params", "MACs", "px", "top-1", "paper", "weights", "licence", "note"):
         table.add_column(
@@ -144,11 +144,11 @@ def print_table(rows: list[dict]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("filters", nargs="*", metavar="filter", help="wildcards of model names, such as 'groupmamba*'")
+    parser.add_argument("filters", nargs="*", metavar="filter", help="wildcards for model names, like 'groupmamba*'")
     parser.add_argument("--csv", action="store_true", help="comma-separated values instead of a table")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a chart to FILE instead")
     parser.add_argument(
-        "--benchmark", type=Path, metavar="JSON", help="with --html: speeds by `tools/benchmark.py models`"
+        "--benchmark", type=Path, metavar="JSON", help="with --html: speeds from `tools/benchmark.py models`"
     )
     args = parser.parse_args(argv)
     names = []

@@ -1,11 +1,11 @@
-"""Methods of quantisation side by side, on a Vim with outliers planted in its channels.
+"""Quantisation methods side by side, on a Vim with outliers planted in its channels.
 
-Random weights, with rows enlarged and what reads them reduced: in each block 6 of the gate's rows (x40) and 2 of the
-step sizes' narrow vector (x20); and 4 rows of the patch embedding (x40). The outliers depend on the token: constant
-ones would not tell methods apart. Scikit-learn's handwritten digits at 224 px calibrate (4) and test (8) it. Inputs of
-layers have 8 bits.
+The weights are random. Some rows are enlarged, and the weights that read them are reduced: in each block 6 of the
+gate's rows (x40) and 2 of the step sizes' narrow vector (x20). 4 rows of the patch embedding are enlarged too (x40).
+These outliers depend on the token, because constant ones would not tell methods apart. Scikit-learn's handwritten
+digits at 224 px calibrate (4) and test (8) it. Layer inputs have 8 bits.
 
-The error is that of the logits over their spread between images: at 1 the model says no more about the image.
+The error is that of the logits, divided by their spread between images. At 1 the model says nothing about the image.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def digits(count: int, size: int, seed: int) -> Tensor:
 
 
 def logit_error(found: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference over that of the spread between images, of logits ``(B, K)``."""
+    """Root mean square of the difference, divided by that of the spread between images, for logits ``(B, K)``."""
     spread = (expected - expected.mean(0)).square().mean().sqrt()
     return float((found - expected).square().mean().sqrt() / spread)
 
@@ -75,8 +75,8 @@ def errors(seed: int, weight_bits: int, model_name: str = "vim_t", size: int = 2
     """The error of every method, for one seed of weights, outliers and images.
 
     Args:
-        weight_bits: 8 or 4; inputs of layers have 8.
-        kwargs: Of the model.
+        weight_bits: 8 or 4; layer inputs have 8.
+        kwargs: Passed to the model.
     """
     torch.manual_seed(seed)
     model = create_model(model_name, **kwargs).eval()
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="linzoo outliers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=5, help="models, each with outliers and images of its own")
+    parser.add_argument("--seeds", type=int, default=5, help="number of models, each with its own outliers and images")
     parser.add_argument("--weight-bits", type=int, nargs="+", choices=(4, 8), default=[8, 4])
     parser.add_argument("--json", action="store_true", help="print the errors of every seed")
     args = parser.parse_args(argv)

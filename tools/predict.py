@@ -1,7 +1,7 @@
 """Predict with a trained model: `python tools/predict.py CONFIG CHECKPOINT INPUT --out DIR`.
 
-INPUT is an image or a folder of images; for occupancy voxels (.bin), for next frames clips (.npy), for segmentation of
-clips and for frames between frames a video or a folder of frames.
+INPUT is an image or a folder of images. For occupancy: voxels (.bin). For next-frame prediction: clips (.npy). For clip
+segmentation and frame interpolation: a video or a folder of frames.
 """
 
 import json
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "checkpoint", help=".safetensors, a checkpoint of any trainer, or a model's name for its published weights"
     )
-    parser.add_argument("input", nargs="?", help="file, or folder of files; nothing where the task takes none")
+    parser.add_argument("input", nargs="?", help="file, or folder of files; leave out if the task needs none")
     parser.add_argument("--out", required=True, help="folder for predictions.json, predictions.png and files")
     for task in TASKS:
         task.options(parser.add_argument_group(f"{task.__name__} alone"))

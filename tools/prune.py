@@ -1,14 +1,14 @@
 """Prune a classifier in one shot: `linzoo prune MODEL [CHECKPOINT] --method dimap --ratio 0.5 --out DIR`.
 
-MODEL is a model's name (`linzoo models`, or timm's), `local-dir:DIR` of a run's export, or a config of ours with its
-checkpoint. Projections of mixers and MLPs are pruned; stems, norms, scans, convolutions and heads are not.
+MODEL is a model's name (`linzoo models`, or timm's), `local-dir:DIR` of a run's export, or one of our configs with its
+checkpoint. Projections of mixers and MLPs are pruned. Stems, norms, scans, convolutions and heads are not.
 
---method: magnitude takes the smallest weights of each layer; dimap (data-independent module-aware) those that matter
-least to their layer's energy, with one threshold for each kind of layer; channels takes whole inner channels of each
-part of a block, with every weight that reads or writes them, where the family declares them.
+--method: magnitude prunes the smallest weights of each layer. dimap (data-independent module-aware) prunes those that
+matter least to their layer's energy, with one threshold per kind of layer. channels prunes whole inner channels of each
+part of a block, with every weight that reads or writes them; the family must declare them.
 
-The checkpoint `pruned.pth` is one of the same model, with zeros: as many bytes, and as fast, as before. `linzoo test`,
-`predict` and `export` take it, and `linzoo finetune --weights DIR/pruned.pth` keeps the zeros while it trains.
+`pruned.pth` is a checkpoint of the same model, with zeros: it is no smaller and no faster. `linzoo test`, `predict` and
+`export` take it. `linzoo finetune --weights DIR/pruned.pth` keeps the zeros while it trains.
 """
 
 import argparse
@@ -29,15 +29,15 @@ FILE = "pruned.pth"
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `prune`: writes DIR/pruned.pth, and prints its zeros and, with --test, its accuracy."""
+    """Command line of `prune`: writes DIR/pruned.pth, prints its zeros and, with --test, its accuracy."""
     parser = argparse.ArgumentParser(
         prog="linzoo prune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a file of weights of any trainer")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a weights file of any trainer")
     parser.add_argument("--method", choices=PRUNINGS, default="dimap", help="default: dimap")
-    parser.add_argument("--ratio", type=float, required=True, metavar="R", help="share of the weights that go, 0 to 1")
-    parser.add_argument("--test", metavar="DIR", help="folder of class folders to compare on")
+    parser.add_argument("--ratio", type=float, required=True, metavar="R", help="share of weights to prune, 0 to 1")
+    parser.add_argument("--test", metavar="DIR", help="folder of class folders to test on")
     parser.add_argument("--out", required=True, metavar="DIR")
     args = parser.parse_args(argv)
     if not 0 < args.ratio < 1:

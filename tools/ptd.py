@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Perturbs an input by a Fourier mode and prints how far S4D and the PTD layers are from the system they stand for.
+"""Perturbs an input by a Fourier mode; prints how far S4D and the PTD layers are from the system they approximate.
 
-S4D-LegS and S5 drop a part of HiPPO-LegS to become diagonal; perturb-then-diagonalise (PTD, arXiv 2310.01698) adds a
-small matrix E instead. The transfer function of the first has spikes that more states make narrower, not lower; that of
-the second is within (2 ln N + 4) |E| of LegS everywhere, to first order. All systems begin with the same random real C,
-read the same input, a decaying exponential plus a cosine, and are compared with LegS itself, run with a dense matrix.
+S4D-LegS and S5 drop a part of HiPPO-LegS to become diagonal. Perturb-then-diagonalise (PTD, arXiv 2310.01698) adds a
+small matrix E instead. S4D's transfer function has spikes, which more states make narrower but not lower. PTD's is
+within (2 ln N + 4) |E| of LegS everywhere, to first order. All systems start with the same random real C and read the
+same input, a decaying exponential plus a cosine. They are compared with LegS itself, run with a dense matrix.
 """
 
 import argparse
@@ -18,17 +18,17 @@ from torch import Tensor
 
 from linzoo.backbones.layers import S4D, S5, hippo
 
-DT = 1e-4  # of the samples, seconds; LegS with 64 states has rates up to 64
+DT = 1e-4  # seconds between samples; LegS with 64 states has rates up to 64
 
 
 def layers(size: int, C: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The layers, in float64, with one feature and the system ``(A, B_legs, C)`` that each stands for: by name."""
+    """The layers by name, in float64, with one feature, each for its system ``(A, B_legs, C)``."""
     _, B, _ = hippo.hippo_legs(size)
     _, _, b, V = hippo.normal_plus_low_rank("legs", size)
     _, W, _ = hippo.perturb_then_diagonalise(size)
     inverse = torch.linalg.solve(W, B + 0j)
     made = {}
-    # For S4D the theory has half of LegS's B (arXiv 2206.11893, theorem 3); PTD's kernels hold all modes, not half.
+    # For S4D the theory uses half of LegS's B (arXiv 2206.11893, theorem 3); PTD's kernels hold all modes, not half.
     for name, init, parameter in (("S4D-LegS", "legs", C @ V / 2), ("S4-PTD", "ptd", C @ W / 2)):
         layer = S4D(1, size, init=init, dtype=torch.float64)
         layer.kernel[0].C.copy_(torch.view_as_real(parameter))
@@ -51,7 +51,7 @@ def convolve(k: Tensor, u: Tensor) -> Tensor:
 
 
 def legs(size: int, C: Tensor, u: Tensor) -> Tensor:
-    """LegS's answer to `u`, held between samples: its dense recurrence."""
+    """LegS's output for `u`, held between samples: its dense recurrence."""
     A, B, _ = hippo.hippo_legs(size)
     step = torch.linalg.matrix_exp(DT * A)
     into = torch.linalg.solve(A, (step - torch.eye(size, dtype=A.dtype)) @ B)
@@ -63,7 +63,7 @@ def legs(size: int, C: Tensor, u: Tensor) -> Tensor:
 
 
 def spike(size: int, C: Tensor) -> float:
-    """The frequency (radians per second) at which S4D's transfer function is farthest from LegS's."""
+    """The frequency (radians per second) at which S4D's transfer function is farthest from that of LegS."""
     A, B, P = hippo.hippo_legs(size)
     omega = torch.logspace(0, math.log10(size**2), 2000, dtype=torch.float64)
     off = hippo.transfer(A + torch.outer(P, P), B / 2, C.real, omega) - hippo.transfer(A, B, C.real, omega)
@@ -72,7 +72,7 @@ def spike(size: int, C: Tensor) -> float:
 
 @torch.no_grad()
 def errors(size: int, steps: int = 40000, amplitude: float = 1.0, seed: int = 0) -> tuple[float, float, dict]:
-    """The mode's frequency, and for each layer its error on the plain and on the perturbed input.
+    """The mode's frequency, and each layer's error on the plain and on the perturbed input.
 
     Args:
         size: N, states.
@@ -81,8 +81,8 @@ def errors(size: int, steps: int = 40000, amplitude: float = 1.0, seed: int = 0)
         seed: Of C.
 
     Returns:
-        The frequency, |E|, and ``{name: (plain, perturbed)}``: root mean squares of the difference to LegS's output, as
-        multiples of that of LegS's output to the plain input.
+        The frequency, |E|, and ``{name: (plain, perturbed)}``: root mean squares of the difference to LegS's output,
+        divided by that of LegS's output for the plain input.
     """
     C = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0j
     omega, t = spike(size, C), DT * torch.arange(steps, dtype=torch.float64)
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line of `ptd`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--states", type=int, nargs="+", default=[16, 32, 64], metavar="N")
-    parser.add_argument("--amplitude", type=float, default=1.0, help="of the Fourier mode; the plain input begins at 1")
+    parser.add_argument("--amplitude", type=float, default=1.0, help="of the Fourier mode; the plain input starts at 1")
     args = parser.parse_args(argv)
     table = Table(title="error to LegS's output, in multiples of it: plain input -> with a Fourier mode")
     names = ("S4D-LegS", "S5", "S4-PTD", "S5-PTD")

@@ -1,18 +1,19 @@
 """Quantise a classifier: `linzoo quantize MODEL [CHECKPOINT] --calib DIR --out DIR`.
 
-MODEL is a model's name (`linzoo models`, or timm's), `local-dir:DIR` of a run's export, or a config of ours with its
-checkpoint. DIR of --calib holds images, in folders or not; take those it was trained on, never those of a comparison.
+MODEL is a model's name (`linzoo models`, or timm's), `local-dir:DIR` of a run's export, or one of our configs with its
+checkpoint. --calib DIR holds images, in folders or not. Use training images, never those that you compare on.
 
---method: what is done to channels before rounding, without changing the model. minmax: nothing. smooth: SmoothQuant's
-scales. mambaquant: these, rotations in the weights, and a Hadamard matrix before `out_proj`. repq: one range for all
-channels behind a norm, the best of some quantiles, and attention rounded, its softmax to powers of the square root of
-2. quamba2: what scans read is sorted, clustered and rounded; Hadamard matrices; 4-bit weights in groups of 128.
---bits: w8a8 and w4a8 round weights and the inputs of layers, w8 and w4a16 the weights alone.
+--method: how channels are prepared for rounding; the model's function stays the same. minmax: not at all. smooth:
+SmoothQuant's scales. mambaquant: these scales, rotations in the weights, and a Hadamard matrix before `out_proj`.
+repq: one range for all channels after a norm, the best of some quantiles; attention is rounded, its softmax to powers
+of the square root of 2. quamba2: scan inputs are sorted, clustered and rounded; Hadamard matrices; 4-bit weights in
+groups of 128.
+--bits: w8a8 and w4a8 round weights and layer inputs; w8 and w4a16 round only weights.
 
-Arithmetic is simulated in floating point; norms, dense convolutions and, but for quamba2's inputs, scans are not
-rounded. The checkpoint `quantized.pth` is one of the same model: its weights carry the rounding, and `linzoo test`,
-`predict` and `export` take it. What layers read is not rounded there, as the last row of the table shows, and they say
-so; the ranges stand in the file, under `quantization`.
+Arithmetic is simulated in floating point. Norms, dense convolutions and scans (except quamba2's inputs) are not
+rounded. `quantized.pth` is a checkpoint of the same model with rounded weights; `linzoo test`, `predict` and `export`
+take it. They do not round layer inputs, and say so; the last row of the table shows that case. The ranges are in the
+file, under `quantization`.
 """
 
 import argparse
@@ -43,7 +44,7 @@ FILE = "quantized.pth"
 
 
 def open_model(name: str, weights: str | None) -> tuple[nn.Module, Prepare, list[str] | None]:
-    """A classifier in eval mode, what makes batches of files, and the names of its classes where they are known."""
+    """A classifier in eval mode, a function that makes batches of files, and its class names if known."""
     if weights and Path(weights).is_file():
         try:
             content = load_plain(weights)
@@ -73,7 +74,7 @@ def open_model(name: str, weights: str | None) -> tuple[nn.Module, Prepare, list
 
 
 def labelled(folder: str, model: nn.Module, prepare: Prepare) -> tuple[list[Tensor], Tensor]:
-    """Batches of a folder of class folders (--test), and the images' classes."""
+    """Batches of images from a folder of class folders (--test), and the images' classes."""
     found = find_classes(folder)
     if len(found) != model.num_classes:
         raise InputError(f"--test {folder!r} has {len(found)} class folders; expected {model.num_classes}")
@@ -96,17 +97,17 @@ def logits(model: nn.Module, batches: list[Tensor]) -> Tensor:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `quantize`: writes DIR/quantized.pth and prints float against quantised."""
+    """Command line of `quantize`: writes DIR/quantized.pth, prints float beside quantised results."""
     parser = argparse.ArgumentParser(
         prog="linzoo quantize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a file of weights of any trainer")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a weights file of any trainer")
     parser.add_argument("--method", choices=METHODS, default="mambaquant", help="default: mambaquant")
     parser.add_argument("--bits", choices=BITS, default="w8a8", help="default: w8a8")
     parser.add_argument("--calib", required=True, metavar="DIR", help="folder of images to calibrate on")
     parser.add_argument("--images", type=int, default=32, metavar="N", help="how many of them; default: 32")
-    parser.add_argument("--test", metavar="DIR", help="folder of class folders to compare on; default: the calibration")
+    parser.add_argument("--test", metavar="DIR", help="folder of class folders to test on; default: --calib's images")
     parser.add_argument("--out", required=True, metavar="DIR")
     args = parser.parse_args(argv)
     if args.images < 2:

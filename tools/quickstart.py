@@ -1,4 +1,4 @@
-"""Train GroupMamba-T on handwritten digits and label digits it has not seen: what `make quickstart` runs."""
+"""Train GroupMamba-T on handwritten digits and label digits it has not seen. `make quickstart` runs this."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ WORK_DIR = Path("work_dirs/quickstart")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `quickstart`. A run that was cut off continues; a finished one only predicts."""
+    """Command line of `quickstart`. An interrupted run continues; a finished one only predicts."""
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
     train.main([CONFIG, "--work-dir", str(WORK_DIR), "--resume"])
     model = WORK_DIR / "export/model.safetensors"

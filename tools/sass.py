@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Reads the machine code of the CUDA kernels, without a GPU: what NVRTC made of them, and what a step costs.
+"""Reads the machine code that NVRTC makes of the CUDA kernels, without a GPU, and says what a step costs.
 
-A line is a template instance. `instr` (instructions), `mufu` (special functions), `lds` (shared memory), `shfl` are
-those of the hot loop, the largest one that writes, per element: a step of a channel. Every branch counts, so they are
-upper bounds; loops inside count as often as KERNELS below says, else once. `load` and `store` are the narrowest and
-widest accesses of global memory in it, in bytes; `warps` are those that fit a multiprocessor of an H100.
+Each line is a template instance. `instr` (instructions), `mufu` (special functions), `lds` (shared memory) and `shfl`
+are counts in the hot loop, the largest loop that writes, per element: a step of a channel. Every branch counts, so they
+are upper bounds. Inner loops count as often as KERNELS below says, else once. `load` and `store` are the narrowest and
+widest accesses of global memory in the hot loop, in bytes. `warps` is how many fit a multiprocessor of an H100.
 
-With --model, what the figures predict for an H100, by bound: nothing that was measured.
+With --model: times predicted for an H100 from these figures, by bound. None of them is measured.
 """
 
 import argparse
@@ -56,27 +56,27 @@ class Sass(NamedTuple):
     shared: int
 
     def loops(self) -> list[list[Instruction]]:
-        """The bodies of all loops, by where they begin: the code between a jump back and its target."""
+        """The bodies of all loops, in order of their start: the code between a backward jump and its target."""
         last = {}
         for jump in self.code:
-            if jump.target is not None and jump.target < jump.address:  # behind the end there is one to itself
+            if jump.target is not None and jump.target < jump.address:  # a jump after the end targets itself
                 last[jump.target] = jump.address
         return [[i for i in self.code if first <= i.address <= last[first]] for first in sorted(last)]
 
     def loop(self) -> list[Instruction]:
-        """The largest loop that writes to global memory, or the largest, or all of the code if there is none."""
+        """The largest loop that writes to global memory, else the largest loop, else all of the code."""
         bodies = self.loops()
         bodies = [b for b in bodies if any(_is(i, *STORES) for i in b)] or bodies or [self.code]
         return max(bodies, key=len)
 
     def executed(self, trips: tuple[float, ...] = ()) -> list[tuple[Instruction, float]]:
-        """The hot loop, each instruction with how often an iteration runs it.
+        """The instructions of the hot loop, each with how often an iteration runs it.
 
         Args:
-            trips: How often each loop inside runs, by where they begin; once if there are none.
+            trips: How often each inner loop runs, in order of their start; once each if empty.
 
         Raises:
-            ValueError: there are more or fewer loops inside.
+            ValueError: the number of inner loops differs.
         """
         loop = self.loop()
         inside = [b for b in self.loops() if loop[0].address <= b[0].address and b[-1].address <= loop[-1].address]
@@ -101,17 +101,17 @@ def _is(instruction: Instruction, *names: str) -> bool:
 
 
 def count(code: list[Instruction], *names: str) -> int:
-    """Instructions of these names; all for none."""
+    """Number of instructions with these names; of all instructions if no names are given."""
     return sum(_is(i, *names) for i in code) if names else len(code)
 
 
 def widths(code: list[Instruction], *names: str) -> list[int]:
-    """Bytes a thread, of every access of these names."""
+    """Bytes per thread of every access with these names."""
     return [i.bytes for i in code if _is(i, *names)]
 
 
 def disassembler() -> str:
-    """Path of nvdisasm: on PATH, of the CUDA packages of PyPI, or of triton, which PyTorch for CUDA brings.
+    """Path of nvdisasm: on PATH, in the CUDA packages of PyPI, or in triton, which comes with PyTorch for CUDA.
 
     Raises:
         FileNotFoundError: there is none.
@@ -127,7 +127,7 @@ def disassembler() -> str:
 
 
 def resources(report: str) -> dict[str, int]:
-    """Registers, spills and shared memory of the compiler's report."""
+    """Registers, spills and shared memory from the compiler's report."""
 
     def number(pattern: str) -> int:
         found = re.search(pattern, report)
@@ -181,9 +181,9 @@ class Kernel(NamedTuple):
 
     op: str
     name: str
-    elements: int  # steps of a channel that a thread computes in an iteration of the hot loop
-    threads: int = 128  # of a block
-    trips: tuple[float, ...] = ()  # of the loops inside the hot loop
+    elements: int  # steps of a channel per thread and iteration of the hot loop
+    threads: int = 128  # per block
+    trips: tuple[float, ...] = ()  # of the inner loops of the hot loop
 
 
 def one_state(kernel: str, dtype: torch.dtype, rank: int, lanes: int, ends: bool = False) -> Kernel:
@@ -193,7 +193,7 @@ def one_state(kernel: str, dtype: torch.dtype, rank: int, lanes: int, ends: bool
     trips = ()
     if kernel == "backward" and not ends:
         trips = (lanes / 2, rows, slices) if rank >= slices else (lanes / 2, rows * slices)
-        trips = (rank / 2, *trips) if rank > 24 else trips  # weights that shared memory does not hold
+        trips = (rank / 2, *trips) if rank > 24 else trips  # weights that do not fit in shared memory
     name = template(f"{kernel}_one", dtype, F, rank, 4, lanes, True, ends)
     return Kernel("selective_scan", name, 16, trips=trips)
 
@@ -242,11 +242,11 @@ def row(kernel: Kernel, arch: str = "sm_90") -> dict:
     return out | dict(warps=resident_warps(sass.registers, sass.shared, kernel.threads))
 
 
-# An H100: multiprocessors, clock, bytes a second that a copy reaches, bytes of its L2 cache that a kernel may count on.
-# Each of four schedulers starts an instruction a cycle, a special function in 8; an access of 16 bytes of shared memory
+# An H100: multiprocessors, clock, bytes per second of a copy, bytes of L2 cache that a kernel may count on. Each of
+# four schedulers starts one instruction per cycle, and a special function every 8. A 16-byte access to shared memory
 # takes 2 cycles of the multiprocessor.
 SMS, CLOCK, BANDWIDTH, CACHE = 132, 1.7e9, 2.95e12, 40e6
-ROUND_TRIP, BARRIER = 700, 40  # cycles that a warp waits for global memory (twice an iteration), and at a barrier
+ROUND_TRIP, BARRIER = 700, 40  # cycles a warp waits for global memory (twice per iteration), and at a barrier
 BOUNDS = ("issue", "mufu", "shared", "latency")
 
 
@@ -273,8 +273,8 @@ SHAPES = (
 def predict(x: Scan, kernel: str) -> dict:
     """Milliseconds of "forward" or "backward" on an H100, by bound; `low` and `high` are the prediction.
 
-    The largest bound, at 80 % of what each promises: once as if the cache kept what groups share, once as if each group
-    had to fetch and merge for itself.
+    They are the largest bound at 80 % of the hardware's peak: `low` if the cache keeps what groups share, `high` if
+    each group must fetch and merge for itself.
     """
     one = x.states == 1
     width = 4 * cuda.lanes(x.channels)
@@ -308,7 +308,7 @@ def _pass(kernel: Kernel, x: Scan, blocks: int) -> dict:
     sass = read(kernel.op, kernel.name)
     executed = sass.executed(kernel.trips)
     chunk = cuda.chunk(x.channels, x.states)
-    steps = -(-x.steps // chunk) * chunk  # those behind the last are computed, too
+    steps = -(-x.steps // chunk) * chunk  # padding steps are computed, too
     iterations = x.batch * steps * x.groups * x.channels / (kernel.elements * 32)  # of all warps
     warps = resident_warps(sass.registers, sass.shared, kernel.threads)
     slots = SMS * warps // (kernel.threads // 32)
@@ -358,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     """Prints the table; 2 if a tool is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="sm_90", help="architecture to compile for (%(default)s)")
-    parser.add_argument("--op", help="of this operator alone")
+    parser.add_argument("--op", help="only this operator")
     parser.add_argument("--dump", metavar="NAME", help="print the hot loop of this template instance of --op")
     parser.add_argument("--model", action="store_true", help="print the performance model as Markdown")
     args = parser.parse_args(argv)

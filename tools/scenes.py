@@ -26,10 +26,10 @@ def best(work_dir: Path, metric: str) -> tuple[Path, dict[str, float]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `scenes`. A run that was cut off continues; a finished one only predicts."""
+    """Command line of `scenes`. An interrupted run continues; a finished one only predicts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--no-comparison", action="store_true", help="leave out the same run from random weights")
+    parser.add_argument("--no-comparison", action="store_true", help="skip the same run from random weights")
     args = parser.parse_args(argv)
     if not CLASSIFIER.exists():
         quickstart.main([])

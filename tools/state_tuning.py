@@ -1,8 +1,8 @@
-"""Tune the states of a trained Vision-RWKV-6, and compare that with a linear probe and with fine-tuning all of it.
+"""Tune the states of a trained Vision-RWKV-6, and compare that with a linear probe and with full fine-tuning.
 
-Trains four blocks of it on the handwritten digits 0 to 4, then three times goes on from these weights to the digits
-5 to 9. Prints accuracy, how many numbers learnt, seconds of processor time, and the size of the file that holds these
-numbers.
+Trains a model of four blocks on the handwritten digits 0 to 4, then starts three runs from these weights on the digits
+5 to 9. Prints accuracy, the number of trained values, seconds of processor time, and the size of the file that holds
+these values.
 """
 
 import argparse
@@ -25,7 +25,7 @@ RUNS = {"linear probe": "probe", "state tuning": "states", "all weights": "full"
 
 
 def learning(config: str) -> int:
-    """How many numbers learn under a config."""
+    """Number of trainable values under a config."""
     cfg = load_config(config)
     model = build(cfg).get_submodule("model")
     if any(hook.type == "FreezeHook" for hook in cfg.get("custom_hooks", ())):
@@ -34,7 +34,7 @@ def learning(config: str) -> int:
 
 
 def run(config: str, work_dir: Path, *options: str) -> tuple[float, float | None]:
-    """Train, or go on, in a work dir: top-1 accuracy in percent; processor seconds, unless it was cut off before."""
+    """Train, or continue, in a work dir: top-1 accuracy in percent; processor seconds, unless it was interrupted."""
     file, begun = work_dir / "seconds.json", any(work_dir.glob("*.pth"))
     start = time.process_time()
     train.main([config, "--work-dir", str(work_dir), "--resume", *options])
@@ -45,7 +45,7 @@ def run(config: str, work_dir: Path, *options: str) -> tuple[float, float | None
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `state_tuning`. A run that was cut off continues; finished ones only print the table."""
+    """Command line of `state_tuning`. An interrupted run continues; finished ones only print the table."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     configs = shipped_configs()
     top1, _ = run(str(configs["cls/vrwkv6_t_digits"]), WORK_DIR / "low_digits")

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint (.safetensors, or of any trainer): `python tools/test.py CONFIG CHECKPOINT`."""
+"""Evaluate a checkpoint (.safetensors, or one of any trainer): `python tools/test.py CONFIG CHECKPOINT`."""
 
 import json
 import tempfile
@@ -26,12 +26,12 @@ def main(argv: list[str] | None = None) -> None:
     cfg.model = without_start(cfg.model)
     cfg.load_from, cfg.resume = None, False
     with tempfile.TemporaryDirectory() as cfg.work_dir:
-        cfg.experiment_name = cfg.work_dir  # mmengine shares loggers and histories between runs of one name
+        cfg.experiment_name = cfg.work_dir  # runs with one name share loggers and histories in mmengine
         runner = Runner.from_cfg(cfg)
         task = task_of(cfg)
         load_weights(task.weights(runner.model), args.checkpoint)
         if task.tables:
-            for handler in runner.logger.handlers:  # the tables of the classes, which training keeps to its log file
+            for handler in runner.logger.handlers:  # tables per class; training writes them only to its log file
                 handler.filters.clear()
         metrics = runner.test()
     print(json.dumps(metrics, default=float))

@@ -1,8 +1,8 @@
 """Train a model: `python tools/train.py configs/cls/groupmamba_t_digits.py`.
 
-To start from weights: `--cfg-options model.pretrained=FILE` for a model of timm's, `model.backbone.pretrained=FILE` for
-the backbone of a segmenter or detector, `load_from=FILE` for a whole model of any task. The file may be another
-trainer's, and its classifier of another number of classes: that then begins anew.
+To start from weights: `--cfg-options model.pretrained=FILE` for a timm model, `model.backbone.pretrained=FILE` for the
+backbone of a segmenter or detector, `load_from=FILE` for a whole model of any task. FILE may come from another trainer.
+If its classifier has another number of classes, the classifier starts from random weights.
 """
 
 import os
@@ -26,19 +26,19 @@ def _check_launcher(launcher: str) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Command line of `train`. Wrong input ends it with one line on stderr and status 2, before anything is written."""
+    """Command line of `train`. Wrong input ends with one line on stderr and status 2, before anything is written."""
     parser = config_parser(__doc__)
     parser.add_argument("--work-dir", help="where logs and checkpoints go; default: work_dirs/CONFIG")
-    parser.add_argument("--resume", action="store_true", help="continue the run of the work dir, if it has begun")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the work dir, if there is one")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm"], default="none")
-    parser.add_argument("--seed", type=int, help="in place of the config's randomness.seed")
+    parser.add_argument("--seed", type=int, help="instead of the config's randomness.seed")
     args = parser.parse_args(argv)
 
     _check_launcher(args.launcher)
     cfg = load_config(args.config, args.cfg_options)
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
-    cfg.setdefault("experiment_name", cfg.work_dir)  # mmengine shares loggers and histories between runs of one name
+    cfg.setdefault("experiment_name", cfg.work_dir)  # runs with one name share loggers and histories in mmengine
     cfg.resume = args.resume
     cfg.launcher = args.launcher
     if args.seed is not None:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     check_start(cfg)
     prepare_data(cfg)
     Runner.from_cfg(cfg).train()
-    if torch.distributed.is_initialized():  # gloo's threads may outlive the interpreter otherwise, and abort it
+    if torch.distributed.is_initialized():  # else gloo's threads may outlive the interpreter and abort it
         torch.distributed.barrier()  # until the first process has exported
         torch.distributed.destroy_process_group()
 

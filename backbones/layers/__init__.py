@@ -1,4 +1,4 @@
-"""Layers that more than one family uses and timm does not have."""
+"""Layers that several families share and timm does not have."""
 
 from .averaging import WeightedAverage
 from .channel_gate import ChannelGate

@@ -1,4 +1,4 @@
-"""Low-rank adapters as parametrisations of weights: ``W + delta``, trained in place of W, and merged exactly."""
+"""Low-rank adapters as parametrisations of weights: ``W + delta``. They are trained instead of W, and merge exactly."""
 
 from collections.abc import Iterable
 
@@ -12,10 +12,10 @@ __all__ = ["ADAPTERS", "LoRA", "WaveletLoRA", "adapt", "merge_adapters"]
 
 
 class LoRA(nn.Module):
-    """``W + alpha / rank B A`` (LoRA, arXiv 2106.09685) of a weight ``(..., out, in)``; B begins at 0.
+    """``W + alpha / rank B A`` (LoRA, arXiv 2106.09685) for a weight ``(..., out, in)``; B starts at 0.
 
     Args:
-        weight: What is adapted, of a linear map or one per group.
+        weight: The adapted weight, of a linear map or one per group.
         rank: r.
         alpha: None for `rank`.
     """
@@ -45,7 +45,7 @@ class LoRA(nn.Module):
 
 
 class WaveletLoRA(LoRA):
-    """WaRA without gains as a matrix: see `linzoo.backbones.layers.WaRA`; in and out are even."""
+    """WaRA without gains, as a matrix: see `linzoo.backbones.layers.WaRA`. The sizes `in` and `out` must be even."""
 
     divisor = 2
 
@@ -60,10 +60,10 @@ ADAPTERS: dict[str, type[LoRA]] = {"lora": LoRA, "wara": WaveletLoRA}
 
 
 def adapt(modules: Iterable[nn.Module], kind: str, rank: int = 4, alpha: float | None = None) -> None:
-    """Give the `weight` of each module an adapter; the weight itself is frozen.
+    """Give the `weight` of each module an adapter, and freeze the weight itself.
 
     Raises:
-        ValueError: no such kind; a rank below 1; nothing to adapt, or odd numbers of features ('wara').
+        ValueError: there is no such kind; the rank is below 1; nothing to adapt, or odd numbers of features ('wara').
     """
     if kind not in ADAPTERS:
         raise ValueError(f"kind: expected {' or '.join(ADAPTERS)}, got {kind!r}")
@@ -78,14 +78,14 @@ def adapt(modules: Iterable[nn.Module], kind: str, rank: int = 4, alpha: float |
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Put what adapters learnt into the weights: a plain model again."""
+    """Merge what adapters learnt into the weights: a plain model again."""
     for module in model.modules():
         if parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations["weight"][0], LoRA):
             parametrize.remove_parametrizations(module, "weight")
 
 
 def plain_to_adapted(state: dict[str, Tensor], adapted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a plain model in the names of one with parametrised weights; adapters then begin at 0."""
+    """A plain model's state dict under the names of one with parametrised weights; adapters then start at 0."""
     state = dict(state)
     for key in adapted:
         owner, _, inner = key.partition(".parametrizations.weight.")

@@ -1,4 +1,4 @@
-"""The learned averages of earlier outputs, by which MambaMixer (arXiv 2403.19888) connects its mixers."""
+"""Learned averages of earlier outputs, which connect the mixers of MambaMixer (arXiv 2403.19888)."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from torch import nn
 class WeightedAverage(nn.Module):
     """``sum_i a_i T_i + sum_i b_i C_i`` of token mixers' outputs T and channel mixers' outputs C.
 
-    T_0 and C_0 both are the input of the stage. All weights begin at 1, but b_0 at 0: every mixer then reads that
+    T_0 and C_0 are both the input of the stage. All weights start at 1, except b_0 at 0. Every mixer then reads the
     input plus all outputs so far, as in a residual network.
     """
 

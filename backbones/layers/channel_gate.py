@@ -5,11 +5,11 @@ from torch import nn
 
 
 class ChannelGate(nn.Module):
-    """``x * sigmoid(W_2 GELU(W_1 mean_l LN(x)))``: channels weighed by what all tokens hold.
+    """``x * sigmoid(W_2 GELU(W_1 mean_l LN(x)))``: channels weighted by the mean over all tokens.
 
     Args:
         dim: Channels C.
-        reduction: C over the width inside, rounded down.
+        reduction: C over the inner width, rounded down.
     """
 
     def __init__(self, dim: int, reduction: int = 8, device=None, dtype=None):

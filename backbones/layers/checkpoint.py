@@ -4,7 +4,7 @@ import re
 
 import torch
 
-# What VMamba's first files call things, and what its training code calls them; many families forked either.
+# Names in VMamba's first files, and in its training code; many families forked one or the other.
 VMAMBA_EARLY_NAMES = [
     (r"^patch_embed\.proj\.", "patch_embed.0."),
     (r"^patch_embed\.norm\.", "patch_embed.2."),
@@ -13,7 +13,7 @@ VMAMBA_EARLY_NAMES = [
     (r"^norm\.", "classifier.norm."),
     (r"^head\.", "classifier.head."),
 ]
-# The training code's names of SS2D's parts, and ours.
+# The training code's names for parts of SS2D, and ours.
 SS2D_NAMES = [
     (r"\.op\.conv2d\.", ".mixer.conv."),
     (r"\.op\.x_proj_weight$", ".mixer.s6.x_proj"),
@@ -24,7 +24,7 @@ SS2D_NAMES = [
     (r"\.op\.", ".mixer."),
 ]
 
-# Mamba's own names of what runs along one direction, and ours.
+# Mamba's own names for what runs along one direction, and ours.
 MAMBA_NAMES = {
     "conv1d.weight": "conv.weight",
     "conv1d.bias": "conv.bias",
@@ -37,9 +37,9 @@ MAMBA_NAMES = {
 
 
 def stack_directions(state_dict):
-    """Vim's published names as ours: the parameters of the backward direction (`_b`) stacked with the forward one's.
+    """Vim's published names to ours: parameters of the backward direction (`_b`) are stacked with the forward ones.
 
-    A state dict in our names stays as it is.
+    A state dict in our names is left unchanged.
     """
     if "norm_f.weight" not in state_dict:
         return dict(state_dict)
@@ -61,7 +61,7 @@ def stack_directions(state_dict):
 
 
 def unwrap_state_dict(checkpoint) -> dict:
-    """The state dict in a published training checkpoint: its averaged (EMA) weights where it has them."""
+    """The state dict in a published training checkpoint: its averaged (EMA) weights if it has them."""
     for name in ("model_ema", "ema_model", "model", "state_dict"):
         if isinstance(checkpoint.get(name), dict):
             return checkpoint[name]
@@ -69,14 +69,14 @@ def unwrap_state_dict(checkpoint) -> dict:
 
 
 def rename(key, renames):
-    """`key` after every (pattern, replacement) of `renames` in turn."""
+    """`key` after each (pattern, replacement) of `renames` in turn."""
     for pattern, replacement in renames:
         key = re.sub(pattern, replacement, key)
     return key
 
 
 def reshape_as(state_dict, model):
-    """Gives tensors the shape of `model`'s of that name if only that differs: flattened groups, 1x1 convolutions."""
+    """Reshapes tensors to `model`'s shapes if nothing else differs: flattened groups, 1x1 convolutions."""
     ours = model.state_dict()
 
     def fit(key, value):

@@ -4,14 +4,14 @@ from torch import nn
 
 
 class Conv2dNHWC(nn.Conv2d):
-    """Convolution of a channel-last map ``(B, H, W, C)``: the same memory, seen as NCHW."""
+    """Convolution of a channel-last map ``(B, H, W, C)``: the same memory, viewed as NCHW."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class ConvDownsample(nn.Module):
-    """Convolution 3x3 of stride 2 and a LayerNorm: half the size, rounded up; ``(B, H, W, C)``."""
+    """3x3 convolution of stride 2 and a LayerNorm: half the size, rounded up; ``(B, H, W, C)``."""
 
     def __init__(self, dim: int, dim_out: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}

@@ -1,4 +1,4 @@
-"""What the models of medical segmentation share: convolutional blocks in 2-D and 3-D, and heads at several sizes.
+"""Shared parts of the medical segmentation models: convolutional blocks in 2-D and 3-D, and heads at several sizes.
 
 Maps are channel-first, ``(B, C, H, W)`` or ``(B, C, D, H, W)``.
 """
@@ -27,7 +27,7 @@ INSTANCE_NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 class ResBlock(nn.Module):
     """UNETR's residual block: ``LeakyReLU(IN(conv(LeakyReLU(IN(conv x)))) + r)``.
 
-    r is x, or ``IN(conv1x1(x))`` where the number of channels changes. Norms have no parameters, convolutions no bias.
+    r is x, or ``IN(conv1x1(x))`` if the number of channels changes. Norms have no parameters, convolutions no bias.
 
     Args:
         dims: 2 or 3 axes.
@@ -48,7 +48,7 @@ class ResBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """A map to twice its size by a transposed convolution, beside a skip of that size, through a `ResBlock`."""
+    """Doubles a map's size by a transposed convolution, concatenates a skip of that size, and applies a `ResBlock`."""
 
     def __init__(self, dims: int, dim: int, dim_out: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -60,12 +60,12 @@ class UpBlock(nn.Module):
         return self.block(torch.cat([self.up(x), skip], 1))
 
 
-@register_notrace_function  # FX cannot follow what depends on the size of the input
+@register_notrace_function  # FX cannot trace what depends on the size of the input
 def pad_to_strides(x: Tensor, in_chans: int, strides: Sequence[int]) -> Tensor:
-    """x, padded with zeros behind each axis to multiples of its stride.
+    """x, padded with zeros at the end of each axis to multiples of its stride.
 
     Raises:
-        ValueError: x is not ``(B, in_chans, ...)`` of as many axes as strides, or a side is shorter than its stride.
+        ValueError: x is not ``(B, in_chans, ...)`` with one axis per stride, or a side is shorter than its stride.
     """
     axes = "DHW"[-len(strides) :]
     if x.dim() != 2 + len(strides) or x.shape[1] != in_chans:
@@ -79,12 +79,12 @@ def pad_to_strides(x: Tensor, in_chans: int, strides: Sequence[int]) -> Tensor:
 
 
 def unwrap_nnunet(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The state dict in a checkpoint of nnU-Net, or of another trainer."""
+    """The state dict in a checkpoint from nnU-Net or another trainer."""
     return checkpoint["network_weights"] if "network_weights" in checkpoint else unwrap_state_dict(checkpoint)
 
 
 def heads_of_other_classes(state_dict: dict[str, Tensor], model: "DenseModel") -> dict[str, Tensor]:
-    """A state dict in our names, whose heads give way to the model's where they are of another number of classes."""
+    """A state dict in our names; heads with another number of classes are replaced by the model's."""
     own = {key: value for key, value in model.state_dict().items() if key.startswith("heads.")}
     anew = {k: v for k, v in own.items() if k in state_dict and len(state_dict[k]) != len(v)}
     if anew:
@@ -94,15 +94,15 @@ def heads_of_other_classes(state_dict: dict[str, Tensor], model: "DenseModel") -
 
 
 class DenseModel(nn.Module):
-    """Base of models that give every pixel or voxel its class, by heads at several sizes (deep supervision).
+    """Base of models that classify every pixel or voxel, with heads at several sizes (deep supervision).
 
-    A family's constructor calls `super().__init__` and sets `heads`, 1x1 convolutions of the maps that `decode` gives,
-    the largest first; it defines `encode` and `decode`.
+    A family's constructor calls `super().__init__` and sets `heads`, 1x1 convolutions of the maps from `decode`, the
+    largest first. It defines `encode` and `decode`.
 
     Args:
         in_chans: Input channels.
         num_classes: Classes; 0 for the features of the last map.
-        strides: Of each axis how often the encoder's strides halve it, as a product; their number is that of the axes.
+        strides: For each axis, the product of the encoder's strides along it. Their number is the number of axes.
         deep_supervision: In training, return the logits of all heads.
     """
 
@@ -117,7 +117,7 @@ class DenseModel(nn.Module):
         self.grad_checkpointing = False
 
     def set_features(self, dims: Sequence[int], reductions: Sequence[int], dim_out: int) -> None:
-        """Channels and strides of the encoder's stages, for timm, and channels of the largest map."""
+        """Sets channels and strides of the encoder's stages, for timm, and channels of the largest map."""
         self.num_features = self.head_hidden_size = dim_out
         pairs = zip(dims, reductions, strict=True)
         self.feature_info = [dict(num_chs=d, reduction=r, module=f"stages.{i}") for i, (d, r) in enumerate(pairs)]
@@ -130,7 +130,7 @@ class DenseModel(nn.Module):
     def init_weights(self, needs_reset: bool = True) -> None:
         """Fills the parameters; with `needs_reset` (after `to_empty`) also those that constructors fill.
 
-        Convolutions but depthwise ones: He's normal distribution for a slope of 0.01, and zeros.
+        Convolutions other than depthwise ones get He's normal distribution for a slope of 0.01, and zeros.
         """
         for module in self.modules():
             Pyramid._init_weights(module, needs_reset)
@@ -147,13 +147,13 @@ class DenseModel(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layer groups for layer-wise decay of the learning rate: the encoder's stages, then the rest."""
+        """Layer groups for layer-wise learning rate decay: the encoder's stages, then the rest."""
         rest = r"^(?!stem|embed|stages)"
         return dict(stem=r"^(?:stem|embed)", blocks=[(r"^stages\.(\d+)", None), (rest, (99999,))])
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether the blocks of the encoder are computed again in the backward pass."""
+        """Sets whether the encoder's blocks are recomputed in the backward pass."""
         self.grad_checkpointing = enable
         for module in self.modules():
             if module is not self and hasattr(module, "grad_checkpointing"):
@@ -165,17 +165,17 @@ class DenseModel(nn.Module):
         return self.heads[0]
 
     def reset_classifier(self, num_classes: int, **dd) -> None:
-        """Replaces all heads; 0 leaves none."""
+        """Replaces all heads; 0 removes them."""
         self.num_classes = num_classes
         widths = self.head_dims()
         self.heads = self.make_heads(widths, **(dd or get_device_dtype(self))).train(self.training)
 
     def head_dims(self) -> list[int]:
-        """Channels of the maps that `decode` gives."""
+        """Channels of the maps from `decode`."""
         raise NotImplementedError
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """Images or volumes, sides multiples of `strides`, to the outputs of the encoder's stages."""
+        """Images or volumes (sides are multiples of `strides`) to the outputs of the encoder's stages."""
         raise NotImplementedError
 
     def decode(self, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
@@ -193,12 +193,12 @@ class DenseModel(nn.Module):
         """The outputs of the encoder's stages, channel-first.
 
         Args:
-            x: As for `forward`.
+            x: As in `forward`.
             indices: The last n stages if int, all if None, else those listed.
-            intermediates_only: Return the maps alone.
+            intermediates_only: Return only the maps.
 
         Returns:
-            What `forward_features` gives and the list of maps; or that list.
+            The output of `forward_features` and the list of maps; or only that list.
         """
         take_indices, _ = feature_take_indices(len(self.feature_info), indices)
         x = pad_to_strides(x, self.in_chans, self.strides)
@@ -214,7 +214,7 @@ class DenseModel(nn.Module):
 
     @staticmethod
     def _crop(y: Tensor, x: Tensor, padded: Tensor) -> Tensor:
-        """What of a map y of the padded input shows the input x."""
+        """Crops a map y of the padded input to the part that shows the input x."""
         for axis in range(2, x.dim()):
             y = y.narrow(axis, 0, -(-x.shape[axis] * y.shape[axis] // padded.shape[axis]))
         return y
@@ -222,12 +222,12 @@ class DenseModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Images or volumes ``(B, in_chans, ...)`` to logits ``(B, num_classes, ...)`` of their size.
 
-        Sides that are no multiples of `strides` are padded with zeros, and the logits cropped. In training with
-        `deep_supervision` it is a list, the logits of all heads, the largest map first (as `forward_deep` gives at any
-        time).
+        Sides that are not multiples of `strides` are padded with zeros, and the logits cropped. In training with
+        `deep_supervision` the result is a list: the logits of all heads, the largest map first (as `forward_deep`
+        always returns).
 
         Raises:
-            ValueError: another number of channels or axes; a side below its stride.
+            ValueError: the number of channels or axes is wrong; a side is below its stride.
         """
         if self.training and self.deep_supervision:
             return self.forward_deep(x)

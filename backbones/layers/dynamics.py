@@ -1,4 +1,4 @@
-"""Refinements of selective scans after their token dynamics (arXiv 2410.03292): signs of the state, sorted tokens."""
+"""Refinements of selective scans based on token dynamics (arXiv 2410.03292): signs of the state, sorted tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +11,15 @@ SIGNS = ("positive", "negative", "mixed")
 
 
 class DefiniteProjection(nn.Module):
-    """A raw weight X ``(..., R + 2 N, I)`` of `S6` to one whose ``S_C^T S_B`` has eigenvalues of one sign.
+    """Maps a raw weight X ``(..., R + 2 N, I)`` of `S6` to one whose ``S_C^T S_B`` has eigenvalues of one sign.
 
-    With U the strictly upper triangle of X's rows R to R + N, and 1 on the diagonal::
+    With U the strictly upper triangle of rows R to R + N of X, plus 1 on the diagonal::
 
         S_D = X[:R],    S_C = U,    S_B = diag(lambda) U,    l = softplus(X[R + N:, 0])
         lambda = l + threshold (positive),  -l - threshold (negative),  l for half of the rows and -l below (mixed)
 
-    so that ``S_C^T S_B = U^T diag(lambda) U``. Tokens that follow the recurrence through depth collapse to 0 where all
-    eigenvalues are negative, and diverge where one is positive. Other entries of X have no effect.
+    so that ``S_C^T S_B = U^T diag(lambda) U``. Tokens that follow the recurrence through depth collapse to 0 if all
+    eigenvalues are negative, and diverge if one is positive. Other entries of X have no effect.
     """
 
     def __init__(self, rank: int, d_state: int, sign: str = "positive", threshold: float = 0.7):
@@ -39,22 +39,22 @@ class DefiniteProjection(nn.Module):
 
 
 def definite_projection(model: nn.Module, sign: str = "positive", threshold: float = 0.7) -> nn.Module:
-    """Gives every `S6` of `model` a `DefiniteProjection`; the weights that it has become the raw ones.
+    """Gives every `S6` of `model` a `DefiniteProjection`; its present weights become the raw ones.
 
-    The state dict then holds ``parametrizations.x_proj.original`` in place of ``x_proj``;
-    `torch.nn.utils.parametrize.remove_parametrizations` turns it back into a plain weight, for export.
+    The state dict then holds ``parametrizations.x_proj.original`` instead of ``x_proj``. For export,
+    `torch.nn.utils.parametrize.remove_parametrizations` turns it back into a plain weight.
 
     Args:
         model: An `S6`, or a model with some, such as VMamba or Vim.
         sign: "positive" excludes the convergent scenario, as the paper proposes; "negative" enforces it; "mixed".
-        threshold: How far from 0 the eigenvalues' factors stay at least.
+        threshold: Least distance of the eigenvalues' factors from 0.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: `model` has no S6, one has more states than channels or has a parametrisation already, or there is
-            no such sign.
+        ValueError: `model` has no S6; an S6 has more states than channels, or already has a parametrisation; or there
+            is no such sign.
     """
     if sign not in SIGNS:
         raise ValueError(f"sign: expected one of {', '.join(SIGNS)}, got {sign!r}")
@@ -74,7 +74,7 @@ def definite_projection(model: nn.Module, sign: str = "positive", threshold: flo
 
 
 def scans_of(model: nn.Module) -> dict[str, S6]:
-    """The `S6` layers of a model by name; ValueError where it has none."""
+    """The `S6` layers of a model by name; ValueError if it has none."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, S6)}
     if not layers:
         raise ValueError(
@@ -85,7 +85,7 @@ def scans_of(model: nn.Module) -> dict[str, S6]:
 
 @torch.no_grad()
 def state_eigenvalues(layer: S6) -> Tensor:
-    """The N eigenvalues of ``S_C^T S_B`` that are not 0 by its rank, of each group: complex ``(G, N)``, in float64."""
+    """The N eigenvalues of ``S_C^T S_B``, of rank N, that are not 0, per group: complex ``(G, N)``, in float64."""
     _, B, C = layer.x_proj.double().split([layer.dt_rank, layer.d_state, layer.d_state], 1)
     return torch.linalg.eigvals(B @ C.mT)
 
@@ -93,8 +93,8 @@ def state_eigenvalues(layer: S6) -> Tensor:
 class SoftSort(nn.Module):
     """A soft permutation into increasing order (SoftSort, arXiv 2006.16038).
 
-    ``P_{kl} = softmax_l(-|s_l - s_(k)| / tau)`` of scores s, with s_(k) the k-th smallest: row k is nearly one-hot at
-    the token of that rank where scores are farther apart than `tau`.
+    ``P_{kl} = softmax_l(-|s_l - s_(k)| / tau)`` for scores s, with s_(k) the k-th smallest. If scores are farther apart
+    than `tau`, row k is nearly one-hot at the token of rank k.
 
     Args:
         tau: Temperature.
@@ -117,8 +117,8 @@ class SoftSort(nn.Module):
 
     @staticmethod
     def order(scores: Tensor) -> Tensor:
-        """The hard permutation as a scan order: scores ``(B, G, L)`` to integers ``(B, G, L)`` for `S6` and its kin.
+        """The hard permutation as a scan order for `S6` and similar: scores ``(B, G, L)`` to integers ``(B, G, L)``.
 
-        In time L log L, without the L x L matrix; there is no gradient to the scores.
+        It takes time L log L, without the L x L matrix. The scores get no gradient.
         """
         return scores.argsort(dim=-1, stable=True).int()

@@ -25,10 +25,10 @@ class StarReLU(nn.Module):
 
 
 class FrequencyBands(nn.Module):
-    """Frequency band modulation: ``x`` split into octaves, each weighed at every pixel; ``(B, C, H, W)``.
+    """Frequency band modulation: ``x`` split into octaves, each weighted at every pixel; ``(B, C, H, W)``.
 
-    The masks are made on a 64 x 64 grid and resized to the map's spectrum as published, by nearest neighbours without
-    shifting the origin: for other sizes they are the octaves only nearly.
+    As published, the masks are made on a 64 x 64 grid and resized to the map's spectrum by nearest neighbours, without
+    shifting the origin. For other sizes they are only nearly the octaves.
     """
 
     CUTS = (2, 4, 8)  # a band ends at half the sampling rate over each of these
@@ -61,22 +61,22 @@ class FrequencyBands(nn.Module):
 class FDConv(nn.Module):
     """A convolution whose weight is made for each image from its channel means.
 
-    The weight's spectrum is cut into `kernel_num` groups of equally many coefficients, from low to high frequency;
-    an attention per group makes the image's weight, which further attentions scale: per input channel, per output
-    channel, per tap, and for each weight on its own. With a kernel of 3, the input's frequency bands are modulated
-    first. At the beginning it is nearly an ordinary convolution.
+    The weight's spectrum is cut into `kernel_num` groups of equally many coefficients, from low to high frequency. An
+    attention per group makes the image's weight. Further attentions scale it: per input channel, per output channel,
+    per tap, and for each weight separately. With a kernel of 3, the input's frequency bands are modulated first.
+    Initially it is nearly an ordinary convolution.
 
     Args:
         in_channels: Channels of ``(B, C, H, W)``, more than 16.
         out_channels: Channels of the output, more than 16.
         kernel_size: 1 or 3.
-        stride, padding, bias: As `torch.nn.Conv2d`.
-        kernel_num: n, groups of frequencies; they divide the coefficients.
+        stride, padding, bias: As in `torch.nn.Conv2d`.
+        kernel_num: n, groups of frequencies; must divide the number of coefficients.
         reduction: Input channels over the attentions' inner width, which is at least 16.
         temperature: Divides the logits of the kernel attention.
 
     Raises:
-        ValueError: a size that it is not made for; a plain convolution is then the published choice.
+        ValueError: a size is not supported; the published networks then use a plain convolution.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class FDConv(nn.Module):
 
     @property
     def scale(self):
-        """The spectrum is stored over half the lesser number of channels, so that its gradients are not too small."""
+        """Half the smaller channel number. The spectrum is stored divided by it, so gradients are not too small."""
         return min(self.in_channels, self.out_channels) // 2
 
     @torch.no_grad()
@@ -156,12 +156,12 @@ class FDConv(nn.Module):
 
     @torch.no_grad()
     def copy_weight(self, weight):
-        """Begins from the weight ``(out, in, k, k)`` of an ordinary convolution."""
+        """Starts from the weight ``(out, in, k, k)`` of an ordinary convolution."""
         matrix = weight.permute(0, 2, 1, 3).reshape(weight.shape[0] * weight.shape[2], -1)
         self.dft_weight.copy_(torch.view_as_real(torch.fft.rfft2(matrix.float())) / self.scale)
 
     def attentions(self, x):
-        """Of kernels ``(B, n)``, input channels, output channels, taps (None for 1x1), and all weights on their own."""
+        """Attentions of kernels ``(B, n)``, input channels, output channels, taps (None for 1x1) and single weights."""
         mean, k = x.mean((2, 3), keepdim=True), self.kernel_size
         z = self.act(self.bn(self.fc(mean)))
         kernels = (self.kernel_fc(z).flatten(1) / self.temperature).sigmoid() * (2 / self.kernel_num)
@@ -172,7 +172,7 @@ class FDConv(nn.Module):
         return kernels, channels, filters, taps, local
 
     def weights(self, x):
-        """The weight of each image ``(B, out, in, k, k)``."""
+        """The weight for each image ``(B, out, in, k, k)``."""
         kernels, channels, filters, taps, local = self.attentions(x)
         spectrum = torch.view_as_complex(self.dft_weight.to(torch.promote_types(self.dft_weight.dtype, torch.float32)))
         spectrum = spectrum * (kernels[:, self.group] * (self.scale * self.kernel_num))

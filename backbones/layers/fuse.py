@@ -10,14 +10,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def fuse_for_inference(model):
-    """A copy of `model` in eval mode with fewer, equivalent layers: the same outputs up to rounding, sooner.
+    """A faster copy of `model` in eval mode with fewer, equivalent layers: the same outputs up to rounding.
 
-    Modules that have a form for inference take it (a method `fuse`, `reparameterize` or `switch_to_deploy`, as timm's
+    Modules with an inference form switch to it (a method `fuse`, `reparameterize` or `switch_to_deploy`, as timm's
     `reparameterize_model` calls them): Spatial-Mamba's state fusion, Omni-Shift, EfficientViM's gated branches. Then
     every BatchNorm is folded into the convolution registered right before it in the same module.
 
     Args:
-        model: Any `nn.Module`; it stays as it is. Changes of its weights need a new copy.
+        model: Any `nn.Module`, left unchanged. If its weights change, make a new copy.
     """
     model = reparameterize_model(copy.deepcopy(model).eval(), inplace=True)
     for module in list(model.modules()):

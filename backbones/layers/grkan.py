@@ -8,7 +8,7 @@ from torch import nn
 
 from linzoo.ops import rational
 
-# Coefficients a_0 .. a_5 and b_1 .. b_4 of functions to begin with, as published (fitted on [-3, 3]).
+# Initial coefficients a_0 .. a_5 and b_1 .. b_4, as published (fitted on [-3, 3]).
 INITIAL = {
     "identity": ((0, 1, 0, 0, 0, 0), (0, 0, 0, 0)),
     "swish": (
@@ -22,13 +22,13 @@ INITIAL = {
 GAIN = {"identity": 1.0, "swish": 2.81076}  # Var[x] / E[F(x)^2] for x ~ N(0, 1)
 
 
-@register_notrace_module  # FX cannot follow the operator's checks of shapes
+@register_notrace_module  # FX cannot trace the operator's checks of shapes
 class GroupRational(nn.Module):
-    """`linzoo.ops.rational` with one numerator ``(1, 6)`` and a denominator ``(groups, 4)`` for each group of channels.
+    """`linzoo.ops.rational` with one numerator ``(1, 6)`` and one denominator per group of channels ``(groups, 4)``.
 
     Args:
-        groups: Groups; they divide the channels.
-        init: The function to begin with, 'identity' or 'swish'.
+        groups: Number of groups; must divide the channels.
+        init: The initial function, 'identity' or 'swish'.
     """
 
     def __init__(self, groups: int = 8, init: str = "swish", device=None, dtype=None):
@@ -50,17 +50,17 @@ class GroupRational(nn.Module):
 
 
 class GRKAN(nn.Module):
-    """Channel mixer ``fc2(act2(fc1(act1(x))))`` with rational activations: identity and swish to begin with.
+    """Channel mixer ``fc2(act2(fc1(act1(x))))`` with rational activations, initially identity and swish.
 
-    The linear maps begin so that they keep the variance: weights of variance gain / fan-in.
+    The linear maps are initialised to keep the variance: weights of variance gain / fan-in.
 
     Args:
         in_features: Channels.
         hidden_features: Inner width; None for `in_features`.
         out_features: Channels of the output; None for `in_features`.
-        groups: Groups of each activation; the greatest common divisor where they do not divide its channels.
+        groups: Groups of each activation; the greatest common divisor if they do not divide its channels.
         drop: Dropout after each activation.
-        act_layer, norm_layer: Ignored: they are arguments of `timm.layers.Mlp`, whose place this layer takes.
+        act_layer, norm_layer: Ignored. They are arguments of `timm.layers.Mlp`, which this layer replaces.
         bias: Whether the linear maps have biases.
     """
 

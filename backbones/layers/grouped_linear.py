@@ -19,7 +19,7 @@ def grouped_linear(x, weight):
 
 
 class GroupedLinear(nn.Module):
-    """`grouped_linear` with its weight ``(groups, out_features, in_features)``; sizes are those of one group."""
+    """`grouped_linear` with its weight ``(groups, out_features, in_features)``; sizes are per group."""
 
     def __init__(self, groups: int, in_features: int, out_features: int, device=None, dtype=None):
         super().__init__()

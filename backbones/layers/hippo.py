@@ -1,7 +1,7 @@
-"""State matrices that state-space layers begin with: HiPPO, its diagonal approximations, and perturb-then-diagonalise.
+"""Initial state matrices of state-space layers: HiPPO, its diagonal approximations, and perturb-then-diagonalise.
 
-Everything here is float64 on the CPU, whatever the default device: eigenvectors of these matrices are worth little in
-float32. Diagonal systems hold one mode of each conjugate pair, unless they say that they hold all.
+Everything here is float64 on the CPU, whatever the default device: in float32 the eigenvectors of these matrices are
+too inaccurate. Diagonal systems hold one mode of each conjugate pair, unless documented to hold all.
 """
 
 import functools
@@ -43,10 +43,10 @@ def normal_plus_low_rank(measure, size):
 
     Returns:
         Lambda ``(N/2,)`` with the most negative imaginary part first, V^* P and V^* B ``(N/2,)``, and V ``(N, N/2)``.
-        The phases of the modes, which are arbitrary, are those that make V^* B real and positive.
+        The phases of the modes are arbitrary. They are chosen so that V^* B is real and positive.
 
     Raises:
-        ValueError: unknown measure or odd size.
+        ValueError: the measure is unknown or the size is odd.
     """
     if measure not in MEASURES:
         raise ValueError(f"measure: expected one of {', '.join(MEASURES)}, got {measure!r}")
@@ -54,10 +54,10 @@ def normal_plus_low_rank(measure, size):
         raise ValueError(f"size: expected an even number of states, got {size}")
     A, B, P = MEASURES[measure](size)
     normal = A + torch.outer(P, P)
-    decay = normal.diagonal().mean()  # what is left beside it is skew-symmetric
+    decay = normal.diagonal().mean()  # the rest is skew-symmetric
     frequencies, V = torch.linalg.eigh(-1j * (normal - decay * torch.eye(size, **CPU)))
     frequencies, V = frequencies[: size // 2], V[:, : size // 2]
-    if measure == "fourier":  # the constant and an idle state share the frequency 0: as one conjugate pair
+    if measure == "fourier":  # the constant and an idle state at frequency 0 form one conjugate pair
         V[:, -1] = 0
         V[0, -1], V[1, -1] = 0.5**0.5, 0.5**0.5 * 1j
     V = V * torch.sgn(V.mH @ (B + 0j))
@@ -65,14 +65,14 @@ def normal_plus_low_rank(measure, size):
 
 
 def diagonal_system(init, size):
-    """What S4D begins with (arXiv 2206.11893, section 4): modes A and B ``(N/2,)`` for N = `size` real states.
+    """Initial values of S4D (arXiv 2206.11893, section 4): modes A and B ``(N/2,)`` for N = `size` real states.
 
     Args:
-        init: 'lin', 'inv', 'inv2', 'quad', 'real' or 'legs', whose imaginary parts are negative.
+        init: 'lin', 'inv', 'inv2', 'quad', 'real' or 'legs'. Imaginary parts are negative for 'legs'.
         size: N, even.
 
     Raises:
-        ValueError: unknown name or odd size.
+        ValueError: the name is unknown or the size is odd.
     """
     if init == "legs":
         A, _, B, _ = normal_plus_low_rank("legs", size)
@@ -95,7 +95,7 @@ def diagonal_system(init, size):
 
 
 def diagonalise(matrix):
-    """Eigenvalues sorted by imaginary part, then real part, and eigenvectors of unit norm; real input ``(N, N)``."""
+    """Eigenvalues of a real matrix ``(N, N)``, sorted by imaginary, then real part, and eigenvectors of unit norm."""
     values, vectors = torch.linalg.eig(matrix)
     order = sorted(range(len(values)), key=lambda i: (values[i].imag.item(), values[i].real.item()))
     return values[order], vectors[:, order]
@@ -106,9 +106,9 @@ def diagonalise(matrix):
 def perturb_then_diagonalise(size, gamma=10.0, steps=300):
     """PTD (arXiv 2310.01698, section 4): the eigenvectors of HiPPO-LegS after a small perturbation E.
 
-    LegS itself is not diagonalisable in any precision: the condition of its eigenvectors grows exponentially. E is
-    found by `steps` of Adam on ``cond(V)^2 + gamma |E|_F``, plus a penalty on modes that grow, from 0.1 P P^T, which
-    leads part of the way to the normal matrix A + P P^T. The same every time.
+    LegS itself cannot be diagonalised in any precision: the condition of its eigenvectors grows exponentially. `steps`
+    of Adam find E by minimising ``cond(V)^2 + gamma |E|_F``, plus a penalty on modes that grow. They start from
+    0.1 P P^T, which leads part of the way to the normal matrix A + P P^T. The result is deterministic.
 
     Args:
         size: N.

@@ -1,4 +1,4 @@
-"""What every isotropic family (patch tokens of one width, like a ViT) owes timm."""
+"""timm's interface for all isotropic families (patch tokens of one width, as in a ViT)."""
 
 import math
 from functools import partial
@@ -13,7 +13,7 @@ from torch import nn
 from .padding import pad_to_multiple
 from .script import refuse_script
 
-# What pooling makes of tokens (B, M, C); a class token is none of them.
+# How pooling reduces tokens (B, M, C), without the class token.
 POOLS = {
     "avg": lambda x: x.mean(1, keepdim=True),
     "max": lambda x: x.amax(1, keepdim=True),
@@ -23,12 +23,12 @@ POOLS = {
 
 
 def token_place(tokens, first=False):
-    """Index of a class token among `tokens`, itself included: in front of them or in their middle."""
+    """Index of the class token in a sequence of `tokens`, which include it: in the middle, or with `first` in front."""
     return 0 if first else (tokens - 1) // 2
 
 
 def without_token(x, first=False):
-    """Tokens ``(B, M + 1, C)`` without the class token in their middle, or in front of them."""
+    """Tokens ``(B, M + 1, C)`` without the class token in their middle, or with `first` in front of them."""
     index = token_place(x.shape[1], first)
     return torch.cat([x[:, :index], x[:, index + 1 :]], dim=1)
 
@@ -39,11 +39,11 @@ def with_token(x, token, first=False):
     return torch.cat([x[:, :index], token, x[:, index:]], dim=1)
 
 
-@register_notrace_function  # FX cannot follow what depends on the image's size
+@register_notrace_function  # FX cannot trace what depends on the image's size
 def resize_pos_embed(pos_embed, old_grid, new_grid, class_token, antialias=True, first=False):
-    """Position table ``(1, M, C)`` of one grid for another, bicubically; a class token's row stays as it is.
+    """Resizes a position table ``(1, M, C)`` to another grid, bicubically; a class token's row stays as it is.
 
-    The class token stands in the middle, or with `first` in front.
+    The class token is in the middle, or with `first` in front.
     """
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
@@ -57,7 +57,7 @@ def resize_pos_embed(pos_embed, old_grid, new_grid, class_token, antialias=True,
 
 @register_notrace_function
 def patch_grid(height, width, patch_size, stride):
-    """Patches along each side of an image.
+    """Number of patches along each side of an image.
 
     Raises:
         ValueError: the image is smaller than a patch.
@@ -71,10 +71,10 @@ class Isotropic(nn.Module):
     """Base of the isotropic families: patches, learned positions, blocks of one width, norm, linear classifier.
 
     A family's constructor calls `super().__init__` and sets `blocks` (an `nn.ModuleList`) and `norm`. Positions are
-    interpolated for images of another size than `img_size`.
+    interpolated for images whose size is not `img_size`.
 
     Args:
-        img_size: Height and width (or one side) of the images that the position table is made for.
+        img_size: Height and width (or one side) of the images that fit the position table.
         patch_size: Side of a patch.
         stride: Step between patches.
         in_chans: Input channels.
@@ -83,19 +83,19 @@ class Isotropic(nn.Module):
             tokens; or '' for none.
         dim: Width.
         depth: Blocks.
-        class_token: Whether a class token stands in the middle of the sequence (in front of it, where `token_first`).
+        class_token: Whether a class token is in the middle of the sequence (in front of it, if `token_first`).
         drop_rate: Dropout before the classifier.
         positions: Whether tokens get learned positions.
 
     Raises:
-        ValueError: unknown pooling, or 'token' without a class token.
+        ValueError: the pooling is unknown, or 'token' without a class token.
     """
 
     __prepare_scriptable__ = refuse_script
 
     pad_patches = False  # whether images are padded to whole patches
-    antialias_pos_embed = True  # where a smaller image's positions are interpolated
-    token_first = False  # whether the class token stands in front of the others, not in their middle
+    antialias_pos_embed = True  # when positions are interpolated for a smaller image
+    token_first = False  # whether the class token is in front of the others, not in their middle
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class Isotropic(nn.Module):
 
     @property
     def head_hidden_size(self):
-        """Channels that the classifier is given."""
+        """Number of input channels of the classifier."""
         return self.pre_head_size * (2 if self.global_pool == "catavgmax" else 1)
 
     def _pool(self, global_pool):
@@ -204,18 +204,18 @@ class Isotropic(nn.Module):
         )
 
     def fit_positions(self, table):
-        """A published position table ``(1, tokens, C)``, of a square grid, for the grid of this model."""
+        """Fits a published position table ``(1, tokens, C)``, of a square grid, to the grid of this model."""
         if table.shape == self.pos_embed.shape:
             return table
         side, has_token = math.isqrt(table.shape[1]), self.cls_token is not None
         return resize_pos_embed(table, (side, side), self.grid_size, has_token, first=self.token_first)
 
     def without_token(self, x):
-        """Tokens ``(B, tokens, C)`` without the class token, where there is one."""
+        """Tokens ``(B, tokens, C)`` without the class token, if there is one."""
         return x if self.cls_token is None else without_token(x, self.token_first)
 
     def run_block(self, block, x, grid):
-        """One block on tokens ``(B, tokens, C)``, under gradient checkpointing where that is on."""
+        """Runs one block on tokens ``(B, tokens, C)``, with gradient checkpointing if enabled."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint(block, x, grid)
         return block(x, grid)
@@ -229,12 +229,12 @@ class Isotropic(nn.Module):
             x: Images ``(B, 3, H, W)``.
             indices: The last n blocks if int, all if None, else those listed.
             norm: Apply the final norm to each map.
-            stop_early: Stop after the last block that is asked for.
+            stop_early: Stop after the last requested block.
             output_fmt: 'NCHW', 'NHWC' or 'NLC'.
-            intermediates_only: Return the maps alone.
+            intermediates_only: Return only the maps.
 
         Returns:
-            What `forward_features` gives and the list of maps; or that list.
+            The output of `forward_features` and the list of maps; or only that list.
 
         Raises:
             ValueError: `output_fmt` is none of these.
@@ -266,7 +266,7 @@ class Isotropic(nn.Module):
         return take_indices
 
     def forward_features(self, x):
-        """Images ``(B, 3, H, W)`` to normalised tokens ``(B, tokens, C)``, the class token among them."""
+        """Images ``(B, 3, H, W)`` to normalised tokens ``(B, tokens, C)``, including the class token."""
         x, grid = self.embed(x)
         for block in self.blocks:
             x = self.run_block(block, x, grid)

@@ -1,7 +1,7 @@
 """KANs with a learned function on every edge, and the channel mixers by name.
 
-Kolmogorov-Arnold networks (arXiv 2404.19756) put a function of one variable, linear in its coefficients, between every
-input and every output. `GRKAN` shares its functions among channels instead, and costs as much as an MLP.
+Kolmogorov-Arnold networks (arXiv 2404.19756) put a function of one variable between every input and every output; it is
+linear in its coefficients. `GRKAN` shares its functions among channels instead, and costs as much as an MLP.
 """
 
 from functools import partial
@@ -17,10 +17,10 @@ from .grkan import GRKAN
 def b_splines(x, grid, order, low=-1.0, high=1.0):
     """The B-splines of `order` on `grid` equal intervals of [low, high]: ``(..., grid + order)``, summing to 1 there.
 
-    They are 0 where none reaches: at a distance of `order` intervals outside.
+    They are 0 from a distance of `order` intervals outside.
     """
-    t = (x.unsqueeze(-1) - low) * (grid / (high - low)) + order  # in intervals, from the first knot
-    u = t - torch.arange(grid + 2 * order, dtype=t.dtype, device=t.device)  # from the first knot of each
+    t = (x.unsqueeze(-1) - low) * (grid / (high - low)) + order  # in units of intervals, from the first knot
+    u = t - torch.arange(grid + 2 * order, dtype=t.dtype, device=t.device)  # from each spline's first knot
     basis = ((u >= 0) & (u < 1)).to(t.dtype)
     for degree in range(1, order + 1):  # Cox and de Boor's recursion on equal knots
         u = u[..., :-1]
@@ -34,7 +34,7 @@ class BSplineLinear(nn.Module):
     Args:
         in_features: Inputs.
         out_features: Outputs.
-        grid: Intervals of [-1, 1]; outside, only the first sum is left.
+        grid: Intervals of [-1, 1]; outside, only the first sum remains.
         order: Degree of the splines.
     """
 
@@ -56,7 +56,7 @@ class BSplineLinear(nn.Module):
 
 
 class FourierLinear(nn.Module):
-    """``y_o = b_o + sum_ig a_oig cos(g x_i) + b_oig sin(g x_i)`` for g = 1 .. grid: the Fourier KAN's layer.
+    """``y_o = b_o + sum_ig a_oig cos(g x_i) + b_oig sin(g x_i)`` for g = 1 .. grid: the layer of the Fourier KAN.
 
     Args:
         in_features: Inputs.
@@ -72,7 +72,7 @@ class FourierLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Smooth functions to begin with: amplitudes fall with the frequency; the variance is that of the inputs."""
+        """Starts with smooth functions: amplitudes fall with the frequency; the variance is that of the inputs."""
         frequencies = torch.arange(1, self.weight.shape[-1] + 1, device=self.weight.device)
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
         with torch.no_grad():
@@ -87,9 +87,9 @@ class FourierLinear(nn.Module):
 
 
 class KAN(nn.Module):
-    """Two layers of functions on edges, ``fc2(fc1(x))``, in the place of `timm.layers.Mlp`.
+    """Two layers of functions on edges, ``fc2(fc1(x))``, as a replacement for `timm.layers.Mlp`.
 
-    An edge has 9 (B-splines) or 10 (Fourier) coefficients where a linear map has one, with a grid of 5.
+    With a grid of 5, an edge has 9 (B-splines) or 10 (Fourier) coefficients instead of a linear map's one.
 
     Args:
         in_features: Channels.
@@ -139,10 +139,10 @@ CHANNEL_MIXERS = {
 
 
 def channel_mixer(name):
-    """The channel mixer of a name, all with the arguments of `timm.layers.Mlp`: mlp, grkan, bspline_kan, fourier_kan.
+    """The channel mixer `name`: mlp, grkan, bspline_kan or fourier_kan. All take the arguments of `timm.layers.Mlp`.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none with that name.
     """
     if name not in CHANNEL_MIXERS:
         raise ValueError(f"mlp: expected one of {', '.join(CHANNEL_MIXERS)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Mamba's own mixer, over any scan orders."""
+"""Mamba's own mixer, along any scan orders."""
 
 import torch.nn.functional as F
 from timm.models._features_fx import register_notrace_module
@@ -7,15 +7,15 @@ from torch import Tensor
 from .vim_mixer import VimMixer
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the number of tokens
+@register_notrace_module  # FX cannot trace scan orders, which depend on the number of tokens
 class MambaMixer(VimMixer):
-    """Mamba mixer of tokens ``(B, L, C)`` (arXiv 2312.00752, section 3.4), with one scan for each of its orders.
+    """Mamba mixer of tokens ``(B, L, C)`` (arXiv 2312.00752, section 3.4), with one scan per order.
 
     ``[x, z] = W_in u;  y = sum over orders of S6(SiLU(conv(x)));  W_out (y * SiLU(z))``: the scans share projections
-    and gate, and have a causal convolution and parameters each.
+    and gate. Each has its own causal convolution and parameters.
 
     Args:
-        dim, expand, d_state, taps: As for `VimMixer`.
+        dim, expand, d_state, taps: As in `VimMixer`.
         directions: Scans G.
     """
 

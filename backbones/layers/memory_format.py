@@ -1,4 +1,4 @@
-"""Memory formats on models whose parameters have four and five axes."""
+"""Memory formats for models with four-axis and five-axis parameters."""
 
 from itertools import chain
 from typing import Any
@@ -11,9 +11,9 @@ AXES = {torch.channels_last: 4, torch.channels_last_3d: 5}
 
 
 class AnyMemoryFormat(nn.Module):
-    """A module whose `to(memory_format=...)` lays out the tensors that have the format's axes, and leaves the others.
+    """A module whose `to(memory_format=...)` lays out only the tensors with the format's number of axes.
 
-    PyTorch's own raises where a tensor has five axes and the format is of four, or the other way round.
+    PyTorch's own `to` raises if a tensor has five axes and the format is for four, or the other way round.
     """
 
     def to(self, *args: Any, memory_format: torch.memory_format | None = None, **kwargs: Any) -> Self:

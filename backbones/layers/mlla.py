@@ -75,8 +75,8 @@ class MLLABlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-# Published names of the body's parts, and ours; those of the mixers and of the block's second name for them are the
-# families' own.
+# Published names for parts of the body, and ours. The families add those of the mixers, including the block's name for
+# its mixer.
 MLLA_NAMES = [
     (r"^patch_embed\.(conv\d(?:\.\d)?)\.norm\.", r"stem.\1.bn."),
     (r"^patch_embed\.", "stem."),
@@ -87,7 +87,7 @@ MLLA_NAMES = [
 
 
 def mlla_downsample_name(key):
-    """``layers.{i}.downsample.conv.{0,1,2}.{conv,norm}.*`` as ours; the downsampling belongs to the stage after it."""
+    """Renames ``layers.{i}.downsample.conv.{0,1,2}.{conv,norm}.*``; the downsampling belongs to the stage after it."""
     parts = key.split(".")
     if parts[0] != "layers" or parts[2] != "downsample":
         return key

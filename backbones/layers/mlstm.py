@@ -34,7 +34,7 @@ class BlockLinear(nn.Module):
 
 
 class MLSTMMixer(nn.Module):
-    """ViL's layer, of tokens ``(B, L, C)`` on a grid; its width inside is E = 2 C.
+    """ViL's layer for tokens ``(B, L, C)`` on a grid; its inner width is E = 2 C.
 
     ``[x, z] = W_up u;  a = SiLU(DWConv(x));  q, k, v = Q a, K a, V x;  i, f = W [q, k, v];
     W_down ((GroupNorm(mlstm(q, k, v, i, f)) + skip a) SiLU(z))``.
@@ -57,7 +57,7 @@ class MLSTMMixer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The published beginning: gates that depend on no token, with memories of different lengths."""
+        """Published initial values: gates that do not depend on the token, with memories of different lengths."""
         nn.init.normal_(self.in_proj.weight, std=math.sqrt(2 / (5 * self.dim)))
         nn.init.normal_(self.out_proj.weight, std=2 / math.sqrt(self.dim))
         for zero in (self.in_proj.bias, self.out_proj.bias, self.input_gate.weight, self.forget_gate.weight):

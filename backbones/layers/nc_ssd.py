@@ -11,12 +11,12 @@ from .conv import Conv2dNHWC
 from .s6 import init_step_bias
 
 
-@register_notrace_module  # FX cannot follow the operator's checks of shapes
+@register_notrace_module  # FX cannot trace the operator's checks of shapes
 class NCSSD(nn.Module):
     """Non-causal state-space duality mixer.
 
     ``[z, x, B, C, dt] = W_in u;  [x, B, C] = SiLU(DWConv([x, B, C]));  m = softplus(dt + dt_bias) exp(A_log)``, then
-    ``W_out (LN(nc_ssd(x, m, B, C, D)) * z)``: the norm stands before the gate, which has no activation.
+    ``W_out (LN(nc_ssd(x, m, B, C, D)) * z)``: the norm comes before the gate, which has no activation.
 
     Args:
         dim: Channels C of the map ``(B, H, W, C)``; the inner width is 2 C.
@@ -52,5 +52,5 @@ class NCSSD(nn.Module):
         return self.out_proj(self.norm(self.scan(x, weight, B, C)).view(z.shape) * z)
 
     def scan(self, x, weight, B, C):
-        """`linzoo.ops.nc_ssd` of all heads' channels ``(B, L, D)``."""
+        """`linzoo.ops.nc_ssd` on all heads' channels ``(B, L, D)``."""
         return nc_ssd(x.unflatten(-1, (self.num_heads, -1)), weight, B, C, self.D).flatten(2)

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class GroupedLayerNorm(nn.Module):
-    """LayerNorm of each group's channels with weights of its own: ``(..., G, d)``, weight and bias ``(G, d)``."""
+    """LayerNorm of each group's channels with its own weights: ``(..., G, d)``, weight and bias ``(G, d)``."""
 
     def __init__(self, groups: int, dim: int, eps: float = 1e-5, device=None, dtype=None):
         super().__init__()
@@ -39,7 +39,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), eps=1e-5).to(self.weight.dtype)
 
 
-@register_notrace_module  # FX cannot follow the check of the input's axes
+@register_notrace_module  # FX cannot trace the check of the input's axes
 class BatchNormNHWC(nn.BatchNorm1d):
     """BatchNorm of a channel-last map ``(B, H, W, C)``."""
 

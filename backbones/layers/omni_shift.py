@@ -10,12 +10,12 @@ from .conv import Conv2dNHWC
 
 
 class OmniShift(nn.Module):
-    """Re-parameterised depthwise convolution 5x5 (Restore-RWKV, arXiv 2407.11087, section 3.3); ``(B, H, W, C)``.
+    """Re-parameterised depthwise 5x5 convolution (Restore-RWKV, arXiv 2407.11087, section 3.3); ``(B, H, W, C)``.
 
-    ``alpha_0 x + alpha_1 DW1x1(x) + alpha_2 DW3x3(x) + alpha_3 DW5x5(x)``, borders padded with zeros. The sum of the
-    branches is itself one 5x5 kernel: in training it is made from the branches at every step, for evaluation it is
-    made, and kept in `merged`, whenever the module leaves training, loads a state or is initialised. `fuse` gives it as
-    an ordinary convolution. (The paper counts alpha from the largest kernel, the published code as here.)
+    ``alpha_0 x + alpha_1 DW1x1(x) + alpha_2 DW3x3(x) + alpha_3 DW5x5(x)``, with zero padding. The sum of the branches
+    is itself one 5x5 kernel. In training it is made from the branches at every step. For evaluation it is kept in
+    `merged`, made when the module leaves training, loads a state or is initialised. `fuse` returns it as an ordinary
+    convolution. (The paper numbers alpha from the largest kernel, the published code as here.)
 
     Args:
         dim: Channels C.
@@ -50,7 +50,7 @@ class OmniShift(nn.Module):
 
     @torch.no_grad()
     def refresh(self):
-        """Makes `merged` what the branches say now."""
+        """Updates `merged` from the branches."""
         self.merged.copy_(self.merge())
 
     def train(self, mode=True):
@@ -64,7 +64,7 @@ class OmniShift(nn.Module):
 
     @torch.no_grad()
     def fuse(self):
-        """The same as one convolution."""
+        """The same map as one convolution."""
         dim, dd = self.merged.shape[0], {"device": self.merged.device, "dtype": self.merged.dtype}
         conv = Conv2dNHWC(dim, dim, 5, padding=2, groups=dim, bias=False, **dd)
         conv.weight.copy_(self.merge())
@@ -75,7 +75,7 @@ def _refresh(module, incompatible_keys):
     module.refresh()
 
 
-# The authors' names of the parts and ours.
+# The authors' names for the parts, and ours.
 OMNI_SHIFT_NAMES = [
     (r"\.omni_shift\.conv(\d)x\1\.weight$", r".omni_shift.kernel\1"),
     (r"\.omni_shift\.conv5x5_reparam\.weight$", ".omni_shift.merged"),

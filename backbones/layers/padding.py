@@ -6,15 +6,15 @@ from timm.models._features_fx import register_notrace_function
 
 
 def zero_pad(x, pad):
-    """`torch.nn.functional.pad` with zeros (negative: cropping) that copies only where there is something to pad.
+    """`torch.nn.functional.pad` with zeros (negative: cropping) that copies only if there is something to pad.
 
-    Programs made by `torch.export` always pad, so that the sizes they are traced with do not decide for all others.
+    Programs from `torch.export` always pad, so that the traced sizes do not decide for all others.
     """
     return F.pad(x, pad) if torch.compiler.is_exporting() or any(pad) else x
 
 
-@register_notrace_function  # FX cannot follow what depends on the image's size
+@register_notrace_function  # FX cannot trace what depends on the image's size
 def pad_to_multiple(x, multiple):
-    """Images ``(B, C, H, W)``, padded with 0 at the right and below to sides that are multiples of `multiple`."""
+    """Images ``(B, C, H, W)``, padded with 0 on the right and below until their sides are multiples of `multiple`."""
     height, width = x.shape[2:]
     return zero_pad(x, (0, -width % multiple, 0, -height % multiple))

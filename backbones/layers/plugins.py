@@ -1,6 +1,6 @@
-"""Small modules that any backbone can take in: TVConv, weighted convolution, scSE, per-channel patches, WaRA.
+"""Small modules for any backbone: TVConv, weighted convolution, scSE, per-channel patches, WaRA.
 
-Maps are ``(B, C, H, W)`` here, as in the convolutional networks that these were published for.
+Maps are ``(B, C, H, W)``, as in the convolutional networks that these modules were published for.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ from .haar import haar, inverse_haar
 
 
 class TVConv(nn.Module):
-    """Translation-variant depthwise convolution (CVPR 2022, arXiv 2203.10489): a kernel for every place.
+    """Translation-variant depthwise convolution (CVPR 2022, arXiv 2203.10489): a kernel for every position.
 
-    The kernels come from a learned map of positions through a small network; they do not depend on the input. For
-    images of one layout, such as aligned faces.
+    A small network makes the kernels from a learned map of positions; they do not depend on the input. It is meant for
+    images with one layout, such as aligned faces.
 
     Args:
         channels: C.
         size: Height and width of the *output*, which are fixed.
         kernel_size: Side of the kernels, odd.
         stride: Step.
-        position_channels: Channels of the map of positions.
+        position_channels: Channels of the position map.
         hidden: Channels inside the network.
         layers: Its hidden layers.
-        bias: A bias for every place, too, from a network of its own.
+        bias: Adds a bias for every position, from its own network.
     """
 
     def __init__(
@@ -115,11 +115,11 @@ class _Weighted:
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-        if hasattr(self, "den"):  # the base's constructor comes here before there is one
+        if hasattr(self, "den"):  # the base's constructor calls this before `den` exists
             self.den.copy_(torch.tensor(self.initial, dtype=torch.float64, device=self.den.device))
 
     def density(self):
-        """The weight of every tap, the outer product of alpha with itself."""
+        """The weight of each tap: the outer product of alpha with itself."""
         alpha, density = torch.cat([self.den, torch.ones_like(self.den[:1]), self.den.flip(0)]), None
         if not len(self.den):
             alpha = self.weight.new_ones(1)
@@ -137,7 +137,7 @@ class WeightedConv2d(_Weighted, nn.Conv2d):
     ``weight * (alpha (x) alpha)`` with ``alpha = [d_1 .. d_r, 1, d_r .. d_1]``; it costs nothing at inference.
 
     Args:
-        args, kwargs: Those of `torch.nn.Conv2d`; the kernel is square and odd.
+        args, kwargs: As for `torch.nn.Conv2d`; the kernel must be square and odd.
         den: ``d_1 .. d_r``, the outermost first; None for ones.
         trainable: Whether they are parameters.
     """
@@ -159,8 +159,8 @@ class SCSE(nn.Module):
 
     Args:
         channels: C of ``(B, C, H, W)``.
-        reduction: C over the inner width of the channels' gate.
-        combine: 'max' (the authors' code) or 'sum' (their first paper) of both gated maps.
+        reduction: C over the inner width of the channel gate.
+        combine: 'max' (the authors' code) or 'sum' (their first paper) of the two gated maps.
     """
 
     def __init__(self, channels: int, reduction: int = 2, combine: str = "max", device=None, dtype=None):
@@ -174,7 +174,7 @@ class SCSE(nn.Module):
         self.conv = nn.Conv2d(channels, 1, 1, **dd)
 
     def gated(self, x):
-        """The map gated by channel, and the map gated by place."""
+        """The map gated by channel, and the map gated by position."""
         gate = self.fc2(F.relu(self.fc1(x.mean((2, 3))))).sigmoid()
         return x * gate[:, :, None, None], x * self.conv(x).sigmoid()
 
@@ -192,18 +192,18 @@ def sample_channels(channels):
 
 
 class ChannelPatchEmbed(nn.Module):
-    """Tokens of every channel on its own (ChannelViT, ICLR 2024, arXiv 2309.16108): for images of many, or missing,
-    channels, such as microscopy.
+    """Separate tokens for every channel (ChannelViT, ICLR 2024, arXiv 2309.16108), for images with many, or missing,
+    channels, as in microscopy.
 
-    All channels share the projection and the positions; each has an embedding. There are as many times more tokens as
-    there are channels: a mixer of linear cost pays for that linearly.
+    All channels share the projection and the positions; each has an embedding. C channels give C times as many tokens,
+    so a mixer of linear cost takes C times as long.
 
     Args:
-        img_size: Side of the square images that the position table is made for.
+        img_size: Side of the square images that fit the position table.
         patch_size: Side of a patch.
-        in_chans: Channels C that there are embeddings for.
+        in_chans: Channels C, each with an embedding.
         embed_dim: Width D.
-        sampling: Hierarchical channel sampling while training: each batch keeps a random subset of its channels.
+        sampling: Hierarchical channel sampling in training: each batch keeps a random subset of its channels.
     """
 
     def __init__(
@@ -232,8 +232,8 @@ class ChannelPatchEmbed(nn.Module):
     def positions(self, height, width, channels):
         """Positions of the patches ``(1, N, D)``.
 
-        As published, the table is resized, by a scale that is 0.1 of a patch too large, unless an image is square, of
-        the table's size and of a single channel.
+        As published, the table is resized, with a scale that is 0.1 of a patch too large, unless an image is square,
+        has the table's size and a single channel.
         """
         table = self.pos_embed[:, 1:]
         if channels == 1 and height == width == self.grid:
@@ -278,17 +278,17 @@ class ChannelPatchEmbed(nn.Module):
 
 
 class WaRA(nn.Module):
-    """Wavelet low-rank adaptation (arXiv 2506.24092) of a linear map, which stays as it is.
+    """Wavelet low-rank adaptation (arXiv 2506.24092) of a frozen linear map.
 
-    Features, and tokens, are transformed by one level of Haar wavelets; one low-rank map ``B A`` of half the width goes
-    over all four bands; the inverse transform is added to the frozen map's output. B begins at 0. There was no code to
-    compare with: this is the abstract's definition.
+    One level of Haar wavelets transforms the features and the tokens. One low-rank map ``B A`` of half the width acts
+    on all four bands. The inverse transform is added to the frozen map's output. B starts at 0. There was no code to
+    compare with: this follows the abstract.
 
     Args:
         linear: `torch.nn.Linear` with even numbers of features.
         rank: r.
         alpha: The update is scaled by alpha / rank.
-        gains: A learned gain per band. Without them, the transform along the tokens cancels and is left out, and the
+        gains: A learned gain per band. Without gains the transform along the tokens cancels and is left out, and the
             update is one matrix, `delta`.
     """
 
@@ -318,7 +318,7 @@ class WaRA(nn.Module):
         return self.scale * F.linear(F.linear(band, self.A), self.B)
 
     def update(self, x):
-        """What is added for tokens ``(..., T, D)``."""
+        """The update for tokens ``(..., T, D)``."""
         if self.gains is None:
             return inverse_haar(*(self.low_rank(band) for band in haar(x, -1)), -1)
         tokens = x.shape[-2]
@@ -328,7 +328,7 @@ class WaRA(nn.Module):
         return inverse_haar(low, high, -1)[..., :tokens, :]
 
     def delta(self):
-        """The update as a matrix ``(out, in)``, to be added to the weight; only without gains."""
+        """The update as a matrix ``(out, in)`` to add to the weight; only without gains."""
         if self.gains is not None:
             raise ValueError("gains: with a gain per band the update is no matrix")
         eye = torch.eye(self.linear.in_features, device=self.A.device, dtype=self.A.dtype)

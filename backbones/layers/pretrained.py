@@ -1,12 +1,12 @@
-"""What the pretrained configurations of the families share."""
+"""Shared defaults for the families' pretrained configurations."""
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
 def imagenet_cfg(**kwargs):
-    """timm's pretrained configuration of a model for ImageNet-1k at 224 px, tested on the centre of 256 px.
+    """timm's pretrained configuration for an ImageNet-1k model at 224 px, tested on the centre of 256 px.
 
-    `kwargs` are the rest (first_conv, classifier, url, origin_url, paper_ids, license), or others in place of these.
+    `kwargs` add further keys (first_conv, classifier, url, origin_url, paper_ids, license) or replace these.
     """
     return {
         "num_classes": 1000,

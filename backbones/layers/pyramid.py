@@ -1,4 +1,4 @@
-"""What every pyramid of stages owes timm: features, intermediates, pruning, checkpointing, the classifier."""
+"""timm's interface for all pyramids of stages: features, intermediates, pruning, checkpointing, the classifier."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from .script import refuse_script
 
 
 class Stage(nn.Module):
-    """``norm(blocks(downsample(x)))``, the blocks under gradient checkpointing where that is on.
+    """``norm(blocks(downsample(x)))``, the blocks with gradient checkpointing if enabled.
 
     Args:
         blocks: List of modules.
@@ -31,14 +31,14 @@ class Stage(nn.Module):
         return self.norm(self.run_blocks(self.downsample(x)))
 
     def run_blocks(self, x):
-        """The blocks alone."""
+        """Runs only the blocks."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
 
 class Pyramid(nn.Module):
-    """Base of the families with stages of falling resolution; maps are channel-last.
+    """Base of the families whose stages have decreasing resolution; maps are channel-last.
 
     A family's constructor calls `super().__init__` and sets `stem`, `stages` (an `nn.Sequential` of `Stage`), `norm`
     and `head` (a `ClassifierHead`).
@@ -86,14 +86,14 @@ class Pyramid(nn.Module):
 
     @staticmethod
     def _init_weights(module, needs_reset=False):
-        """Linear maps: truncated normal of std 0.02 and zeros. The rest as their modules do it."""
+        """Linear maps: truncated normal of std 0.02 and zeros. Other modules initialise themselves."""
         if isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif needs_reset and hasattr(module, "reset_parameters"):
             module.reset_parameters()
-        elif hasattr(module, "keep_variance"):  # a GRKAN, whose linear maps came before it
+        elif hasattr(module, "keep_variance"):  # a GRKAN; its linear maps were visited before it
             module.keep_variance()
 
     @torch.jit.ignore
@@ -103,7 +103,7 @@ class Pyramid(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse=False):
-        """Layer groups for layer-wise decay of the learning rate: stem, blocks in order, what follows them."""
+        """Layer groups for layer-wise learning rate decay: stem, blocks in order, the rest."""
         blocks = [
             (r"^stages\.(\d+)\.downsample", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
@@ -136,12 +136,12 @@ class Pyramid(nn.Module):
             x: Images ``(B, 3, H, W)``.
             indices: The last n stages if int, all if None, else those listed.
             norm: Apply the final norm to the last stage's map.
-            stop_early: Stop after the last stage that is asked for.
+            stop_early: Stop after the last requested stage.
             output_fmt: 'NCHW' or 'NHWC'.
-            intermediates_only: Return the maps alone.
+            intermediates_only: Return only the maps.
 
         Returns:
-            What `forward_features` gives and the list of maps; or that list.
+            The output of `forward_features` and the list of maps; or only that list.
 
         Raises:
             ValueError: `output_fmt` is neither.
@@ -163,7 +163,7 @@ class Pyramid(nn.Module):
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
         """Removes what the maps `indices` do not need; returns the indices, normalised.
 
-        With `prune_head` False the classifier stays where its stage does.
+        With `prune_head` False the classifier is kept if its stage is.
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index < len(self.stages) - 1
@@ -177,7 +177,7 @@ class Pyramid(nn.Module):
         return take_indices
 
     def final_features(self, x):
-        """The last stage's map as `forward_features` returns it."""
+        """The last stage's map, as `forward_features` returns it."""
         return self.norm(x)
 
     def forward_features(self, x):

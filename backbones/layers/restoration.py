@@ -1,8 +1,8 @@
-"""What models of restoration share: the frame around their blocks, windows, an MLP, names of published files.
+"""Shared parts of the restoration models: the frame around their blocks, windows, an MLP, names in published files.
 
-Source: SwinIR (https://arxiv.org/abs/2108.10257), whose frame they all take over.
+Source: SwinIR (https://arxiv.org/abs/2108.10257). All of them use its frame.
 
-Maps are channel-last (B, H, W, C) inside; images are NCHW.
+Inner maps are channel-last (B, H, W, C); images are NCHW.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K
 
 
 def shift_mask(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], like: Tensor) -> Tensor:
-    """What Swin adds to the logits of windows of a rolled map: 0, or -100 across a seam.
+    """Swin's attention mask for windows of a rolled map, added to the logits: 0, or -100 across a seam.
 
     Args:
         size: Height and width of the map, multiples of the window's.
         window: Height and width of a window.
         shift: By how much the map is rolled, up and to the left.
-        like: A tensor of the result's device and dtype.
+        like: A tensor with the result's device and dtype.
 
     Returns:
         ``(windows, tokens, tokens)``, the windows row by row.
@@ -48,7 +48,7 @@ def shift_mask(size: tuple[int, int], window: tuple[int, int], shift: tuple[int,
 
 
 class ConvMlp(nn.Module):
-    """MLP with a depthwise convolution `kernel_size` wide inside, of a map ``(B, H, W, C)``.
+    """MLP with an inner depthwise convolution of width `kernel_size`, for a map ``(B, H, W, C)``.
 
     ``u = GELU(W_1 x);  W_2 (u + GELU(DWConv(u)))``, or `gated`: ``[a, b] = u;  W_2 (a * DWConv(LN(b)))``.
     """
@@ -93,8 +93,8 @@ class Head(nn.Module):
         dim: Channels C.
         out_chans: Channels of the image.
         scale: 1, 2, 3 or 4.
-        direct: One convolution and one pixel shuffle; else a narrower map of 64 channels is shuffled, by 2 and again by
-            2 for a scale of 4.
+        direct: One convolution and one pixel shuffle. Otherwise a narrower map of 64 channels is shuffled; for a scale
+            of 4, by 2 twice.
     """
 
     def __init__(self, dim: int, out_chans: int, scale: int, direct: bool, device=None, dtype=None):
@@ -117,32 +117,32 @@ class Head(nn.Module):
         return self.shuffle(self.conv(self.up(x.permute(0, 3, 1, 2))))
 
 
-@register_notrace_function  # FX cannot follow what depends on the image's size
+@register_notrace_function  # FX cannot trace what depends on the image's size
 def check_image(x: Tensor, in_chans: int) -> Tensor:
-    """x, where it is ``(B, in_chans, H, W)``; else ValueError."""
+    """Returns x if it is ``(B, in_chans, H, W)``; else ValueError."""
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(f"x: expected (B, {in_chans}, H, W), got {tuple(x.shape)}")
     return x
 
 
 class RestorationFrame(nn.Module):
-    """The frame of these models: images in, images of `scale` times their size out.
+    """The frame of these models: takes images, returns images of `scale` times their size.
 
     ``f = conv(x);  head(f + conv(LN(groups(LN(f)))))``; with `residual` the head's output is added to the image.
 
     Args:
         block: Makes block j of group i: ``block(i, j)``.
         in_chans: Channels of the images.
-        out_chans: Channels of what comes out; None for `in_chans`.
-        dim: Channels C inside.
+        out_chans: Channels of the output; None for `in_chans`.
+        dim: Inner channels C.
         depths: Blocks of each group.
-        scale: How much larger what comes out is, 1 to 4.
+        scale: Output size over input size, 1 to 4.
         direct: See `Head`.
-        residual: The network predicts what is to be added to the image.
-        mean: What is subtracted from each channel of the image, and added in the end.
+        residual: Whether the network predicts the difference to the image.
+        mean: Value that is subtracted from each channel of the image, and added back at the end.
 
     Raises:
-        ValueError: another scale.
+        ValueError: the scale is not supported.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -192,7 +192,7 @@ class RestorationFrame(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layer groups for layer-wise decay of the learning rate."""
+        """Layer groups for layer-wise learning rate decay."""
         blocks = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)\.conv", (9999,))]
         return dict(
             stem=r"^stem", blocks=[*([(r"^stages\.(\d+)", None)] if coarse else blocks), (r"^norm|^body", (99999,))]
@@ -200,25 +200,25 @@ class RestorationFrame(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether blocks are computed again in the backward pass."""
+        """Sets whether blocks are recomputed in the backward pass."""
         for group in self.stages:
             group.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The convolution that gives the image."""
+        """The convolution that outputs the image."""
         return self.head.conv
 
     def image_mean(self, x: Tensor) -> Tensor | float:
-        """What is subtracted from images x, of a shape that fits them."""
+        """The value to subtract from images x, in a shape that fits them."""
         return 0.0 if self.mean is None else x.new_tensor(self.mean).view(1, -1, 1, 1)
 
     def pad(self, x: Tensor) -> Tensor:
-        """The image as large as the blocks need it."""
+        """Pads the image to a size that the blocks can process."""
         return x
 
     def forward_groups(self, x: Tensor) -> list[Tensor]:
-        """Images ``(B, in_chans, H, W)`` to the stem's map and those of the groups, ``(B, H, W, C)`` each."""
+        """Images ``(B, in_chans, H, W)`` to the stem's map and the groups' maps, each ``(B, H, W, C)``."""
         x = check_image(x, self.in_chans)
         x = self.pad(x - self.image_mean(x))
         stem = self.stem(x).permute(0, 2, 3, 1)
@@ -228,7 +228,7 @@ class RestorationFrame(nn.Module):
         return [stem, *maps[1:]]
 
     def fuse(self, maps: list[Tensor]) -> Tensor:
-        """What `forward_groups` gives to the map that the head reads ``(B, H, W, C)``."""
+        """Fuses the maps of `forward_groups` into the map that the head reads ``(B, H, W, C)``."""
         return maps[0] + self.body(self.norm(maps[-1]))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -243,10 +243,10 @@ class RestorationFrame(nn.Module):
         Args:
             x: Images ``(B, in_chans, H, W)``.
             indices: The last n groups if int, all if None, else those listed.
-            intermediates_only: Return the maps alone.
+            intermediates_only: Return only the maps.
 
         Returns:
-            What `forward_features` gives and the list of maps; or that list.
+            The output of `forward_features` and the list of maps; or only that list.
         """
         take_indices, _ = feature_take_indices(len(self.stages), indices)
         found = self.forward_groups(x)
@@ -257,13 +257,13 @@ class RestorationFrame(nn.Module):
         """Images ``(B, in_chans, H, W)``, white at 1, to restored ones ``(B, out_chans, scale H, scale W)``.
 
         Raises:
-            ValueError: another number of channels, or a size that the model does not take.
+            ValueError: the number of channels is wrong, or the model does not support the size.
         """
         y = self.head(self.forward_features(x))[..., : self.scale * x.shape[2], : self.scale * x.shape[3]]
         return x + y if self.residual else y + self.image_mean(x)
 
 
-# Published names and ours of what stands around the blocks; their order counts.
+# Published names for the parts around the blocks, and ours; their order matters.
 BODY_NAMES = [
     (r"^(?:module|model|generator)\.", ""),
     (r"^conv_first\.", "stem."),
@@ -277,7 +277,7 @@ BODY_NAMES = [
 
 
 def convert(state_dict: dict[str, Tensor], model: RestorationFrame, renames: list) -> dict[str, Tensor]:
-    """A state dict of the authors in our names; what BasicSR wraps around it is taken off."""
+    """An authors' state dict in our names, without BasicSR's wrapping."""
     wrapped: dict[str, Any] = state_dict
     state_dict = next((wrapped[name] for name in ("params_ema", "params", "state_dict") if name in wrapped), wrapped)
     if "stem.weight" in state_dict:
@@ -286,7 +286,7 @@ def convert(state_dict: dict[str, Tensor], model: RestorationFrame, renames: lis
     out = {}
     for key, value in state_dict.items():
         key = rename(key, renames)
-        if key.startswith("upsample."):  # convolutions 0 and 2; ours stand behind the narrow one and its activation
+        if key.startswith("upsample."):  # convolutions 0 and 2; ours come after the narrow one and its activation
             index, leaf = key.split(".")[1:]
             key = f"head.conv.{leaf}" if direct else f"head.up.{int(index) + 2}.{leaf}"
         out[key] = value
@@ -304,6 +304,6 @@ def restoration_cfg(channels: int = 3, **kwargs) -> dict:
         "mean": (0.0,) * channels,
         "std": (1.0,) * channels,
         "first_conv": "stem",
-        "classifier": ("head.conv", "head.up.2", "head.up.4"),  # what another scale does not share
+        "classifier": ("head.conv", "head.up.2", "head.up.4"),  # layers that depend on the scale
         **kwargs,
     }

@@ -1,11 +1,12 @@
-"""Rotary positions of the tokens of a map."""
+"""Rotary position embeddings for the tokens of a map."""
 
 import torch
 from torch import Tensor
 
 
 def axial_angles(rows: Tensor, columns: Tensor, pairs: int, theta: float = 10000.0) -> Tensor:
-    """Angles ``(H, W, 2 pairs)`` of the pairs of channels of a map: the first half turns with the row.
+    """Angles ``(H, W, 2 pairs)`` for the channel pairs of a map: the first half turns with the row, the second with
+    the column.
 
     Pair i of either half turns by ``theta ** (-i / pairs)`` times its position, given by `rows` ``(H,)`` or `columns`
     ``(W,)``.
@@ -17,6 +18,6 @@ def axial_angles(rows: Tensor, columns: Tensor, pairs: int, theta: float = 10000
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns pairs of neighbouring channels of ``(..., C)`` by angles of these cosines and sines ``(..., C / 2)``."""
+    """Rotates pairs of neighbouring channels of ``(..., C)`` by angles, given as cosines and sines ``(..., C / 2)``."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)

@@ -1,4 +1,4 @@
-"""RWKV's token and channel mixers of images, as Vision-RWKV (arXiv 2403.02308) writes them."""
+"""RWKV's token and channel mixers for images, as defined in Vision-RWKV (arXiv 2403.02308)."""
 
 import math
 
@@ -11,17 +11,17 @@ from torch import nn
 from linzoo.ops import bi_wkv, scan_order, wkv6, wkv7, wkv7_state
 
 
-@register_notrace_function  # FX cannot follow what depends on the map's size
+@register_notrace_function  # FX cannot trace what depends on the map's size
 def q_shift(x, grid, heads=1):
     """Quad-directional token shift (eq. 9): a quarter of the channels from each neighbour.
 
-    In order: the left, the right, the upper, the lower one. The paper lists the vertical ones first; the published
-    weights are as here.
+    In order: the left, right, upper and lower neighbour. The paper lists the vertical ones first; the published weights
+    use this order.
 
     Args:
         x: Tokens ``(B, H * W, C)`` in raster order.
         grid: ``(H, W)``.
-        heads: The quarters are those of each head's C / heads channels.
+        heads: Each head's C / heads channels are cut into quarters.
 
     Returns:
         ``(B, H * W, C)``, with 0 for neighbours beyond the border.
@@ -44,27 +44,27 @@ def channel_ramp(dim, device=None):
 
 
 def decay_ramp(dim, low, high, layer, layers, device=None):
-    """RWKV's initial decays: from `low` to `high` over the channels, more bent in later layers ``(dim,)``."""
+    """RWKV's initial decays ``(dim,)``: from `low` to `high` over the channels, with more curvature in later layers."""
     ramp = torch.arange(dim, dtype=torch.float32, device=device) / max(dim - 1, 1)
     return low + (high - low) * ramp ** (0.7 + 1.3 * layer / max(layers - 1, 1))
 
 
 def zigzag(count, device=None):
-    """-1, 0 and 1 in turns, from the second of them: RWKV's small differences between initial bonuses."""
+    """-1, 0 and 1 in turns, starting with the second: RWKV's small differences between initial bonuses."""
     return (torch.arange(count, device=device) + 1) % 3 - 1.0
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+@register_notrace_module  # FX cannot trace scan orders, which depend on the map's size
 class SpatialMix(nn.Module):
     """Vision-RWKV's token mixer (section 3.2): ``W_o (sigmoid(r) * BiWKV(k, v))``.
 
-    Keys, values and receptances are linear maps of ``z mu + shift(z) (1 - mu)``, with a mu for each; decay and bonus
+    Keys, values and receptances are linear maps of ``z mu + shift(z) (1 - mu)``, each with its own mu. Decay and bonus
     are divided by the number of tokens. See `linzoo.ops.bi_wkv`.
 
     Args:
         dim: Channels C.
-        layer, layers: Index of the block and their number, on which the initial values depend.
-        passes: How often BiWKV is applied, in raster and column order in turns (Restore-RWKV's Re-WKV from 2 on), with
+        layer, layers: Index of the block and number of blocks; the initial values depend on them.
+        passes: How often BiWKV is applied, alternating raster and column order (2 or more: Restore-RWKV's Re-WKV), with
             decay and bonus ``(passes, C)``.
         out_norm: Whether a LayerNorm follows BiWKV (the authors' `key_norm`).
     """
@@ -94,7 +94,7 @@ class SpatialMix(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """The authors' "fancy" values: decays of both signs, less shift in later layers; mu of v exceeds 1 there."""
+        """The authors' "fancy" values: decays of both signs, less shift in later layers; v's mu exceeds 1 there."""
         dim, device = self.mix.shape[1], self.mix.device
         near = channel_ramp(dim, device) ** (1 - self.layer / self.layers)
         later = self.layer / max(self.layers - 1, 1)
@@ -118,7 +118,7 @@ class SpatialMix(nn.Module):
 
 
 class StateMixer(nn.Module):
-    """A mixer of H heads of 64 channels whose scans in both directions may start from learnt states, `time_state`; see
+    """A mixer of H heads of 64 channels whose scans, in both directions, may start from learnt states `time_state`; see
     `linzoo.backbones.layers.state_tuning`.
     """
 
@@ -133,27 +133,27 @@ class StateMixer(nn.Module):
 
     @property
     def state_shape(self):
-        """Of the state before the first token and of that behind the last one."""
+        """Shape of the state before the first token and of that after the last one."""
         return 2, self.heads, self.head_dim, self.head_dim
 
     def add_state(self):
-        """Gives the scans states of 0 to start from; in float32 whatever the weights."""
+        """Gives the scans initial states of 0, in float32 whatever the weights' dtype."""
         self.time_state = nn.Parameter(torch.zeros(self.state_shape, device=self.mix.device))
 
 
-@register_notrace_module  # FX cannot follow the operator's checks of shapes
+@register_notrace_module  # FX cannot trace the operator's checks of shapes
 class SpatialMix6(StateMixer):
-    """RWKV-6's token mixer (arXiv 2404.05892, section 4) with shift and scans in both directions of an image.
+    """RWKV-6's token mixer (arXiv 2404.05892, section 4), with shift and scans in both directions of an image.
 
-    With ``d = shift(z) - z``, inputs of decay, key, value, receptance and gate are ``z + d (mix_j + lora_j)``, where
-    ``lora_j = tanh((z + d mix_x) W_1)_j W_2j``; then::
+    With ``d = shift(z) - z``, the inputs of decay, key, value, receptance and gate are ``z + d (mix_j + lora_j)``, with
+    ``lora_j = tanh((z + d mix_x) W_1)_j W_2j``. Then::
 
         w = decay + tanh(z_w D_1) D_2;   y = wkv6(r, k, v, w, bonus);   W_o (GroupNorm(y) * SiLU(g))
 
     Args:
-        dim: Channels; every 64 of them are a head.
+        dim: Channels; each head has 64 of them.
         layer, layers: As in `SpatialMix`.
-        mix_rank, decay_rank: Ranks of lora and of the decay's dependence on the token.
+        mix_rank, decay_rank: Rank of lora, and rank of the part of the decay that depends on the token.
     """
 
     def __init__(
@@ -211,22 +211,23 @@ class SpatialMix6(StateMixer):
         return self.output(y * F.silu(self.gate(g)))
 
 
-@register_notrace_module  # FX cannot follow the operator's checks of shapes
+@register_notrace_module  # FX cannot trace the operator's checks of shapes
 class SpatialMix7(StateMixer):
-    """RWKV-7's token mixer (arXiv 2503.14456, section 4) with shift and scans in both directions of an image.
+    """RWKV-7's token mixer (arXiv 2503.14456, section 4), with shift and scans in both directions of an image.
 
-    No vision model of RWKV-7 is published: the shift and both directions are as in `SpatialMix6`. With ``d = shift(z)
-    - z``, inputs are ``z + d mix_j``; `lora` is a product of two narrow matrices::
+    No vision model of RWKV-7 is published: shift and directions are as in `SpatialMix6`. With ``d = shift(z) - z``, the
+    inputs are ``z + d mix_j``; `lora` is a product of two narrow matrices::
 
         r, k, v = W_r z_r, W_k z_k, W_v z_v;    a = sigmoid(rate + lora_a(z_a));    g = lora_g(z_g), sigmoid inside
         w = -softplus(-(decay + lora_w(z_w))) - 1/2, tanh inside: a step keeps exp(-exp(w)) > exp(-exp(-1/2))
         e = k removal / |k removal| in each head;    k <- k (1 + (a - 1) write)
         y = GroupNorm(both directions' wkv7(r, w, k, v, -e, a e)) + (r . bonus k) v;    W_o (y g)
 
-    The first layer's values, which later layers of the language model mix in, are left out: a mixer knows no other.
+    In the language model later layers mix in the first layer's values. This is left out, because a mixer sees only its
+    own layer.
 
     Args:
-        dim: Channels; every 64 of them are a head.
+        dim: Channels; each head has 64 of them.
         layer, layers: As in `SpatialMix`.
     """
 
@@ -241,7 +242,7 @@ class SpatialMix7(StateMixer):
         dd: dict = {"device": device, "dtype": dtype}
         super().__init__(dim)
         self.layer, self.layers = layer, layers
-        rank = max(32, round(1.8 * dim**0.5 / 32) * 32)  # the language models' ranks at this width
+        rank = max(32, round(1.8 * dim**0.5 / 32) * 32)  # ranks of the language models at this width
         gate_rank = max(32, round(0.6 * dim**0.8 / 32) * 32)
         self.mix = nn.Parameter(torch.empty(6, dim, **dd))  # of r, w, k, v, a, g
         for name, inner in (("decay", rank), ("rate", rank), ("gate", gate_rank)):
@@ -261,7 +262,7 @@ class SpatialMix7(StateMixer):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Decays from slow to fast over the channels; decay, rate and gate that depend on no token yet."""
+        """Decays from slow to fast over the channels; decay, rate and gate do not depend on the token yet."""
         dim, device = self.mix.shape[1], self.mix.device
         ramp = channel_ramp(dim, device)
         near, later = 1 - self.layer / self.layers, self.layer / max(self.layers - 1, 1)
@@ -310,7 +311,7 @@ class ChannelMix(nn.Module):
 
     Args:
         dim: Channels C.
-        hidden: Width inside; None for ``4 C``.
+        hidden: Inner width; None for ``4 C``.
         layer, layers: As in `SpatialMix`.
         heads: Heads of the shift.
         hidden_norm: Whether a LayerNorm follows the square (the authors' `key_norm`).
@@ -357,9 +358,9 @@ class RWKVBlock(nn.Module):
     Args:
         dim: Channels.
         mixer, mlp: Modules of tokens ``(B, H * W, C)`` and their grid.
-        first_norm: Whether a LayerNorm takes the place of the residual stream first (RWKV's ln0).
-        post_norm: Normalise what the mixers put out instead of what they take in.
-        init_values: Layer scales s to begin with; None for none.
+        first_norm: Whether the residual stream is first replaced by its LayerNorm (RWKV's ln0).
+        post_norm: Normalise the outputs of the mixers instead of their inputs.
+        init_values: Initial layer scales s; None for none.
         eps: Of the LayerNorms.
         drop_path: Stochastic depth.
     """
@@ -397,7 +398,7 @@ class RWKVBlock(nn.Module):
         return x
 
 
-# The authors' names of a block's parts and ours.
+# The authors' names for a block's parts, and ours.
 RWKV_NAMES = [
     (r"\.ln([012])\.", r".norm\1."),
     (r"\.gamma([12])$", r".ls\1.gamma"),
@@ -411,7 +412,7 @@ RWKV_NAMES = [
 
 
 def stack_mixes(state_dict, names):
-    """Replaces ``{prefix}.{name}`` of each of `names` by one tensor ``{prefix}.mix`` ``(len(names), C)``."""
+    """Replaces ``{prefix}.{name}``, for all `names`, by one tensor ``{prefix}.mix`` ``(len(names), C)``."""
     prefixes = [key.removesuffix(names[0]) for key in state_dict if key.endswith(f".{names[0]}")]
     for prefix in prefixes:
         if all(prefix + name in state_dict for name in names):

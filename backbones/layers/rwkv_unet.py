@@ -1,4 +1,4 @@
-"""The U-Net of Restore-RWKV (arXiv 2407.11087) and of what builds on it.
+"""The U-Net of Restore-RWKV (arXiv 2407.11087), also used by models that build on it.
 
 Maps are NCHW between levels and tokens (B, H * W, C) inside them.
 """
@@ -20,14 +20,14 @@ from .script import refuse_script
 
 
 class ReWKV(nn.Module):
-    """Spatial mix with recurrent WKV (section 3.2): BiWKV along rows, its output again along columns.
+    """Spatial mix with recurrent WKV (section 3.2): BiWKV along rows, then on its output along columns.
 
     ``s = shift(z);  k, v, r = W_k s, W_v s, W_r s;  W_o (sigmoid(r) * BiWKV_1(k, BiWKV_0(k, v)))``.
 
     Args:
         dim: Channels C.
         shift: Module on maps ``(B, H, W, C)``.
-        passes: Passes of BiWKV, along rows and columns in turns; each has a decay and a bonus.
+        passes: Passes of BiWKV, alternating rows and columns; each has its own decay and bonus.
     """
 
     def __init__(self, dim: int, shift: nn.Module, passes: int = 2, device=None, dtype=None):
@@ -57,7 +57,7 @@ class ReWKV(nn.Module):
 
 
 class OmniChannelMix(nn.Module):
-    """``s = shift(z);  sigmoid(W_r s) * W_v relu(W_k s)^2``, four times as wide inside."""
+    """``s = shift(z);  sigmoid(W_r s) * W_v relu(W_k s)^2``, with an inner width of 4 C."""
 
     def __init__(self, dim: int, shift: nn.Module, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -73,14 +73,14 @@ class OmniChannelMix(nn.Module):
         return torch.sigmoid(self.receptance(s)) * self.value(F.relu(self.key(s)).square())
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+@register_notrace_module  # FX cannot trace scan orders, which depend on the map's size
 class Level(nn.Module):
     """Blocks on a map ``(B, C, H, W)``.
 
     Args:
         dim: Channels C.
         depth: Blocks.
-        shift: Class of the mixers' token shifts, made of the number of channels.
+        shift: Class of the mixers' token shifts, called with the number of channels.
     """
 
     def __init__(self, dim: int, depth: int, shift: Callable[..., nn.Module] = OmniShift, device=None, dtype=None):
@@ -107,7 +107,7 @@ class Level(nn.Module):
 
 
 class Downsample(nn.Sequential):
-    """Half the size, twice the channels: a convolution 3x3 and a pixel unshuffle."""
+    """Half the size, twice the channels: a 3x3 convolution and a pixel unshuffle."""
 
     def __init__(self, dim: int, device=None, dtype=None):
         conv = nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False, device=device, dtype=dtype)
@@ -115,16 +115,16 @@ class Downsample(nn.Sequential):
 
 
 class Upsample(nn.Sequential):
-    """Twice the size, half the channels: a convolution 3x3 and a pixel shuffle."""
+    """Twice the size, half the channels: a 3x3 convolution and a pixel shuffle."""
 
     def __init__(self, dim: int, device=None, dtype=None):
         conv = nn.Conv2d(dim, 2 * dim, 3, padding=1, bias=False, device=device, dtype=dtype)
         super().__init__(conv, nn.PixelShuffle(2))
 
 
-@register_notrace_function  # FX cannot follow what depends on the image's size
+@register_notrace_function  # FX cannot trace what depends on the image's size
 def pad_image(x, in_chans, multiple):
-    """Images with the last row and column repeated until their sides are multiples; ValueError for other channels."""
+    """Repeats the last row and column of images until their sides are multiples; ValueError for other channels."""
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(f"x: expected (B, {in_chans}, H, W), got {tuple(x.shape)}")
     H, W = x.shape[2:]
@@ -132,19 +132,19 @@ def pad_image(x, in_chans, multiple):
 
 
 class RWKVUNet(nn.Module):
-    """Restore-RWKV's four-level U-Net: images in, restored images of the same size and channels out.
+    """Restore-RWKV's four-level U-Net: takes images, returns restored images of the same size and channels.
 
     Args:
         in_chans: Channels of the images.
-        dim: Channels of the first level; each further one has twice as many.
-        depths: Blocks of each level, the deepest last; encoder and decoder have the same.
+        dim: Channels of the first level; each further level has twice as many.
+        depths: Blocks of each level, the deepest last; the same in encoder and decoder.
         refinement: Blocks after the decoder.
-        shift: Class of the mixers' token shifts, made of the number of channels.
+        shift: Class of the mixers' token shifts, called with the number of channels.
     """
 
     __prepare_scriptable__ = refuse_script
 
-    multiple = 8  # sides that the U-Net takes without padding
+    multiple = 8  # sides that are multiples of this need no padding
 
     def __init__(
         self,
@@ -205,7 +205,7 @@ class RWKVUNet(nn.Module):
         return self.head
 
     def encode(self, x):
-        """Images, sides multiples of 8, to the outputs of the encoder's levels ``(B, C_i, H / 2^i, W / 2^i)``."""
+        """Images (sides are multiples of 8) to the outputs of the encoder's levels ``(B, C_i, H / 2^i, W / 2^i)``."""
         outputs = []
         x = self.stem(x)
         for i, level in enumerate(self.stages):
@@ -214,7 +214,7 @@ class RWKVUNet(nn.Module):
         return outputs
 
     def skip(self, x, level):
-        """What the encoder's output x of a level passes to the decoder."""
+        """What the decoder receives from the encoder's output x of a level."""
         return x
 
     def decode(self, outputs):
@@ -227,7 +227,7 @@ class RWKVUNet(nn.Module):
         return self.refinement(x)
 
     def forward_features(self, x):
-        """Images, sides multiples of 8, to the map that the head reads ``(B, 2 C, H, W)``."""
+        """Images (sides are multiples of 8) to the map that the head reads ``(B, 2 C, H, W)``."""
         return self.decode(self.encode(x))
 
     def forward_intermediates(self, x, indices=None, intermediates_only=False):
@@ -236,10 +236,10 @@ class RWKVUNet(nn.Module):
         Args:
             x: Images ``(B, in_chans, H, W)``, sides multiples of 8.
             indices: The last n levels if int, all if None, else those listed.
-            intermediates_only: Return the maps alone.
+            intermediates_only: Return only the maps.
 
         Returns:
-            What `forward_features` gives and the list of maps; or that list.
+            The output of `forward_features` and the list of maps; or only that list.
         """
         take_indices, _ = feature_take_indices(len(self.stages), indices)
         outputs = self.encode(x)
@@ -247,12 +247,12 @@ class RWKVUNet(nn.Module):
         return maps if intermediates_only else (self.decode(outputs), maps)
 
     def forward(self, x):
-        """Images ``(B, in_chans, H, W)`` of any size to restored ones; the network predicts what is to be added.
+        """Images ``(B, in_chans, H, W)`` of any size to restored ones; the network predicts the difference.
 
-        Sides that are no multiple of 8 are padded by repeating the last row and column, and the output cropped.
+        If sides are not multiples of 8, the last row and column are repeated, and the output is cropped.
 
         Raises:
-            ValueError: another number of channels.
+            ValueError: the number of channels is wrong.
         """
         padded = pad_image(x, self.in_chans, self.multiple)
         H, W = x.shape[2:]

@@ -1,4 +1,4 @@
-"""S4D, S4, S4ND and LSSL: linear time-invariant state spaces computed as long convolutions.
+"""S4D, S4, S4ND and LSSL: linear time-invariant state spaces, computed as long convolutions.
 
 Complex parameters hold (re, im) on their last axis. Tokens and maps are channel-last.
 """
@@ -14,7 +14,7 @@ from linzoo.ops import fft_conv, ssm_kernel
 
 from .hippo import diagonal_system, hippo_legs, normal_plus_low_rank, perturb_then_diagonalise
 
-# A, B, P and the steps learn at 1e-3 at most, and do not decay.
+# A, B, P and the steps: learning rate 1e-3 at most, no weight decay.
 STATE_SPACE = {"lr": 1e-3, "weight_decay": 0.0}
 
 
@@ -37,12 +37,12 @@ class DiagonalKernel(nn.Module):
         channels: Kernels per feature that share A, B and the steps.
         init: 'lin', 'inv', 'inv2', 'quad', 'real' or 'legs' (`diagonal_system`), or 'ptd'
             (`perturb_then_diagonalise`: all modes, B = V^-1 B_legs, C = C_0 V with a real normal C_0).
-        copies: Independent pairs of A and B, a divisor of H; feature h has that of h modulo copies. None for H.
+        copies: Independent pairs of A and B, a divisor of H; feature h uses pair h modulo copies. None for H.
         discretization: 'zoh' or 'bilinear'.
-        dt_min, dt_max: Steps begin log-uniform between these.
+        dt_min, dt_max: Range of the initial steps, which are log-uniform.
         bandlimit: Modes whose frequency dt |Im A| / 2 pi (at a `rate` of 1) is at least half of this are cut; None for
             none.
-        length: Steps of the kernel; None for those that `forward` is asked for.
+        length: Steps of the kernel; None for the length given to `forward`.
     """
 
     optim_hints = dict.fromkeys(("A_log", "A_imag", "B", "log_dt"), STATE_SPACE)
@@ -95,7 +95,7 @@ class DiagonalKernel(nn.Module):
         self.B.copy_(as_real(B).expand_as(self.B))
 
     def state_space(self, rate=1.0):
-        """A, B, C ``(H, N, 2)`` and dt ``(H,)`` in float32 at least, at a sampling rate of `rate`."""
+        """A, B, C ``(H, N, 2)`` and dt ``(H,)`` in float32 or more, at a sampling rate of `rate`."""
         A_log, A_imag, B, C, log_dt = (
             t.to(torch.promote_types(t.dtype, torch.float32))
             for t in (self.A_log, self.A_imag, self.B, self.C, self.log_dt)
@@ -109,24 +109,24 @@ class DiagonalKernel(nn.Module):
         return A, B.repeat(repeats, 1, 1), C, rate * dt
 
     def forward(self, length, rate=1.0):
-        """The kernels ``(channels, H, length)``, or of the length that the constructor was given."""
+        """The kernels ``(channels, H, length)``; a length given to the constructor takes precedence."""
         A, B, C, dt = self.state_space(rate)
         return ssm_kernel(A, B, C, dt, self.length or length, discretization=self.discretization)
 
 
 class LowRankKernel(nn.Module):
-    """S4's convolution kernels (arXiv 2111.00396): a state matrix diag(A) - P P^*, by its generating function.
+    """S4's convolution kernels (arXiv 2111.00396), by generating function: the state matrix is diag(A) - P P^*.
 
-    As in the authors' weights, the parameter `C` is that of the truncated generating function, ``C (I - dA^length)``
-    of the true C: this is what makes a kernel cost O(N + length). It belongs to one length; `attune` gives it another.
+    As in the authors' weights, the parameter `C` is that of the truncated generating function, ``C (I - dA^length)`` of
+    the true C. A kernel therefore costs only O(N + length). This `C` belongs to one length; `attune` changes it.
 
     Args:
         dim: Features H.
         d_state: Real states N: N/2 modes.
-        channels: Kernels per feature that share all but C.
+        channels: Kernels per feature that share everything except C.
         init: 'legs' or 'fourier'.
         copies: Independent sets of A, B and P; None for 1.
-        dt_min, dt_max: Steps begin log-uniform between these.
+        dt_min, dt_max: Range of the initial steps, which are log-uniform.
         length: Steps of the kernel; inputs further back are forgotten.
     """
 
@@ -177,11 +177,11 @@ class LowRankKernel(nn.Module):
 
     @torch.no_grad()
     def attune(self, length, true_C=False):
-        """Makes `C` that of kernels of another length.
+        """Changes `C` to that of kernels of another length.
 
         Args:
             length: Steps.
-            true_C: Whether `C` holds the true C now, as after filling it by hand, and not that of `self.length`.
+            true_C: Whether `C` now holds the true C, as after filling it by hand, instead of that of `self.length`.
         """
         A, _, C, P, dt = (t.double() for t in self.state_space())
         A, C, P, half = torch.view_as_complex(A), torch.view_as_complex(C), torch.view_as_complex(P)[0], dt[:, None] / 2
@@ -212,7 +212,7 @@ class LowRankKernel(nn.Module):
         return torch.complex(real, -imag)
 
     def state_space(self, rate=1.0):
-        """A, B, C, P and dt in float32 at least, repeated for all features, at a sampling rate of `rate`."""
+        """A, B, C, P and dt in float32 or more, repeated for all features, at a sampling rate of `rate`."""
         A_log, A_imag, B, C, P, log_dt = (
             t.to(torch.promote_types(t.dtype, torch.float32))
             for t in (self.A_log, self.A_imag, self.B, self.C, self.P, self.log_dt)
@@ -222,12 +222,12 @@ class LowRankKernel(nn.Module):
         return A, B.repeat(repeats, 1, 1), C, P.repeat(1, repeats, 1, 1), rate * log_dt.exp()
 
     def forward(self, length=None, rate=1.0):
-        """The kernels ``(channels, H, self.length / rate)``: `length` is not this kernel's to choose."""
+        """The kernels ``(channels, H, self.length / rate)``; the argument `length` is ignored."""
         A, B, C, P, dt = self.state_space(rate)
         return ssm_kernel(A, B, C, dt, round(self.length / rate), P=P, discretization="bilinear")
 
 
-@register_notrace_module  # FX cannot follow kernels, which are as long as the input
+@register_notrace_module  # FX cannot trace kernels, which are as long as the input
 class S4ND(nn.Module):
     """Long convolutions along every axis by state-space kernels, and a gated projection (S4ND, arXiv 2210.06583).
 
@@ -238,18 +238,18 @@ class S4ND(nn.Module):
         axes: Axes that the kernels run along.
         kernel: 'diagonal' (S4D) or 'low_rank' (S4).
         d_state: Real states N of each kernel.
-        bidirectional: Kernels in both directions: from a token to the ones before it and itself, and to the ones after.
+        bidirectional: Kernels in both directions: from a token to itself and the ones before, and to the ones after.
         channels: Outputs per input channel, all of them read by the projection.
         rank: Outer products that are averaged.
         linear: Without activation and projection; needs one output per channel.
-        out_channels: Makes it a full convolution to so many channels, with a kernel per pair of channels and without
-            D; needs `linear`.
-        length: Steps of the kernels: a number, or one per axis. None (S4D alone) for the input's size.
-        drop: Dropout in front of the projection.
+        out_channels: Makes it a full convolution to this many channels, with a kernel per pair of channels and no D;
+            needs `linear`.
+        length: Steps of the kernels: a number, or one per axis. None (S4D only) for the input's size.
+        drop: Dropout before the projection.
         kernel_args: Further arguments of `DiagonalKernel` or `LowRankKernel`: init, dt_min, dt_max, ...
 
     Raises:
-        ValueError: arguments that exclude each other.
+        ValueError: arguments exclude each other.
     """
 
     def __init__(
@@ -302,7 +302,7 @@ class S4ND(nn.Module):
         return [kernel(size, rate).unflatten(0, heads) for kernel, size in zip(self.kernel, sizes, strict=True)]
 
     def convolve(self, u, rate=1.0):
-        """``K * u + D u``: ``(B, L_1, ..., channels H)``, the channels' outputs one after the other."""
+        """``K * u + D u``: ``(B, L_1, ..., channels H)``, one channel's outputs after the other."""
         kernels = self.kernels(u.shape[1:-1], rate)
         outputs = []
         for c in range(self.channels):
@@ -315,7 +315,7 @@ class S4ND(nn.Module):
     def forward(self, u, rate=1.0):
         """``(B, L_1, ..., H)`` to the same, or to `out_channels`.
 
-        `rate` is how much farther apart the samples are than those that the layer was trained on: the steps' factor.
+        `rate` multiplies the steps: how much farther apart the samples are than those in training.
         """
         if u.dim() != self.axes + 2 or u.shape[-1] != self.dim:
             raise ValueError(f"u: expected (B, {self.axes} axes, {self.dim}), got {tuple(u.shape)}")
@@ -324,16 +324,16 @@ class S4ND(nn.Module):
 
 
 class S4D(S4ND):
-    """S4D (arXiv 2206.11893) on sequences ``(B, L, H)``: `S4ND` of one axis with diagonal kernels."""
+    """S4D (arXiv 2206.11893) on sequences ``(B, L, H)``: `S4ND` with one axis and diagonal kernels."""
 
     def __init__(self, dim: int, d_state: int = 64, bidirectional: bool = False, init: str = "legs", **kwargs):
         super().__init__(dim, 1, "diagonal", d_state, bidirectional, init=init, **kwargs)
 
 
 class S4(S4ND):
-    """S4 (arXiv 2111.00396) on sequences ``(B, L, H)``: `S4ND` of one axis with diagonal-plus-low-rank kernels.
+    """S4 (arXiv 2111.00396) on sequences ``(B, L, H)``: `S4ND` with one axis and diagonal-plus-low-rank kernels.
 
-    `length` is the most steps that an output looks back.
+    `length` is the number of steps that an output looks back at most.
     """
 
     def __init__(
@@ -347,10 +347,10 @@ PUBLISHED = {"A_real": "A_log", "log_A_real": "A_log", "inv_dt": "log_dt"}  # na
 
 @torch.no_grad()
 def load_published(layer, state_dict):
-    """Loads a layer's weights as the authors' repository stores them (state-spaces/s4) into ours.
+    """Loads a layer's weights from the format of the authors' repository (state-spaces/s4).
 
-    Those of their S4D example, of S4's block with diagonal or low-rank kernels, and of S4ND. Their kernels store -Im A,
-    but for the example's; C belongs to the length in `l_kernel`, or is the true C where that is 0.
+    It reads those of their S4D example, of S4's block with diagonal or low-rank kernels, and of S4ND. Their kernels
+    store -Im A, except the example's. C belongs to the length in `l_kernel`, or is the true C if that is 0.
 
     Args:
         layer: `S4ND`, `S4D` or `S4` of the same sizes.
@@ -378,7 +378,7 @@ def load_published(layer, state_dict):
             value = -value if leaf == "A_imag" and not example else value
             ours[f"kernel.{axis}.{leaf}"] = value.reshape(getattr(kernel, leaf).shape)
     for axis, kernel in enumerate(layer.kernel):
-        if f"kernel.{axis}.B" not in ours:  # the example's is 1
+        if f"kernel.{axis}.B" not in ours:  # it is 1 in the example
             ours[f"kernel.{axis}.B"] = torch.stack([torch.ones_like(kernel.A_log), torch.zeros_like(kernel.A_log)], -1)
     layer.load_state_dict(ours)
     for axis, length in lengths.items():
@@ -399,10 +399,10 @@ class LSSL(nn.Module):
         dim: Features H of ``(B, L, H)``.
         d_state: N.
         channels: M, outputs per feature.
-        learn: Train A, B and the steps, too ("LSSL"); otherwise they stay as they begin ("LSSL-fixed"). The published
-            layer learns A within a structured class; here it is dense.
-        dt_min, dt_max: Steps begin log-uniform between these.
-        drop: Dropout in front of the projection.
+        learn: Train A, B and the steps, too ("LSSL"); otherwise they keep their initial values ("LSSL-fixed"). The
+            published layer learns A within a structured class; here A is dense.
+        dt_min, dt_max: Range of the initial steps, which are log-uniform.
+        drop: Dropout before the projection.
     """
 
     optim_hints = {
@@ -462,7 +462,7 @@ class LSSL(nn.Module):
         return torch.einsum("hmn,hnl->mhl", C, krylov[..., :length])
 
     def forward(self, u, rate=1.0):
-        """``(B, L, H)`` to the same. `rate` is the steps' factor, for inputs of another sampling rate."""
+        """``(B, L, H)`` to the same. `rate` multiplies the steps, for inputs with another sampling rate."""
         kernels, D = self.kernel(u.shape[1], rate), self.D.to(u.dtype)
         y = torch.stack([torch.addcmul(fft_conv(u, k), u, D[:, m]) for m, k in enumerate(kernels)], -1)
         return self.out_proj(self.drop(F.gelu(y)).flatten(2))

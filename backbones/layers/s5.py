@@ -1,4 +1,4 @@
-"""S5 and ConvS5: one diagonal state space for all features, by a scan.
+"""S5 and ConvS5: one diagonal state space for all features, computed by a scan.
 
 Complex parameters hold (re, im) on their last axis.
 """
@@ -23,18 +23,18 @@ def gelu(x):
 
 
 def initial_modes(init, d_state, blocks):
-    """Modes that S5 begins with: `blocks` times the same block of d_state / blocks real states.
+    """Initial modes of S5: `blocks` copies of one block of d_state / blocks real states.
 
     Args:
         init: 'legs' (HiPPO-N, half of the modes) or 'ptd' (all of them).
-        d_state: Real states in all.
-        blocks: Their blocks.
+        d_state: Real states in total.
+        blocks: Number of blocks.
 
     Returns:
         Lambda ``(P,)``, block-diagonal V ``(d_state, P)`` and its left inverse ``(P, d_state)``.
 
     Raises:
-        ValueError: unknown `init`, or the blocks do not divide the states.
+        ValueError: `init` is unknown, or the blocks do not divide the states.
     """
     if init not in ("legs", "ptd"):
         raise ValueError(f"init: expected 'legs' or 'ptd', got {init!r}")
@@ -51,7 +51,7 @@ def initial_modes(init, d_state, blocks):
 
 
 class DiagonalSystem(nn.Module):
-    """The part of S5 and ConvS5 that is no projection: Lambda and the step sizes, one per state, and their use."""
+    """The part of S5 and ConvS5 without projections: Lambda and the step sizes, one per state, and their use."""
 
     optim_hints = dict.fromkeys(("Lambda_re", "Lambda_im", "log_step"), STATE_SPACE)
 
@@ -66,7 +66,7 @@ class DiagonalSystem(nn.Module):
         self.log_step = nn.Parameter(torch.empty(modes, **dd))
 
     def discretise(self, rate=1.0):
-        """Gains of the states and of their inputs, complex ``(P,)``, float32 at least."""
+        """Gains of the states and of their inputs, complex ``(P,)``, in float32 or more."""
         re, im, log_step = (
             t.to(torch.promote_types(t.dtype, torch.float32)) for t in (self.Lambda_re, self.Lambda_im, self.log_step)
         )
@@ -78,21 +78,21 @@ class DiagonalSystem(nn.Module):
         return half * (1 + step / 2 * Lambda), half * step
 
 
-@register_notrace_module  # FX cannot follow the operator's checks of shapes
+@register_notrace_module  # FX cannot trace the operator's checks of shapes
 class S5(DiagonalSystem):
     """S5 (arXiv 2208.04933): ``x_k = Lb x_{k-1} + Bb u_k;  y_k = 2 Re(C x_k) + D u_k`` on sequences ``(B, L, H)``.
 
     Args:
         dim: Features H.
-        d_state: Real states: half as many modes P, or as many with `init` 'ptd', whose outputs are not doubled.
-        blocks: Blocks of HiPPO matrices that the states begin as.
+        d_state: Real states. There are half as many modes P; with `init` 'ptd' as many, and outputs are not doubled.
+        blocks: Number of HiPPO blocks in the initial states.
         init: 'legs' (HiPPO-N) or 'ptd' (`hippo.perturb_then_diagonalise`).
-        bidirectional: A second scan from the end; either direction includes the step itself.
+        bidirectional: Adds a second scan from the end; both directions include the step itself.
         discretization: 'zoh' or 'bilinear'.
         clip: Keep the modes' real parts at -1e-4 or less.
-        c_init: 'lecun' (normal of std 1 / sqrt(d_state H)), 'truncated' (1 / sqrt(d_state)), both from real systems'
-            coordinates, or 'complex_normal' (variance 1, in the modes').
-        dt_min, dt_max: Steps begin log-uniform between these.
+        c_init: 'lecun' (normal of std 1 / sqrt(d_state H)), 'truncated' (1 / sqrt(d_state)), both in the coordinates of
+            real systems, or 'complex_normal' (variance 1, in those of the modes).
+        dt_min, dt_max: Range of the initial steps, which are log-uniform.
     """
 
     optim_hints = {**DiagonalSystem.optim_hints, "B": STATE_SPACE}
@@ -147,7 +147,7 @@ class S5(DiagonalSystem):
         self.C.copy_(as_real(torch.cat(columns.unbind(), -1)))
 
     def forward(self, u, rate=1.0):
-        """``(B, L, H)`` to the same. `rate` is the steps' factor, for inputs of another sampling rate."""
+        """``(B, L, H)`` to the same. `rate` multiplies the steps, for inputs with another sampling rate."""
         gain, scale = self.discretise(rate)
         B, C = (
             torch.view_as_complex(t.to(torch.promote_types(t.dtype, torch.float32)).contiguous())
@@ -177,7 +177,7 @@ class S5Mixer(nn.Module):
         dim: Features.
         activation: One of these.
         drop: Dropout of g(y) and of the output.
-        kwargs: Those of `S5`.
+        kwargs: Passed to `S5`.
     """
 
     def __init__(self, dim: int, activation: str = "half_glu1", drop: float = 0.0, device=None, dtype=None, **kwargs):
@@ -211,16 +211,16 @@ def he_normal_(tensor, fan_in):
 class ConvS5(DiagonalSystem):
     """ConvS5 (arXiv 2310.19694): ``x_k = Lb x_{k-1} + Bb * u_k;  y_k = 2 Re(C * x_k)`` on videos ``(T, B, H, W, U)``.
 
-    B and C are convolutions; the gain of a state is one complex number at every pixel, so the recurrence is S5's.
+    B and C are convolutions. A state's gain is one complex number for all pixels, so the recurrence is that of S5.
 
     Args:
         dim: Channels U.
-        d_state: Real states: half as many modes P.
-        blocks: Blocks of HiPPO matrices that the states begin as.
+        d_state: Real states; there are half as many modes P.
+        blocks: Number of HiPPO blocks in the initial states.
         kernel_size: Side of B's and C's kernels, odd.
         discretization: 'zoh' or 'bilinear'.
         clip: Keep the modes' real parts at -1e-4 or less.
-        dt_min, dt_max: Steps begin log-uniform between these.
+        dt_min, dt_max: Range of the initial steps, which are log-uniform.
     """
 
     def __init__(
@@ -266,8 +266,8 @@ class ConvS5(DiagonalSystem):
 
         Args:
             u: Frames ``(T, B, H, W, U)``.
-            initial: State in front of the first ``(B, H, W, P, 2)``; None for 0.
-            rate: The steps' factor.
+            initial: State before the first frame ``(B, H, W, P, 2)``; None for 0.
+            rate: Factor of the steps.
 
         Returns:
             ``(T, B, H, W, U)`` and the last state ``(B, H, W, P, 2)``.
@@ -290,7 +290,7 @@ class ConvS5(DiagonalSystem):
 
 
 class ConvS5Head(nn.Module):
-    """What stands after `ConvS5`'s state space, with g the tanh GELU, on ``(N, H, W, U)``.
+    """The layers after `ConvS5`'s state space, with g the tanh GELU, on ``(N, H, W, U)``.
 
     'standard': ``g(GN(y + Conv(u)))``; 'resnet': ``g(y + Conv(g(GN(Conv(g(GN(y)))))))``; 'diag_resnet':
     ``g(y + Conv(g(GN(y))))``; 'half_glu': ``g sigmoid(W g)`` of ``g = g(LN(y))``.
@@ -302,7 +302,7 @@ class ConvS5Head(nn.Module):
         num_groups: Groups of GroupNorm.
     """
 
-    KINDS = {"standard": 1, "resnet": 2, "diag_resnet": 1, "half_glu": 0}  # and their convolutions
+    KINDS = {"standard": 1, "resnet": 2, "diag_resnet": 1, "half_glu": 0}  # number of convolutions of each kind
 
     def __init__(
         self, dim: int, kind: str = "resnet", kernel_size: int = 3, num_groups: int = 32, device=None, dtype=None
@@ -340,7 +340,7 @@ class ConvS5Layer(nn.Module):
         norm: 'pre', 'post' (LayerNorm over channels) or None.
         num_groups: Groups of the head's GroupNorms.
         drop: Dropout.
-        kwargs: Those of `ConvS5`.
+        kwargs: Passed to `ConvS5`.
     """
 
     def __init__(
@@ -366,7 +366,7 @@ class ConvS5Layer(nn.Module):
         self.norm = nn.Identity() if norm is None else nn.LayerNorm(dim, eps=1e-6, **dd)
 
     def forward(self, u, initial=None, rate=1.0):
-        """Frames and the state in front of them to frames and the last state; see `ConvS5`."""
+        """Frames and the state before them to frames and the last state; see `ConvS5`."""
         x = self.norm(u) if self.place == "pre" else u
         y, state = self.ssm(x, initial, rate)
         y = self.head(y.flatten(0, 1), x.flatten(0, 1)).unflatten(0, u.shape[:2])

@@ -1,4 +1,4 @@
-"""The selective state-space layer (S6) that the Mamba families build their mixers from."""
+"""The selective state-space layer (S6), on which the Mamba families build their mixers."""
 
 import math
 
@@ -31,8 +31,8 @@ class S6(nn.Module):
         groups: Scans that run side by side.
         d_state: N, states per channel.
         dt_rank: R, rank of the step size; None for ``ceil(dim / 16)``.
-        selects_from: Channels that `x_proj` reads, where they are not those of `u`; such a layer is called by `scan`.
-        bias_twice: Add the step's bias twice, in the projection and in the scan, as MambaVision and PlainMamba do.
+        selects_from: Channels that `x_proj` reads, if they are not those of `u`; call such a layer through `scan`.
+        bias_twice: Add the step's bias twice, in the projection and in the scan, as in MambaVision and PlainMamba.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class S6(nn.Module):
         nn.init.ones_(self.D)
 
     def init_as_linear(self):
-        """Fills x_proj, dt_weight and dt_bias as code does that initialises all linear maps alike, the scan's too."""
+        """Fills x_proj, dt_weight and dt_bias as in code that initialises all linear maps alike, even the scan's."""
         trunc_normal_(self.x_proj, std=0.02)
         trunc_normal_(self.dt_weight, std=0.02)
         nn.init.zeros_(self.dt_bias)
@@ -89,13 +89,13 @@ class S6(nn.Module):
         return self.scan(u, projected, order, merge)
 
     def project(self, u):
-        """``[r, B, C]`` ``(B, L, G, R + 2 N)`` of what `forward` takes."""
+        """``[r, B, C]`` ``(B, L, G, R + 2 N)`` for the input of `forward`."""
         if u.dim() == 3:
             return F.linear(u, self.x_proj.flatten(0, 1)).unflatten(-1, (self.groups, -1))
         return grouped_linear(u, self.x_proj)
 
     def scan(self, u, projected, order=None, merge=False):
-        """As `forward` of ``(B, L, G, D)``, for callers who compute ``[r, B, C]`` ``(B, L, G, R + 2 N)`` themselves."""
+        """As `forward` on ``(B, L, G, D)``, for callers who compute ``[r, B, C]`` ``(B, L, G, R + 2 N)`` themselves."""
         if u.dtype == torch.float16 and torch.is_autocast_enabled(u.device.type):
             u = u.float()  # scan outputs of 1e4 and more overflow in float16
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)

@@ -1,4 +1,4 @@
-"""The block of MambaIR: a scan, and convolutions with channel attention. Maps are channel-last (B, H, W, C)."""
+"""The block of MambaIR: a scan, then convolutions with channel attention. Maps are channel-last (B, H, W, C)."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from .conv import Conv2dNHWC
 
 
 class ChannelAttention(nn.Module):
-    """``x * sigmoid(W_2 ReLU(W_1 mean x))`` of a map ``(B, H, W, C)``, ``C // reduction`` wide inside."""
+    """``x * sigmoid(W_2 ReLU(W_1 mean x))`` of a map ``(B, H, W, C)``, with inner width ``C // reduction``."""
 
     def __init__(self, dim: int, reduction: int = 30, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -25,8 +25,8 @@ class ChannelAttention(nn.Module):
 class ConvMixer(nn.Sequential):
     """Channel mixer of a map ``(B, H, W, C)``: convolutions and channel attention (MambaIR, section 3.3).
 
-    Two convolutions 3x3 through ``C // 3`` channels; `light`: through ``C // 2`` channels, each 1x1 and then depthwise
-    3x3, the second one dilated.
+    Two 3x3 convolutions through ``C // 3`` channels. With `light` they go through ``C // 2`` channels, each 1x1 and
+    then depthwise 3x3; the second one is dilated.
     """
 
     def __init__(self, dim: int, light: bool, device=None, dtype=None):
@@ -43,7 +43,7 @@ class ConvMixer(nn.Sequential):
 
 
 class ScanBlock(nn.Module):
-    """``x = s_1 x + mixer(LN(x));  x = s_2 x + ConvMixer(LN(x))`` with learnt scales s of each channel."""
+    """``x = s_1 x + mixer(LN(x));  x = s_2 x + ConvMixer(LN(x))`` with learnt scales s per channel."""
 
     def __init__(
         self, dim: int, mixer: nn.Module, light: bool = False, drop_path: float = 0.0, device=None, dtype=None
@@ -68,7 +68,7 @@ class ScanBlock(nn.Module):
         return x * self.scale2 + self.mlp(self.norm2(x))
 
 
-# Published names of its parts and ours; their order counts.
+# Published names for its parts, and ours; their order matters.
 SCAN_BLOCK_NAMES = [
     (r"\.self_attention\.", ".op."),
     *SS2D_NAMES,

@@ -9,9 +9,9 @@ STRIDES = (4, 8, 16, 32)
 
 
 def rescale(dim, old, new, device=None, dtype=None):
-    """A module that brings maps ``(B, dim, H, W)`` of stride `old` to stride `new`.
+    """A module that rescales maps ``(B, dim, H, W)`` from stride `old` to stride `new`.
 
-    Finer by transposed 2x2 convolutions, with norm and GELU between two of them; coarser by max pooling.
+    Upsampling uses transposed 2x2 convolutions, with norm and GELU between two of them; downsampling uses max pooling.
 
     Raises:
         ValueError: one stride is not the other times a power of two.

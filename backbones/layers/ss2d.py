@@ -12,7 +12,7 @@ from .conv import Conv2dNHWC
 from .s6 import S6
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the map's size
+@register_notrace_module  # FX cannot trace scan orders, which depend on the map's size
 class SS2D(nn.Module):
     """2-D selective scan (VMamba, arXiv 2401.10166, section 4.2): four routes over the map, summed.
 
@@ -23,7 +23,7 @@ class SS2D(nn.Module):
         dim: Channels C of the map ``(B, H, W, C)``.
         ratio: Inner width over C.
         d_state: N, states per channel.
-        gated: Whether a gate branch multiplies the output (VMamba's first version; its convolution has a bias, too).
+        gated: Whether a gate branch multiplies the output (VMamba's first version; its convolution also has a bias).
     """
 
     def __init__(self, dim: int, ratio: float = 2.0, d_state: int = 1, gated: bool = False, device=None, dtype=None):
@@ -45,6 +45,6 @@ class SS2D(nn.Module):
         return self.out_proj(y if gate is None else y * F.silu(gate))
 
     def scan(self, p):
-        """The scans of the map `p` ``(B, H, W, D)`` and their sum."""
+        """Scans the map `p` ``(B, H, W, D)`` along all routes and sums the results."""
         H, W = p.shape[1:3]
         return self.s6(p.flatten(1, 2), scan_order.cross(H, W, p.device), merge=True).unflatten(1, (H, W))

@@ -1,8 +1,8 @@
-"""State tuning (arXiv 2504.05097): the states that scans start from learn, and nothing else.
+"""State tuning (arXiv 2504.05097): only the initial states of the scans are trained.
 
-A token mixer that can be tuned has an attribute `time_state`, None or a parameter ``(directions, H, P, N)``, values
-before keys, that is shared by all samples; `add_state` makes one of zeros. Zeros change nothing: a tuned model begins
-as the model that it was. For an image such a state acts like tokens before the first one and behind the last one.
+A token mixer that can be tuned has an attribute `time_state`: None or a parameter ``(directions, H, P, N)``, values
+before keys, shared by all samples. `add_state` creates one of zeros. Zeros change nothing, so a tuned model starts as
+the original model. For an image, such a state acts like tokens before the first one and after the last one.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ NAME = "time_state"
 
 
 def mixers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The mixers of a model whose states can be tuned, by name; ValueError where it has none."""
+    """The mixers of a model whose states can be tuned, by name; ValueError if it has none."""
     found = {name: module for name, module in model.named_modules() if hasattr(module, NAME)}
     if not found:
         raise ValueError(
@@ -27,14 +27,14 @@ def mixers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def tune_states(model: nn.Module, head: bool = True) -> None:
-    """Freezes a model of timm but for the states of its mixers, which begin at 0 where it has none yet.
+    """Freezes a timm model except the states of its mixers, which start at 0 if they did not exist.
 
     Args:
         model: The model.
-        head: Whether its classifier learns, too.
+        head: Whether its classifier is trained, too.
 
     Raises:
-        ValueError: no mixer of it has such states.
+        ValueError: none of its mixers has such states.
     """
     mixers = mixers_of(model)
     model.requires_grad_(False)
@@ -47,7 +47,7 @@ def tune_states(model: nn.Module, head: bool = True) -> None:
 
 
 def tuned_states(model: nn.Module) -> dict[str, Tensor]:
-    """The states, and what else has a gradient: what `save_states` writes. Empty for a model without states."""
+    """The states, and whatever else has a gradient: what `save_states` writes. Empty for a model without states."""
     mixers = {name: m for name, m in model.named_modules() if getattr(m, NAME, None) is not None}
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     names = {f"{name}.{NAME}" for name in mixers} | (learns if mixers else set())
@@ -55,7 +55,7 @@ def tuned_states(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_states(model: nn.Module, path: str | Path) -> None:
-    """Writes `tuned_states` to a file of safetensors; ValueError where there are none."""
+    """Writes `tuned_states` to a safetensors file; ValueError if there are none."""
     states = tuned_states(model)
     if not states:
         raise ValueError(f"model: {type(model).__name__} has no tuned states; expected one after state_tuning()")
@@ -63,17 +63,17 @@ def save_states(model: nn.Module, path: str | Path) -> None:
 
 
 def load_states(model: nn.Module, states: str | Path | Mapping[str, Tensor]) -> None:
-    """Loads what `save_states` wrote into the model that it was tuned from, which then uses these states.
+    """Loads the states from `save_states` into the model that they were tuned for, which then uses them.
 
-    RWKV-PEFT's names and layout load as well: ``blocks.{i}.att.time_state`` of values and keys ``(H, P, N)`` is the
-    state before the first token, and 0 stands behind the last.
+    RWKV-PEFT's names and layout also load: ``blocks.{i}.att.time_state``, values before keys ``(H, P, N)``, is the
+    state before the first token; the state after the last one is 0.
 
     Args:
         model: The model.
-        states: A file, of safetensors or of PyTorch, or a state dict.
+        states: A safetensors or PyTorch file, or a state dict.
 
     Raises:
-        ValueError: a state is missing, or a tensor is unknown or of another shape; the model is as it was.
+        ValueError: a state is missing, or a tensor is unknown or has another shape; the model is unchanged.
         FileNotFoundError: there is no such file.
     """
     source = "states" if isinstance(states, Mapping) else f"states {str(states)!r}"

@@ -14,7 +14,7 @@ from .vim_mixer import VimMixer
 
 HEAD = 64  # channels
 
-# What makes a mixer, by (dim, layer, layers, **dd); and what it takes.
+# How to make each mixer, from (dim, layer, layers, **dd), and what it takes.
 TOKEN_MIXERS: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "attention": (lambda dim, *_, **dd: Attention(dim, dim // HEAD, qkv_bias=True, **dd), "tokens"),
     "bi_wkv": (SpatialMix, "tokens, grid"),
@@ -27,20 +27,20 @@ TOKEN_MIXERS: dict[str, tuple[Callable[..., nn.Module], str]] = {
 }
 
 
-@register_notrace_module  # FX cannot follow grids, which depend on the map's size
+@register_notrace_module  # FX cannot trace grids, which depend on the map's size
 class TokenMixer(nn.Module):
-    """The token mixer `name` as its family has it, of maps ``(B, H, W, C)`` of any size: the same shape out.
+    """The token mixer `name` as in its family, for maps ``(B, H, W, C)`` of any size; the output has the same shape.
 
-    Norm and residual are not part of it: ``x = x + mixer(norm(x))``.
+    Norm and residual are not included: ``x = x + mixer(norm(x))``.
 
     Args:
-        name: "attention" (softmax), "bi_wkv" (Vision-RWKV), "mlstm" (ViL: one direction, which turns with each layer),
-            "nc_ssd" (VSSD), "s6" (Vim), "ss2d" (VMamba), "wkv6" (Vision-RWKV-6) or "wkv7" (`SpatialMix7`).
+        name: "attention" (softmax), "bi_wkv" (Vision-RWKV), "mlstm" (ViL: one direction, reversed in every other
+            layer), "nc_ssd" (VSSD), "s6" (Vim), "ss2d" (VMamba), "wkv6" (Vision-RWKV-6) or "wkv7" (`SpatialMix7`).
         dim: Channels C, a multiple of 64.
-        layer, layers: Index of the block and their number, on which some begin.
+        layer, layers: Index of the block and number of blocks; some initial values depend on them.
 
     Raises:
-        ValueError: there is no mixer of that name, or `dim` is no multiple of 64.
+        ValueError: there is no mixer with that name, or `dim` is not a multiple of 64.
     """
 
     def __init__(self, name: str, dim: int, layer: int = 0, layers: int = 12, device=None, dtype=None):

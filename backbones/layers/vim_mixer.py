@@ -15,7 +15,7 @@ from .s6 import S6
 
 
 class CausalConv(nn.Module):
-    """`linzoo.ops.causal_conv1d` and SiLU with weights ``(groups, dim, taps)`` and bias ``(groups, dim)``."""
+    """`linzoo.ops.causal_conv1d` and SiLU, with weights ``(groups, dim, taps)`` and bias ``(groups, dim)``."""
 
     def __init__(self, dim: int, groups: int, taps: int = 4, device=None, dtype=None):
         super().__init__()
@@ -32,16 +32,16 @@ class CausalConv(nn.Module):
         return causal_conv1d(x, self.weight, self.bias, order=order, activation="silu")
 
 
-@register_notrace_module  # FX cannot follow scan orders, which depend on the number of tokens
+@register_notrace_module  # FX cannot trace scan orders, which depend on the number of tokens
 class VimMixer(nn.Module):
     """Bidirectional Mamba mixer of tokens ``(B, L, C)`` (Vim, arXiv 2401.09417, algorithm 1).
 
     ``[x, z] = W_in u;  y = mean over both directions of S6(SiLU(conv(x)));  W_out (y * SiLU(z))``: the directions
-    share the projections and the gate, and have a causal convolution and scan parameters each.
+    share the projections and the gate. Each has its own causal convolution and scan parameters.
 
     Args:
         dim: Channels C.
-        directions: Scans; other numbers than 2 are for mixers that derive from this one.
+        directions: Scans; numbers other than 2 are for classes derived from this one.
         expand: Inner width over C.
         d_state: N, states per channel.
         taps: Width of the causal convolution.

@@ -17,9 +17,9 @@ from .simple_pyramid import STRIDES
 
 @functools.cache
 def compiled_attention():
-    """mmcv's deformable attention for CUDA tensors, None where mmcv comes without compiled operators."""
+    """mmcv's deformable attention for CUDA tensors; None if mmcv has no compiled operators."""
     try:
-        if not hasattr(importlib.import_module("mmcv._ext"), "__file__"):  # what stands in is no faster than ours
+        if not hasattr(importlib.import_module("mmcv._ext"), "__file__"):  # the stand-in is no faster than ours
             return None
         return importlib.import_module("mmcv.ops.multi_scale_deform_attn").MultiScaleDeformableAttnFunction.apply
     except ImportError:
@@ -27,7 +27,7 @@ def compiled_attention():
 
 
 def sampled_attention(value, shapes, locations, weights):
-    """`deformable_attention` in PyTorch's operators."""
+    """`deformable_attention` with PyTorch's operators."""
     out = 0
     for i, (level, shape) in enumerate(zip(value.split([h * w for h, w in shapes], 1), shapes, strict=True)):
         maps = level.permute(0, 2, 3, 1).flatten(0, 1).unflatten(-1, shape)  # (B heads, C, H, W)
@@ -41,10 +41,10 @@ def deformable_attention(value, shapes, locations, weights):
     """Weighted sums of values sampled bilinearly from several maps (Deformable DETR, arXiv 2010.04159, eq. 3).
 
     Args:
-        value: ``(B, L, heads, C)``, the levels' maps in raster order one after the other.
-        shapes: Their heights and widths, which add up to L tokens.
-        locations: ``(B, Q, heads, levels, points, 2)``, x and y in units of a map's width and height; 0 is sampled
-            outside the map.
+        value: ``(B, L, heads, C)``, the levels' maps in raster order, one after the other.
+        shapes: Heights and widths of the maps, L tokens in all.
+        locations: ``(B, Q, heads, levels, points, 2)``, x and y in units of a map's width and height; samples outside
+            the map are 0.
         weights: ``(B, Q, heads, levels, points)``.
 
     Returns:
@@ -78,13 +78,13 @@ def pixel_centres(shapes, device=None):
 
 
 class MSDeformAttention(nn.Module):
-    """Multi-scale deformable attention: each query samples `points` places of every level near its own.
+    """Multi-scale deformable attention: each query samples `points` positions in every level near its own.
 
     Args:
         dim: Channels.
-        levels: Maps that values come from.
+        levels: Number of maps that values come from.
         heads: Heads.
-        points: Places of a level, for each head.
+        points: Positions per level and head.
         ratio: Width of the values over `dim`.
     """
 
@@ -103,7 +103,7 @@ class MSDeformAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Head h looks in direction h, point p p + 1 pixels far; all points weigh the same."""
+        """Head h looks in direction h, with point p at p + 1 pixels; all points have the same weight."""
         for linear in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -130,7 +130,7 @@ class MSDeformAttention(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Linear, depthwise 3x3 convolution of every level's map with the same weights, GELU, linear."""
+    """Linear, depthwise 3x3 convolution with the same weights for every level's map, GELU, linear."""
 
     def __init__(self, dim: int, hidden: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -150,7 +150,7 @@ class ConvFFN(nn.Module):
 
 
 class Injector(nn.Module):
-    """``x + gamma * attention(LN(x), LN(c))``: the backbone's tokens x read the pyramid c. gamma begins at 0."""
+    """``x + gamma * attention(LN(x), LN(c))``: the backbone's tokens x read the pyramid c. gamma starts at 0."""
 
     def __init__(self, dim: int, heads: int, ratio: float, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -193,7 +193,7 @@ def _conv_norm_act(in_chans, out_chans, stride, **dd):
 
 
 class SpatialPrior(nn.Module):
-    """Convolutions that see what patches are too coarse for: maps of `dim` channels at strides 4, 8, 16 and 32."""
+    """Convolutions for details finer than patches: maps of `dim` channels at strides 4, 8, 16 and 32."""
 
     def __init__(self, in_chans: int, dim: int, width: int = 64, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -215,7 +215,7 @@ class SpatialPrior(nn.Module):
 
 
 class Interaction(nn.Module):
-    """What stands around a group of the backbone's blocks: an injector before it, extractors after it."""
+    """Surrounds a group of the backbone's blocks: an injector before it, extractors after it."""
 
     def __init__(
         self, dim: int, heads: int, ratio: float, extractors: int = 1, drop_path: float = 0.0, device=None, dtype=None
@@ -229,19 +229,19 @@ class Interaction(nn.Module):
 class ViTAdapter(nn.Module):
     """Maps at strides 4, 8, 16 and 32 from an isotropic backbone of stride 16.
 
-    Images are padded with 0 at the right and below to multiples of 32. The backbone's final norm is taken away. Under
-    several processes convert the BatchNorms to synchronised ones, as the authors have them.
+    Images are padded with 0 on the right and below to multiples of 32. The backbone's final norm is removed. In a run
+    with several processes, convert the BatchNorms to synchronised ones, as the authors do.
 
     Args:
         backbone: A `linzoo.backbones.layers.Isotropic` without class token.
         heads: Heads of the deformable attention.
         ratio: Width of its values over the backbone's.
-        own_tokens: Add to level i the tokens after group i of the blocks (the authors' segmentation models) instead of
+        own_tokens: Add the tokens after block group i to level i (the authors' segmentation models), instead of
             the last tokens to all levels (detection).
         drop_path: Stochastic depth of the extractors.
 
     Raises:
-        ValueError: the backbone's depth is no multiple of 4, its stride is not 16, or it has a class token.
+        ValueError: the backbone's depth is not a multiple of 4, its stride is not 16, or it has a class token.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -304,7 +304,7 @@ class ViTAdapter(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse=False):
-        """Layer groups for layer-wise decay of the learning rate: patches, blocks in order, the adapter."""
+        """Layer groups for layer-wise learning rate decay: patches, blocks in order, the adapter."""
         return dict(
             stem=r"^backbone\.(?:pos_embed|patch_embed)",
             blocks=[(r"^backbone\.blocks\.(\d+)", None), (r".*", (99999,))],
@@ -317,7 +317,7 @@ class ViTAdapter(nn.Module):
     def forward(self, x):
         """Images ``(B, 3, H, W)`` to four maps ``(B, C, H / 4, W / 4)`` to ``(B, C, H / 32, W / 32)``, rounded up.
 
-        Images are padded to multiples of 32, and the maps cropped. The first is None where it was pruned.
+        Images are padded to multiples of 32, and the maps cropped. The first map is None if it was pruned.
         """
         sides = x.shape[2:]
         x = pad_to_multiple(x, 32)
@@ -350,8 +350,8 @@ class ViTAdapter(nn.Module):
     def forward_intermediates(
         self, x, indices=None, norm=False, stop_early=False, output_fmt="NCHW", intermediates_only=False
     ):
-        """The maps that `indices` name (all if None, the last n if int), for `features_only`; `norm` and `stop_early`
-        change nothing.
+        """The maps in `indices` (all if None, the last n if int), for `features_only`; `norm` and `stop_early` have no
+        effect.
 
         Raises:
             ValueError: `output_fmt` is not 'NCHW'.
@@ -364,7 +364,7 @@ class ViTAdapter(nn.Module):
         return taken if intermediates_only else (maps, taken)
 
     def prune_intermediate_layers(self, indices=1, prune_norm=False, prune_head=True):
-        """Removes what the maps `indices` do not need, which is little; returns the indices, normalised."""
+        """Removes the little that the maps `indices` do not need; returns the indices, normalised."""
         taken, _ = feature_take_indices(self.levels, indices)
         for i in set(range(self.levels)) - set(taken):
             self.norms[i] = nn.Identity()
@@ -373,7 +373,7 @@ class ViTAdapter(nn.Module):
         return taken
 
 
-# The authors' names of the adapter's parts and ours.
+# The authors' names for the adapter's parts, and ours.
 ADAPTER_NAMES = [
     (r"^spm\.stem\.", "prior.stem."),
     (r"^spm\.conv([234])\.", lambda m: f"prior.convs.{int(m[1]) - 2}."),

@@ -1,4 +1,4 @@
-"""Parts of the U-Nets of VMamba blocks; maps are channel-last ``(B, H, W, C)``."""
+"""Parts of U-Nets with VMamba blocks; maps are channel-last ``(B, H, W, C)``."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class VSSBlock(nn.Module):
-    """``x += Mixer(LN(x))``; `mixer` is a class, made of the number of channels."""
+    """``x += Mixer(LN(x))``; `mixer` is a class, called with the number of channels."""
 
     def __init__(self, dim: int, mixer: Callable[..., nn.Module], drop_path: float = 0.0, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}
@@ -21,7 +21,7 @@ class VSSBlock(nn.Module):
 
 
 class PatchExpand(nn.Module):
-    """Linear map, pixel shuffle to `scale` times the size, LayerNorm: a map ``(B, H, W, C)`` to `dim_out` channels."""
+    """Linear map, pixel shuffle to `scale` times the size, LayerNorm: ``(B, H, W, C)`` to `dim_out` channels."""
 
     def __init__(self, dim: int, dim_out: int, scale: int, device=None, dtype=None):
         dd: dict = {"device": device, "dtype": dtype}

@@ -1,4 +1,4 @@
-"""Deformable convolution without softmax, per group of channels: DCNv4."""
+"""Deformable convolution without softmax, with offsets per group of channels: DCNv4."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from . import cuda, reference
 
 __all__ = ["deform_conv"]
 
-PARALLEL_TASKS = 8  # the backward kernel splits the rows until it has about so many tasks
+PARALLEL_TASKS = 8  # the backward kernel splits the rows into about this many tasks
 
 
 def deform_conv(
@@ -34,15 +34,15 @@ def deform_conv(
         X_k = c stride - padding + m + s ((i dilation - m) + offset_k,x)        m = dilation (K - 1) / 2, rounded down
         Y_k = r stride - padding + m + s ((j dilation - m) + offset_k,y)        s = offset_scale
 
-    The weights are used as they are: no softmax. A sample is the bilinear mean of four pixels, where those outside the
-    image count 0; a point not within (-1, H) x (-1, W) contributes nothing, and so does one that is not a number.
+    The weights are used as they are, without softmax. A sample is the bilinear mean of four pixels; pixels outside the
+    image count as 0. A point outside (-1, H) x (-1, W) contributes nothing, and neither does NaN.
 
     Args:
         x: Map ``(B, H, W, C)``. float64, float32, bfloat16 or float16.
-        offset: ``(B, H', W', G, K K, 2)``, x first, in pixels; H' and W' are those of an ordinary convolution.
+        offset: ``(B, H', W', G, K K, 2)``, x first, in pixels. H' and W' are those of an ordinary convolution.
         weight: ``(B, H', W', G, K K)``.
-        stride, padding, dilation: Of the window before it is deformed, the same for both sides.
-        offset_scale: Multiplies offsets and the window alike.
+        stride, padding, dilation: Of the window before it is deformed, the same for height and width.
+        offset_scale: Multiplies both the offsets and the window.
 
     Returns:
         ``(B, H', W', C)`` in the dtype of `x`, summed in float32 (float64 for float64).
@@ -71,7 +71,7 @@ def deform_conv(
 
 
 def _dense_taps(offset, weight):
-    """Both with contiguous taps; groups and pixels may be strided, as slices of one projection are."""
+    """Both with contiguous taps. Groups and pixels may be strided, like slices of one projection."""
     if offset.stride()[-2:] != (2, 1):
         offset = offset.contiguous()
     return offset, dense_rows(weight)
@@ -91,14 +91,14 @@ def _backward(backend, dy, x, offset, weight, *options):
         return [dx.to(x.dtype), doffset, dweight]
     doffset, dweight = offset.new_empty(offset.shape), weight.new_empty(weight.shape)
     B, rows, _, G, _ = weight.shape
-    splits = min(max(PARALLEL_TASKS // max(B * G, 1), 1), rows)  # from the shape: results do not depend on threads
+    splits = min(max(PARALLEL_TASKS // max(B * G, 1), 1), rows)  # from the shape only, so threads do not change results
     dx = weight.new_empty(splits, *x.shape)
     torch.ops.linzoo_cpu.deform_conv_backward(*inputs, *options, dx, doffset, dweight)
     return [dx.sum(0).to(x.dtype), doffset, dweight]
 
 
 def _flops(x, weight, **_):
-    """Four multiply-adds, one for each pixel of a bilinear sample, per tap, channel and output pixel."""
+    """Four multiply-adds (one per pixel of a bilinear sample) per tap, channel and output pixel."""
     B, rows, columns, _, taps = weight
     return 4 * taps * B * rows * columns * x[-1]
 

@@ -7,7 +7,7 @@ import torch
 from .. import compile_cuda as cuda
 
 NAME = "deform_conv"
-VECTOR = 4  # channels of a thread, where they are aligned
+VECTOR = 4  # channels per thread, if they are aligned
 
 
 def _arguments(x, offset, weight, stride, padding, dilation, offset_scale):
@@ -20,7 +20,7 @@ def _arguments(x, offset, weight, stride, padding, dilation, offset_scale):
 
 
 def _instance(kernel, x, offset, weight, *others):
-    """Channels of a thread, and the template parameters that both kernels have."""
+    """Channels per thread, and the template parameters that both kernels share."""
     channels = x.shape[-1] // weight.shape[3]
     vector = cuda.vector(VECTOR, x, *others) if channels % VECTOR == 0 else 1
     return vector, (kernel, x.dtype, offset.dtype, math.isqrt(weight.shape[4]), vector)
@@ -35,10 +35,10 @@ def forward(x, offset, weight, *options_and_y):
 
 
 def backward(dy, x, offset, weight, *options):
-    """Gradients of x, in the dtype of `offset`, of offset and of weight.
+    """Gradients of x (in the dtype of `offset`), of offset and of weight.
 
     Raises:
-        RuntimeError: deterministic algorithms are asked for: that of x sums in no fixed order.
+        RuntimeError: deterministic algorithms are requested; the gradient of x is summed in no fixed order.
     """
     if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError(
@@ -48,7 +48,7 @@ def backward(dy, x, offset, weight, *options):
     dx = offset.new_zeros(x.shape)
     doffset, dweight = offset.new_empty(offset.shape), weight.new_empty(weight.shape)
     vector, instance = _instance("backward", x, offset, weight, dy)
-    threads = -(-x.shape[-1] // (weight.shape[3] * vector))  # that a group's channels want
+    threads = -(-x.shape[-1] // (weight.shape[3] * vector))  # that a group's channels need
     lanes = next((n for n in (4, 8, 16) if n >= threads), 32)
     grid = -(-weight.shape[:4].numel() // (cuda.MAX_THREADS // lanes))
     grads = dict(dx=dx, doffset=doffset, dweight=dweight)

@@ -1,4 +1,4 @@
-"""Deformable convolution in plain PyTorch: the specification; its gradients are autograd's."""
+"""Deformable convolution in plain PyTorch: the specification. Autograd gives its gradients."""
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ def _points(offset, size, stride, padding, dilation, offset_scale):
 
 
 def bilinear(maps, xy):
-    """Means of the four pixels of ``(n, C, H, W)`` around points ``(n, P, K, 2)``, where those outside count 0."""
+    """Means of four pixels of ``(n, C, H, W)`` around points ``(n, P, K, 2)``; pixels outside count as 0."""
     height, width = maps.shape[2:]
     corner = xy.floor()
     pixels, samples = maps.flatten(2), 0
@@ -42,7 +42,7 @@ def bilinear(maps, xy):
 
 
 def grid_sample(maps, xy):
-    """As `bilinear`, by the function of PyTorch that ONNX knows; it has first derivatives alone."""
+    """As `bilinear`, with the PyTorch function that ONNX knows; it has only first derivatives."""
     extent = torch.tensor(maps.shape[:1:-1], device=xy.device, dtype=xy.dtype)
     return F.grid_sample(maps, (2 * xy + 1) / extent - 1, align_corners=False)
 

@@ -13,24 +13,24 @@ __all__ = ["diagonal_scan"]
 def diagonal_scan(a: Tensor, b: Tensor, initial: Tensor | None = None, *, reverse: bool = False) -> Tensor:
     """``h_t = a_t h_{t-1} + b_t``, elementwise over complex states (S5, arXiv 2208.04933, section 2.2).
 
-    Complex tensors hold (re, im) on their last axis: projections into and out of the states are then real matrix
+    Complex tensors hold (re, im) on their last axis. Projections into and out of the states are then real matrix
     products, also in half precision.
 
     Args:
-        a: Gains ``(..., P, 2)``: of the shape of `b` (a gain per step), or of that without batch and time, or of its
-            last dimensions, which the others then share. float64, float32, bfloat16 or float16.
+        a: Gains ``(..., P, 2)``. Shape: that of `b` (a gain per step), that of `b` without batch and time, or only its
+            last dimensions, shared along the others. float64, float32, bfloat16 or float16.
         b: Inputs ``(B, L, ..., P, 2)``: L steps along the second axis.
-        initial: The state in front of the first step ``(B, ..., P, 2)``; None for 0.
-        reverse: From the last step to the first: ``h_t = a_t h_{t+1} + b_t``.
+        initial: The state before the first step ``(B, ..., P, 2)``; None for 0.
+        reverse: Scan from the last step to the first: ``h_t = a_t h_{t+1} + b_t``.
 
     Returns:
-        The states ``(B, L, ..., P, 2)`` in the dtype of `b`; `a`, `initial` and the running state are float32 (float64
+        The states ``(B, L, ..., P, 2)`` in the dtype of `b`. `a`, `initial` and the running state are float32 (float64
         for float64).
 
     Raises:
         ValueError: a shape does not fit, L is 0, or tensors lie on different devices.
         TypeError: not a tensor, or a dtype is not supported.
-        RuntimeError: a forced backend cannot serve.
+        RuntimeError: a forced backend cannot run it.
     """
     check(b=(b, "BL*P2"), initial=(initial, "B*P2"))
     inner = tuple(b.shape[2:])
@@ -43,7 +43,7 @@ def diagonal_scan(a: Tensor, b: Tensor, initial: Tensor | None = None, *, revers
     return _operator(a, b.flatten(2, -2), initial, reverse).view(b.shape)
 
 
-# The states between batch, time and (re, im) are one axis M here; the backward pass reads the output, not the input.
+# Here the axes between time and (re, im) are one axis M. The backward pass reads the output, not the input.
 
 
 def _forward(backend, a, b, initial, reverse):

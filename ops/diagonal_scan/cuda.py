@@ -29,7 +29,7 @@ def scan(a, b, initial, reverse, h, *, conjugate=False, shift=0):
 
 
 def backward(dh, a, h, initial, reverse):
-    """Gradients of a, b and initial (None where that is None), all but b's in the dtype of `a`."""
+    """Gradients of a, b and initial (None if that is None). All but b's are in the dtype of `a`."""
     g = h.new_empty(h.shape, dtype=a.dtype)
     scan(a, dh, None, not reverse, g, conjugate=True, shift=-1 if reverse else 1)
     start = a.new_zeros(h[:, :1].shape) if initial is None else initial.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""The complex diagonal recurrence in plain PyTorch: the specification; its gradients are autograd's."""
+"""The complex diagonal recurrence in plain PyTorch: the specification. Autograd gives its gradients."""
 
 import torch
 
@@ -6,7 +6,7 @@ from ..tensors import state_dtype
 
 
 def diagonal_scan(a, b, initial=None, reverse=False):
-    """`linzoo.ops.diagonal_scan` of b ``(B, L, M, 2)``; a ``(M, 2)`` or ``(B, L, M, 2)``, initial ``(B, M, 2)``."""
+    """`linzoo.ops.diagonal_scan` for b ``(B, L, M, 2)``, a ``(M, 2)`` or ``(B, L, M, 2)``, initial ``(B, M, 2)``."""
     a, inputs = _complex(a), _complex(b)
     steps = range(b.shape[1] - 1, -1, -1) if reverse else range(b.shape[1])
     h = torch.zeros_like(inputs[:, 0]) if initial is None else _complex(initial)
@@ -18,7 +18,7 @@ def diagonal_scan(a, b, initial=None, reverse=False):
 
 
 def inputs_of(a, h, initial=None, reverse=False, **_):
-    """The inputs b of which `h` are the states: the recurrence, solved for them."""
+    """The inputs b that give the states `h`: the recurrence, solved for b."""
     start = torch.zeros_like(h[:, :1]) if initial is None else initial.unsqueeze(1).to(h.dtype)
     before = torch.cat([h[:, 1:], start] if reverse else [start, h[:, :-1]], 1)
     return (torch.view_as_real(_complex(h) - _complex(a) * _complex(before))).to(h.dtype)

@@ -1,4 +1,4 @@
-"""Gated delta rule: a matrix memory that corrects what it holds under a key."""
+"""Gated delta rule: a matrix memory that corrects the value it holds under a key."""
 
 import torch
 from torch import Tensor
@@ -26,21 +26,21 @@ def gated_delta(
         S_t = exp(g_t) S_{t-1} + k_t beta_t (v_t - exp(g_t) S_{t-1}^T k_t)^T
         y_t = S_t^T q_t
 
-    On the CPU a kernel takes step by step. Elsewhere it is computed chunk by chunk in the WY form, as matrix products:
-    within a chunk the corrections of all steps solve one triangular system, between chunks the states are carried.
-    Clips are streamed by passing the last state of one as the first of the next.
+    On the CPU a kernel goes step by step. Elsewhere it is computed chunk by chunk in the WY form, as matrix products:
+    in a chunk one triangular system gives the corrections of all steps; states are carried between chunks.
+    To stream a clip, pass the last state of one part as the initial state of the next.
 
     Args:
-        q, k: Queries and keys ``(B, L, H, K)``: H heads. Keys have length 1 at most where beta is 1, else states may
-            grow. float64, float32, bfloat16 or float16.
+        q, k: Queries and keys ``(B, L, H, K)``: H heads. Where beta is 1, keys must have length 1 at most, else states
+            may grow. float64, float32, bfloat16 or float16.
         v: Values ``(B, L, H, P)``.
         g: Logarithms of the decays ``(B, L, H)``, mostly negative.
         beta: How much of the value under a key is replaced ``(B, L, H)``, mostly in (0, 1).
-        initial: The state in front of the first step ``(B, H, K, P)``; None for 0.
-        chunk_size: Steps in a chunk of the WY form: any gives the same result.
+        initial: The state before the first step ``(B, H, K, P)``; None for 0.
+        chunk_size: Steps in a chunk of the WY form. It does not change the result.
 
     Returns:
-        y ``(B, L, H, P)`` in the widest dtype of `q`, `k` and `v`, and the last state ``(B, H, K, P)``; states and sums
+        y ``(B, L, H, P)`` in the widest dtype of `q`, `k` and `v`, and the last state ``(B, H, K, P)``. States and sums
         are float32 (float64 for float64).
 
     Raises:
@@ -61,9 +61,9 @@ def gated_delta(
     return y.to(dtype), state.transpose(1, 2)
 
 
-# Output and last state are one tensor here, (B, L + K, H, P): an operator has one result that is differentiated.
-# The second result is the states before each chunk of CHUNK steps, from which the kernel's backward pass recomputes the
-# others; without them it runs the forward pass again. The WY form needs none.
+# Here output and last state are one tensor, (B, L + K, H, P), because an operator has one differentiable result.
+# The second result holds the states before each chunk of CHUNK steps. The kernel's backward pass recomputes the others
+# from them; without them it runs the forward pass again. The WY form needs none.
 
 
 def _chunked(q, k, v, g, beta, initial, chunk_size, save):
@@ -77,7 +77,7 @@ def _export(q, k, v, g, beta, initial, chunk_size, save):
 
 
 def _states(k, v, save):
-    """Where the kernel puts its states ``(B, H, chunks, K, P)``; empty where none are kept."""
+    """Where the kernel stores its states ``(B, H, chunks, K, P)``; empty if none are kept."""
     (batch, length, heads, keys), values = k.shape, v.shape[3]
     chunks = (length + CHUNK["cpu"] - 1) // CHUNK["cpu"]
     return k.new_empty((batch, heads, chunks, keys, values) if save and k.device.type == "cpu" else (0,))
@@ -89,7 +89,7 @@ def _empty(q, k, v, g, beta, initial, chunk_size, save):
 
 
 def _kernel_inputs(**tensors):
-    """All contiguous, but for the rows of heads in `q`, `k` and `v`, which may lie anywhere."""
+    """All contiguous, except that the heads' rows in `q`, `k` and `v` may have any stride."""
     rows = {name: dense_rows(tensors.pop(name)) for name in "qkv"}
     return rows | {name: None if x is None else x.contiguous() for name, x in tensors.items()}
 
@@ -111,7 +111,7 @@ def _backward(backend, dpacked, q, k, v, g, beta, initial, chunk_size, states):
 
 
 def _flops(q, v, chunk_size, **_):
-    """A multiply-add for each product: with the steps of a chunk, and with the state, written, read and corrected."""
+    """A multiply-add per product: with the steps of a chunk, and with the state when it is written, read, corrected."""
     batch, length, heads, width = q
     chunk = min(chunk_size, length)
     return batch * length * heads * (chunk * (3 * width + 2 * v[3]) + 3 * width * v[3])

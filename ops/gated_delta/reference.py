@@ -8,7 +8,7 @@ from ..tensors import state_dtype
 
 
 def _prepare(q, k, v, initial):
-    """All in the dtype of the states, and the first state ``(B, H, K, P)``."""
+    """All in the dtype of the states, and the initial state ``(B, H, K, P)``."""
     dtype = state_dtype(q.dtype)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     if initial is None:
@@ -26,7 +26,7 @@ def _step(state, x):
 
 
 def gated_delta(q, k, v, g, beta, initial, use_scan=False):
-    """See `linzoo.ops.gated_delta`; results and last state in one ``(B, L + K, H, P)``.
+    """See `linzoo.ops.gated_delta`; output and last state are one tensor ``(B, L + K, H, P)``.
 
     With `use_scan` the loop is one `torch._higher_order_ops.scan`.
     """
@@ -45,19 +45,19 @@ def gated_delta(q, k, v, g, beta, initial, use_scan=False):
 
 
 def chunked(q, k, v, g, beta, initial, chunk_size):
-    """As `gated_delta`. With what step s leaves at step t, d_ts, the corrections u of a chunk's values solve ::
+    """As `gated_delta`. Let d_ts be the decay from step s to step t. The corrected values u of a chunk solve ::
 
         u_t = beta_t (v_t - d_t0 S_0^T k_t) - beta_t sum_{s < t} d_ts (k_t . k_s) u_s
 
-    where S_0 is the state in front of the chunk, on which they depend linearly: u = U - W S_0. So does the state behind
-    it, and all that is left to do one chunk after the other is one product. Decays between two
-    steps are a sum of their own for each pair: as differences of running sums they would lose digits.
+    where S_0 is the state before the chunk. They depend linearly on S_0: u = U - W S_0. So does the state after the
+    chunk, so only one product must be done chunk after chunk. The decay between two steps is summed
+    separately for each pair, because differences of running sums would lose digits.
     """
     length = q.shape[1]
     chunk = min(chunk_size, length)
     q, k, v, state = _prepare(q, k, v, initial)
 
-    def chunks(x):  # (B, H, chunks, steps, ...); steps behind the last one write nothing and forget nothing
+    def chunks(x):  # (B, H, chunks, steps, ...); padding steps write nothing and forget nothing
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -length % chunk))
         return x.unflatten(1, (-1, chunk)).movedim(3, 1)
 
@@ -66,7 +66,7 @@ def chunked(q, k, v, g, beta, initial, chunk_size):
     later = mask.tril(-1)
     since = g.unsqueeze(4).expand(*g.shape, chunk).masked_fill(~later, 0).cumsum(3)  # from step s to t
     decay = torch.exp(since).masked_fill(~mask, 0)  # (B, H, c, t, s)
-    total = torch.exp(g.cumsum(3)).unsqueeze(4)  # from the chunk's begin to step t
+    total = torch.exp(g.cumsum(3)).unsqueeze(4)  # from the chunk's start to step t
     left = decay[:, :, :, -1].unsqueeze(4)  # from step s to the chunk's end
 
     weight = beta.unsqueeze(4)

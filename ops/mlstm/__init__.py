@@ -15,7 +15,7 @@ EPS = 1e-6
 
 
 def mlstm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, chunk_size: int = 64) -> Tensor:
-    """mLSTM (xLSTM, arXiv 2405.04517, section 2.3): a matrix memory for each head, its gates in the log domain.
+    """mLSTM (xLSTM, arXiv 2405.04517, section 2.3): a matrix memory per head, with gates in the log domain.
 
     For each batch item and head, with the key k_t / sqrt(P), and m_0 = -inf, C_0 = 0, n_0 = 0::
 
@@ -24,17 +24,16 @@ def mlstm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, chunk_size: 
         n_t = the same, with k_t in the place of k_t v_t^T
         h_t = C_t^T q_t / (max(|n_t . q_t|, exp(-m_t)) + 1e-6)
 
-    On the CPU a kernel takes step by step. Elsewhere it is computed chunk by chunk, as matrix products: within a chunk
-    as masked attention, between chunks by their states.
+    On the CPU a kernel goes step by step. Elsewhere it is computed chunk by chunk, as matrix products: masked
+    attention within a chunk, states between chunks.
 
     Args:
         q, k, v: ``(B, L, H, P)``: H heads of P channels. float64, float32, bfloat16 or float16.
         i, f: Gates before exp and sigmoid ``(B, L, H)``.
-        chunk_size: Steps in a chunk: any gives the same result.
+        chunk_size: Steps in a chunk. It does not change the result.
 
     Returns:
-        ``(B, L, H, P)`` in the dtype of the activations, promoted to the widest of `q`, `k` and `v`; states and sums
-        are float32 (float64 for float64).
+        ``(B, L, H, P)`` in the widest dtype of `q`, `k` and `v`; states and sums are float32 (float64 for float64).
 
     Raises:
         ValueError: a shape does not fit, L is 0, `chunk_size` is not positive, or tensors lie on different devices.
@@ -50,12 +49,12 @@ def mlstm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, chunk_size: 
     return _operator(q, k, v, i, f, chunk_size).to(dtype)
 
 
-# The kernel's scan has one column more than there are values: n is the state of a value that is always 1. Beside h the
-# operator keeps the states before each chunk of CHUNK steps, m, and n . q; the matrix products need none of them.
+# The kernel's scan has one column more than there are values: n is the state of a value that is always 1. Besides h the
+# operator keeps the states before each chunk of CHUNK steps, m, and n . q. The matrix products need none of them.
 
 
 def _kept(q, save):
-    """Where the kernel puts states ``(B, H, chunks, P, P + 1)``, m and n . q ``(B, L, H)``; empty if none is kept."""
+    """Where the kernel stores states ``(B, H, chunks, P, P + 1)``, m and n . q ``(B, L, H)``; empty if none is kept."""
     batch, length, heads, width = q.shape
     if not (save and q.device.type == "cpu"):
         return tuple(q.new_empty(0) for _ in range(3))
@@ -73,7 +72,7 @@ def _export(q, k, v, i, f, chunk_size, save):
 
 
 def _scan_inputs(q, k, v, i, log_f, m):
-    """Decays and weights of the steps, keys divided by sqrt(P), and the values with a 1 behind them."""
+    """Decays and weights of the steps, keys divided by sqrt(P), and the values with a 1 appended."""
     before = F.pad(m[:, :-1], (0, 0, 1, 0), value=-torch.inf)
     weight = (i - m).exp() / q.shape[3] ** 0.5
     rows = dict(q=dense_rows(q), k=dense_rows(k), v=torch.cat([v, torch.ones_like(v[..., :1])], 3))
@@ -85,7 +84,7 @@ def _forward(backend, q, k, v, i, f, chunk_size, save):
     i, log_f = i.contiguous(), F.logsigmoid(f).contiguous()
     m = torch.empty_like(i) if m.dim() == 1 else m
     torch.ops.linzoo_cpu.mlstm_maximum_forward(i, log_f, m)
-    packed = q.new_empty(len(q), q.shape[1] + q.shape[3], q.shape[2], q.shape[3] + 1)  # the last state lies behind
+    packed = q.new_empty(len(q), q.shape[1] + q.shape[3], q.shape[2], q.shape[3] + 1)  # last state at the end
     torch.ops.linzoo_cpu.mlstm_forward(**_scan_inputs(q, k, v, i, log_f, m), initial=None, packed=packed, states=states)
     y = packed[:, : q.shape[1]]
     h = reference.read(y[..., :-1], y[..., -1], m, EPS)
@@ -93,7 +92,7 @@ def _forward(backend, q, k, v, i, f, chunk_size, save):
 
 
 def _backward(backend, dh, q, k, v, i, f, chunk_size, h, states, m, denominator):
-    """As `mlstm` scales all by exp(-m), a gradient passes m only through `EPS` in the quotient."""
+    """`mlstm` scales everything by exp(-m), so a gradient passes through m only by `EPS` in the quotient."""
     if states.dim() == 1:
         h, states, m, denominator = _forward(backend, q, k, v, i, f, chunk_size, True)
     i, log_f = i.contiguous(), F.logsigmoid(f).contiguous()
@@ -115,7 +114,7 @@ def _backward(backend, dh, q, k, v, i, f, chunk_size, h, states, m, denominator)
 
 
 def _flops(q, chunk_size, **_):
-    """A multiply-add for each product: with all steps of a chunk, and with the state, written and read."""
+    """A multiply-add per product: with all steps of a chunk, and with the state when it is written and read."""
     batch, length, heads, width = q
     chunk = min(chunk_size, length)
     return batch * length * heads * (chunk * (2 * width + 1) + 2 * width * (width + 1))

@@ -17,7 +17,7 @@ def _prepare(q, k, v, i, f):
 
 
 def floor(m):
-    """exp(-m), which stays finite: where it would not, a quotient by it is 0 up to 1e-30 anyway."""
+    """exp(-m), kept finite: where it would not be, the quotient is 0 up to 1e-30 anyway."""
     return torch.exp((-m).clamp(max=0.9 * math.log(torch.finfo(m.dtype).max)))
 
 
@@ -58,10 +58,10 @@ def mlstm(q, k, v, i, f, eps, use_scan=False):
 
 
 def chunked(q, k, v, i, f, eps, chunk_size):
-    """As `mlstm`: within a chunk as masked attention, between chunks by the states, with one running maximum for both.
+    """As `mlstm`: masked attention within a chunk, states between chunks, and one running maximum for both.
 
-    m is the largest logarithm of a weight, over the steps of the chunk and the state before it. Decays between two
-    steps are a sum of their own for each pair: as differences of running sums they would lose digits.
+    m is the largest logarithm of a weight, over the steps of the chunk and the state before it. The decay between two
+    steps is summed separately for each pair, because differences of running sums would lose digits.
     """
     length, pad = q.shape[1], -q.shape[1] % chunk_size
     q_, k, v, i, log_f = _prepare(q, k, v, i, f)
@@ -71,7 +71,7 @@ def chunked(q, k, v, i, f, eps, chunk_size):
         return x.unflatten(1, (-1, chunk_size)).movedim(3, 1)
 
     q_, k, v, log_f = (chunks(x) for x in (q_, k, v, log_f))
-    i = chunks(i, -torch.inf)  # steps behind the last one write nothing and forget nothing
+    i = chunks(i, -torch.inf)  # padding steps write nothing and forget nothing
     v = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # n is the state of a value that is always 1
     total = log_f.cumsum(3)
 
@@ -80,7 +80,7 @@ def chunked(q, k, v, i, f, eps, chunk_size):
     since = log_f.unsqueeze(4).expand(*log_f.shape, chunk_size).masked_fill(~later, 0).cumsum(3)  # from step s to t
     weight = (since + i.unsqueeze(3)).masked_fill(~mask, -torch.inf)  # (B, H, c, t, s)
     inside = weight.amax(4)
-    last = since[:, :, :, -1] + i  # what each step leaves in the state behind the chunk
+    last = since[:, :, :, -1] + i  # what each step leaves in the state after the chunk
     peak = last.amax(3)
     # A chunk of padding alone cannot be, so every maximum is finite.
     left = (k * torch.exp(last - peak.unsqueeze(3)).unsqueeze(4)).mT @ v

@@ -10,23 +10,23 @@ from . import cuda, reference
 __all__ = ["rational"]
 
 LANES = 128  # the CPU kernel walks this many channels at once
-PARALLEL_TASKS = 64  # the CPU kernel splits the rows until it has about so many tasks
+PARALLEL_TASKS = 64  # the CPU kernel splits the rows into about this many tasks
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Rational function of degree 5 over 4 with coefficients per group of channels (KAT, arXiv 2409.10594).
+    """Rational function of degree 5 over 4, with coefficients per group of channels (KAT, arXiv 2409.10594).
 
     ``y = (a_0 + a_1 x + ... + a_5 x^5) / (1 + |b_1||x| + ... + |b_4||x|^4)``. The denominator is a sum of absolute
     values, as in the authors' kernels; their paper writes the absolute value of a sum.
 
     Args:
         x: ``(..., C)``. float64, float32, bfloat16 or float16.
-        numerator: a ``(G, 6)``, or ``(1, 6)`` for one shared by all groups. Group g are channels g C/G to (g + 1) C/G.
+        numerator: a ``(G, 6)``, or ``(1, 6)`` if all groups share it. Group g is channels g C/G to (g + 1) C/G.
         denominator: b ``(G, 4)``, or ``(1, 4)``.
 
     Returns:
         ``(..., C)`` in the dtype of `x`, computed in float32 (float64 for float64). Gradients take the sign of 0 as +1,
-        so that denominators that begin at 0 learn.
+        so that denominators initialised to 0 can learn.
 
     Raises:
         ValueError: a shape does not fit, or tensors lie on different devices.
@@ -40,13 +40,13 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def _table(numerator, denominator, channels):
-    """Coefficients per channel as the kernels read them: ``(10, channels)``, a and then |b|."""
+    """Coefficients per channel as the kernels read them, first a, then |b|: ``(10, channels)``."""
     parts = [t.repeat_interleave(channels // t.shape[0], 0) for t in (numerator, denominator.abs())]
     return torch.cat(parts, 1).t().contiguous()
 
 
 def _split_rows(backend, x):
-    """Rows per task; on the CPU from the problem's shape alone, so that results do not depend on threads."""
+    """Rows per task. On the CPU they depend only on the problem's shape, so threads do not change results."""
     rows, channels = x.shape
     if backend == "cuda":
         return cuda.split_rows(rows, channels, x.device)
@@ -80,7 +80,7 @@ def _backward(backend, dy, x, numerator, denominator):
 
 
 def _flops(x, **_):
-    """21 per element, 2 m + 2 n + 3 for degrees m = 5 and n = 4: the count of the paper."""
+    """21 per element, 2 m + 2 n + 3 for degrees m = 5 and n = 4, as the paper counts."""
     return 21 * torch.Size(x).numel()
 
 

@@ -2,11 +2,11 @@
 
 from .. import compile_cuda as cuda
 
-VECTOR = 4  # channels of a thread, where they are aligned
+VECTOR = 4  # channels per thread, if they are aligned
 
 
 def split_rows(rows, channels, device):
-    """Rows per block, so that blocks fill the machine; those of aligned channels have 128, others 32 of them."""
+    """Rows per block, so that blocks fill the device. A block has 128 channels if they are aligned, else 32."""
     blocks = -(-channels // (32 * VECTOR if channels % VECTOR == 0 else 32))
     splits = max(cuda.multiprocessors(device) * 16 // blocks, 1)
     return max(-(-rows // splits), 16)
@@ -18,7 +18,7 @@ def forward(**tensors):
 
 
 def backward(**tensors):
-    """Writes dx and sums ``(splits, 10, C)``, those of a and of |b| over the rows of a split."""
+    """Writes dx and sums ``(splits, 10, C)``: the gradients of a and |b|, summed over the rows of each split."""
     _launch("backward", **tensors)
 
 

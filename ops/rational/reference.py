@@ -1,4 +1,4 @@
-"""The group-wise rational function in plain PyTorch: the specification; its gradients are autograd's."""
+"""The group-wise rational function in plain PyTorch: the specification. Autograd gives its gradients."""
 
 import torch
 
@@ -6,12 +6,12 @@ from ..tensors import state_dtype
 
 
 def sign(x):
-    """-1 where x < 0, else +1: also at 0, so that denominators that begin at 0 receive gradients."""
+    """-1 for x < 0, else +1: also at 0, so that denominators initialised to 0 receive gradients."""
     return torch.where(x < 0, -torch.ones_like(x), torch.ones_like(x))
 
 
 def _magnitude(x):
-    """``|x|``, whose slope at 0 is that of `sign`."""
+    """``|x|``, with the slope of `sign` at 0."""
     return x * sign(x)
 
 

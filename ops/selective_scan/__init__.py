@@ -13,7 +13,7 @@ from . import cuda, reference
 __all__ = ["selective_scan", "selective_scan_state", "selective_states"]
 
 LANES = 16  # the CPU kernel walks this many channels at once
-PARALLEL_TASKS = 16  # the CPU kernel splits the channels until it has about so many tasks
+PARALLEL_TASKS = 16  # the CPU kernel splits the channels into about this many tasks
 
 
 def selective_scan(
@@ -38,8 +38,8 @@ def selective_scan(
         h_t     = exp(delta_t A[g, d]) h_{t-1} + delta_t B[b, l, g] u[b, l, g, d],     h_0 = 0, in R^N
         y[b, l, g, d] = C[b, l, g] . h_t + D[g, d] u[b, l, g, d]
 
-    Nothing is copied into scan order: `u`, `dt`, `B` and `C` stay in token order and may be views (a stride-0 expand
-    over G, a split of channels, a strided grid of tokens) as long as their last dimension is contiguous.
+    Nothing is copied into scan order. `u`, `dt`, `B` and `C` stay in token order and may be views (a stride-0 expand
+    over G, a split of channels, a strided grid of tokens) if their last dimension is contiguous.
 
     Args:
         u: Input ``(B, L, G, D)``: L tokens, G scan groups of D channels. float64, float32, bfloat16 or float16.
@@ -57,14 +57,14 @@ def selective_scan(
 
     Returns:
         ``(B, L, G, D)``, or ``(B, L, D)`` with `merge`, in the dtype of the activations: `u`, `dt`, `B` and `C` are
-        promoted to their widest dtype, so mixed inputs under autocast are fine. States and sums are float32, float64
-        for float64 activations; `A`, `D`, `dt_weight` and `dt_bias` are read in that precision.
+        promoted to their widest dtype, so mixed inputs under autocast are fine. States and sums are float32 (float64
+        for float64 activations); `A`, `D`, `dt_weight` and `dt_bias` are read in that precision.
 
     Raises:
         ValueError: a shape does not fit, L or T is 0, or tensors lie on different devices.
         TypeError: not a tensor, or a dtype is not supported.
-        RuntimeError: a forced backend cannot serve; `order` out of range (CPU). With ``LINZOO_DEBUG=1`` orders are also
-            checked for repeated tokens, on every device.
+        RuntimeError: a forced backend cannot run it; `order` is out of range (CPU). With ``LINZOO_DEBUG=1`` orders are
+            also checked for repeated tokens, on every device.
     """
     _check(u, dt, A, B, C, D, dt_weight, dt_bias, order)
     dtype = promote(u, dt, B, C)
@@ -102,20 +102,21 @@ def selective_scan_state(
     dt_softplus: bool = True,
     order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan` from a state to a state: a sequence can be cut, and each part goes on from the last.
+    """`selective_scan` with an initial and a final state: cut a sequence, and continue each part from the last state.
 
-    N steps in front write the given state, and N behind read the last one; they last 2^-40, in which no state decays.
+    N extra steps in front write the given state, and N behind read the last one. Their step size is 2^-40, in which no
+    state decays.
 
     Args:
         u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order: As in `selective_scan`.
         initial: h_0 of each group ``(B, G, D, N)``; None for 0. It has a gradient.
 
     Returns:
-        y ``(B, L, G, D)`` in the widest dtype of the activations, and the state behind the last step
+        y ``(B, L, G, D)`` in the widest dtype of the activations, and the state after the last step
         ``(B, G, D, N)`` in float32 (float64 for float64).
 
     Raises:
-        ValueError, TypeError, RuntimeError: As of `selective_scan`.
+        ValueError, TypeError, RuntimeError: As in `selective_scan`.
     """
     _check(u, dt, A, B, C, D, dt_weight, dt_bias, order, initial)
     dtype, states = promote(u, dt, B, C), A.shape[2]
@@ -144,7 +145,7 @@ def selective_scan_state(
     return y[:, front : front + length].to(dtype), y[:, front + length :].movedim(1, 3)
 
 
-INSTANT = 2.0**-40  # a step size in which no state decays, and that its inverse makes 1 exactly
+INSTANT = 2.0**-40  # a step size in which no state decays; times its inverse it is exactly 1
 
 
 def selective_states(
@@ -158,7 +159,7 @@ def selective_states(
     dt_softplus: bool = True,
     order: Tensor | None = None,
 ) -> Tensor:
-    """The states of a selective scan with one state per channel, ``h`` of `selective_scan` for N = 1.
+    """The states of a selective scan with one state per channel: ``h`` of `selective_scan` for N = 1.
 
     Spatial-Mamba (arXiv 2410.15091) fuses these states over space before it projects them to the output.
 
@@ -168,15 +169,15 @@ def selective_states(
         ``(B, L, G, D)``: the state after each token's step.
 
     Raises:
-        ValueError: N is not 1, or as `selective_scan`.
+        ValueError: N is not 1, or as in `selective_scan`.
     """
     check(u=(u, "BLGD"), A=(A, "GD1"), B=(B, "BLG1"))
     C = torch.ones_like(B)
     return selective_scan(u, dt, A, B, C, dt_weight=dt_weight, dt_bias=dt_bias, dt_softplus=dt_softplus, order=order)
 
 
-# The operator's second result is the state before each chunk of CHUNK steps, from which the backward pass recomputes
-# the others; where it was not saved, the backward pass runs the forward pass again.
+# The operator's second result holds the state before each chunk of CHUNK steps. The backward pass recomputes the others
+# from them; if they were not saved, it runs the forward pass again.
 
 
 def _chunk(u, A):
@@ -199,14 +200,14 @@ def _empty(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, sav
 
 
 def _split_channels(u, tasks):
-    """Channels per task of the CPU kernel: from the problem's shape alone, so that results do not depend on threads."""
+    """Channels per task of the CPU kernel, from the problem's shape only, so that threads do not change results."""
     blocks = -(-u.shape[3] // LANES)
     splits = min(max(PARALLEL_TASKS // max(tasks, 1), 1), blocks)
     return -(-blocks // splits) * LANES
 
 
 def _kernel_inputs(u, dt, A, B, C, D, dt_weight, dt_bias, softplus, order):
-    """Arguments as the kernels want them: contiguous channels; A in units of log2(e), since they compute 2^x."""
+    """Arguments as the kernels need them: contiguous channels; A in units of log2(e), since they compute 2^x."""
     return dict(
         u=dense_rows(u),
         dt=dense_rows(dt),
@@ -277,7 +278,7 @@ def _backward(backend, dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, o
 
 
 def _flops(u, A, D, dt_weight, order, **_):
-    """Per token and channel: 9 N for the scan, 1 for the skip, R for the low-rank step, as the field's papers count."""
+    """Per token and channel: 9 N for the scan, 1 for the skip, R for the low-rank step, as papers count."""
     batch, length, groups, channels = u
     steps = length if order is None else order[-1]
     rank = 0 if dt_weight is None else dt_weight[2]

@@ -1,4 +1,4 @@
-"""Arguments and grids of the kernels in cuda.cu; called as those of the CPU are."""
+"""Arguments and grids of the kernels in cuda.cu. Called like the CPU kernels."""
 
 from typing import NamedTuple
 
@@ -7,22 +7,22 @@ import torch
 from .. import compile_cuda as cuda
 
 NAME = "selective_scan"
-OWN = 4  # steps, and channels where they are aligned, that a thread of a kernel for one state takes at once
+OWN = 4  # steps (and aligned channels) that a thread of a one-state kernel takes at once
 
 
 def lanes(channels):
-    """Threads of a block for one state that are neighbours in the channels: few idle ones, and many."""
+    """Threads of a one-state block that are neighbours along the channels: many, with few of them idle."""
     units = channels if channels % OWN else channels // OWN
     return min((32, 16, 8, 4), key=lambda n: -(-units // n) * (n + 3))  # 3: for what each block stages
 
 
 def chunk(channels, states):
-    """Steps between two saved states: the span that a block for one state walks at once."""
+    """Steps between two saved states: the span that a one-state block walks at once."""
     return cuda.MAX_THREADS // lanes(channels) * OWN if states == 1 else cuda.CHUNK
 
 
 def shared_memory(channels, states, rank, element, vector):
-    """Bytes of shared memory of the backward kernel, which wants the most; sums have `element` bytes."""
+    """Bytes of shared memory of the backward kernel, which needs the most. Sums have `element` bytes."""
     if states > 1:
         rows = cuda.CHUNK * (2 * states + max(rank, 1)) + cuda.MAX_THREADS // 32 * 33 * (states + (rank + 1) // 2)
         return element * rows + 8 * cuda.CHUNK
@@ -34,7 +34,7 @@ def shared_memory(channels, states, rank, element, vector):
 
 
 def limit(u, A, dt_weight):
-    """Why the kernels cannot take a scan of these ranks and states, or None; a block has 48 KiB."""
+    """Why the kernels cannot scan these ranks and states, or None. A block has 48 KiB."""
     rank = 0 if dt_weight is None else dt_weight.shape[-1]
     element = 8 if u.dtype == torch.float64 else 4
     vector = 1 if u.shape[3] % OWN or element == 8 else OWN
@@ -45,7 +45,7 @@ def limit(u, A, dt_weight):
 
 
 class Plan(NamedTuple):
-    """How a scan is cut: blocks of channels and their threads, segments of the steps and their length."""
+    """How a scan is cut: blocks of channels and their threads, segments of steps and their length."""
 
     blocks: int
     threads: int
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     vector: int  # channels of a thread
 
     def template(self, kernel, u, A, dt_weight, *flags):
-        """The instance of a kernel; for one state, that of the kernels for it."""
+        """The instance of a kernel; with one state, of its one-state version."""
         rank = 0 if dt_weight is None else dt_weight.shape[1]
         if A.shape[1] > 1:
             return cuda.template(kernel, u.dtype, A.dtype, A.shape[1], rank, *flags)
@@ -64,12 +64,12 @@ class Plan(NamedTuple):
 
 
 def plan(u, dt, A, order, dt_weight, D=None, dt_bias=None, *others):
-    """The `Plan` of a scan, its arguments as the kernels take them; `others` are activations that it reads or writes.
+    """The `Plan` of a scan, and its arguments as the kernels take them. `others` are activations it reads or writes.
 
-    The steps are cut where batch, groups and channels leave multiprocessors with less than eight warps.
+    The steps are cut if batch, groups and channels give a multiprocessor fewer than eight warps.
 
     Raises:
-        ValueError: tokens lie 2^32 bytes apart, or more.
+        ValueError: tokens lie 2^32 bytes or more apart.
     """
     batch, length, G, channels = u.shape
     steps = length if order is None else order.shape[-1]
@@ -86,7 +86,7 @@ def plan(u, dt, A, order, dt_weight, D=None, dt_bias=None, *others):
 
 
 def _sizes(p, u, order):
-    """Grid and threads, and what every kernel takes."""
+    """Grid and threads, and the arguments of every kernel."""
     batch, length, G, D = u.shape
     steps = length if order is None else order.shape[-1]
     sizes = dict(G=G, D=D, steps=steps, blocks=p.blocks, segments=p.segments, segment_steps=p.segment_steps)
@@ -94,7 +94,7 @@ def _sizes(p, u, order):
 
 
 def _ends(u, A, segments):
-    """What a pass over segments alone leaves: their last states, and the sums of their steps."""
+    """Buffers for a pass over each segment alone: its last state, and the sum of its steps."""
     batch, _, G, D = u.shape
     return A.new_empty(batch, G, segments, A.shape[1], D), A.new_empty(batch, G, segments, D)
 
@@ -158,7 +158,7 @@ def backward(
     ddt_weight,
     ddt_bias,
 ):
-    """Writes the gradients, cut as `p` says: those of A, D, dt_weight and dt_bias per batch item and segment, those of
+    """Writes the gradients, cut as in `p`: those of A, D, dt_weight and dt_bias per batch item and segment, those of
     B, C and a low-rank dt per block of channels.
     """
     grid, sizes = _sizes(p, u, order)

@@ -1,4 +1,4 @@
-"""The selective scan in plain PyTorch: the specification, step by step; its gradients are autograd's."""
+"""The selective scan in plain PyTorch: the specification, step by step. Autograd gives its gradients."""
 
 import torch
 import torch.nn.functional as F

@@ -14,14 +14,14 @@ __all__ = ["nc_ssd", "ssd", "ssd_state"]
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *, chunk_size: int = 64
 ) -> Tensor:
-    """Causal state-space duality (Mamba-2, arXiv 2405.21060, section 6): per head, a matrix state with a scalar decay.
+    """Causal state-space duality (Mamba-2, arXiv 2405.21060, section 6): a matrix state per head, with a scalar decay.
 
     For each head h of group g::
 
         S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T,     S_0 = 0, in R^(N x P)
         y_t = S_t^T C_t + D x_t
 
-    computed chunk by chunk: within a chunk as masked attention, between chunks by their final states.
+    computed chunk by chunk: masked attention within a chunk, final states between chunks.
 
     Args:
         x: ``(B, L, H, P)``: H heads of P channels. float64, float32, bfloat16 or float16.
@@ -29,7 +29,7 @@ def ssd(
         A: Negative rates ``(H,)``.
         B, C: ``(B, L, G, N)``, each group shared by H / G successive heads.
         D: Skip weights ``(H,)``, None for no skip.
-        chunk_size: Steps in a chunk: any gives the same result.
+        chunk_size: Steps in a chunk. It does not change the result.
 
     Returns:
         ``(B, L, H, P)`` in the dtype of `x`; states and sums are float32 (float64 for float64).
@@ -52,17 +52,17 @@ def ssd_state(
     *,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd` from a state to a state: a sequence can be cut, and each part goes on from the last.
+    """`ssd` with an initial and a final state: cut a sequence, and continue each part from the last state.
 
     Args:
         x, dt, A, B, C, D, chunk_size: As in `ssd`.
-        initial: S_0, values before keys ``(batch, H, P, N)``; None for 0.
+        initial: S_0 with values before keys ``(batch, H, P, N)``; None for 0.
 
     Returns:
-        y ``(B, L, H, P)``, and the state behind the last step ``(batch, H, P, N)`` in float32 (float64 for float64).
+        y ``(B, L, H, P)``, and the state after the last step ``(batch, H, P, N)`` in float32 (float64 for float64).
 
     Raises:
-        ValueError, TypeError: As of `ssd`.
+        ValueError, TypeError: As in `ssd`.
     """
     axes = dict(x=(x, "BLHP"), dt=(dt, "BLH"), A=(A, "H"), B=(B, "BLGN"), C=(C, "BLGN"), D=(D, "H"))
     sizes = check(**axes, initial=(initial, "BHPN"))
@@ -74,7 +74,7 @@ def ssd_state(
         return reference.ssd_state(x, dt, A, B, C, D, initial)
 
     length, dtype = x.shape[1], state_dtype(x.dtype)
-    pad = -length % chunk_size  # steps of dt 0: the state stays as it is
+    pad = -length % chunk_size  # steps with dt 0, which leave the state as it is
 
     def chunks(t):  # (B, chunks, steps, G, heads of a group, ...)
         t = F.pad(t.to(dtype), (0, 0) * (t.dim() - 2) + (0, pad))
@@ -85,8 +85,8 @@ def ssd_state(
     log_decay = (chunks(dt) * A.to(dtype)).unflatten(3, group)
     total = log_decay.cumsum(2)  # (B, c, l, g, h)
 
-    # (B, c, l, s, g, h): the decay from step s to step l, a sum of its own for each pair. As differences of `total`
-    # they would lose the digits of A's gradient.
+    # (B, c, l, s, g, h): the decay from step s to step l, summed separately for each pair. Differences of `total` would
+    # lose the digits of A's gradient.
     mask = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril()[:, :, None, None]
     later = mask & ~mask.transpose(0, 1)
     since = log_decay.unsqueeze(3).expand(-1, -1, -1, chunk_size, -1, -1).masked_fill(~later, 0).cumsum(2)
@@ -109,7 +109,7 @@ def ssd_state(
 def nc_ssd(x: Tensor, weight: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:
     """Non-causal state-space duality (VSSD, arXiv 2407.18559): all tokens write to one state that all of them read.
 
-    ``S = sum_i weight_i B_i x_i^T`` per head, ``y_i = S^T C_i + D x_i``: no order, no decay but the tokens' weights.
+    ``S = sum_i weight_i B_i x_i^T`` per head, ``y_i = S^T C_i + D x_i``: no order, and no decay except the weights.
 
     Args:
         x: ``(B, L, H, P)``. float64, float32, bfloat16 or float16.

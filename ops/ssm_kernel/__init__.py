@@ -1,4 +1,4 @@
-"""Convolution kernels of diagonal and of diagonal-plus-low-rank state spaces (S4D, S4)."""
+"""Convolution kernels of diagonal and diagonal-plus-low-rank state spaces (S4D, S4)."""
 
 import math
 
@@ -27,20 +27,20 @@ def ssm_kernel(
     """The convolution kernel ``K_l = C dA^l dB`` of a state space with real output, for l = 0 .. length - 1.
 
     Complex tensors hold (re, im) on their last axis. Only one mode of each conjugate pair is stored, so every sum over
-    modes is twice its real part.
+    modes takes twice its real part.
 
-    Without `P`, S4D (arXiv 2206.11893, section 3), a sum of N exponentials (a Vandermonde product)::
+    Without `P`, S4D (arXiv 2206.11893, section 3): a sum of N exponentials (a Vandermonde product)::
 
         zoh:       K_l = 2 Re sum_n B_n C_n (exp(dt A_n) - 1) / A_n          exp(l dt A_n)
         bilinear:  K_l = 2 Re sum_n B_n C_n dt / (1 - dt A_n / 2) ((1 + dt A_n / 2) / (1 - dt A_n / 2))^l
 
-    With `P`, S4 (arXiv 2111.00396, algorithm 1): the state matrix is diag(A) - P P^*, discretised bilinearly. The
-    kernel's generating function is evaluated at the roots of unity by four Cauchy products and transformed back. It is
-    truncated at `length` by `C`, which must be ``C (I - dA^length)`` of the true C. This is computed in float64: modes
+    With `P`, S4 (arXiv 2111.00396, algorithm 1): the state matrix is diag(A) - P P^*, discretised bilinearly. Four
+    Cauchy products evaluate the kernel's generating function at the roots of unity; an inverse transform follows. `C`
+    truncates it at `length`: pass ``C (I - dA^length)`` of the true C. This is computed in float64: modes
     that hardly decay have poles next to the roots of unity, where float32 keeps few digits.
 
     Args:
-        A: Modes ``(H, N, 2)`` of each of H features; real parts negative. float64, float32, bfloat16 or float16.
+        A: Modes ``(H, N, 2)`` of H features, with negative real parts. float64, float32, bfloat16 or float16.
         B: Input projection ``(H, N, 2)``.
         C: Output projection ``(H, N, 2)``, or ``(channels, H, N, 2)`` for several outputs.
         dt: Step sizes ``(H,)``, positive.
@@ -49,13 +49,13 @@ def ssm_kernel(
         discretization: 'zoh' or 'bilinear'.
 
     Returns:
-        ``(H, L)``, or ``(channels, H, L)``: float32, float64 if any input is float64.
+        ``(H, L)``, or ``(channels, H, L)``: float32, or float64 if any input is float64.
 
     Raises:
-        ValueError: a shape does not fit, `length` is not positive, `discretization` unknown or not bilinear with `P`,
-            or tensors lie on different devices.
+        ValueError: a shape does not fit, `length` is not positive, `discretization` is unknown or not bilinear with
+            `P`, or tensors lie on different devices.
         TypeError: not a tensor, or a dtype is not supported.
-        RuntimeError: a forced backend cannot serve.
+        RuntimeError: a forced backend cannot run it.
     """
     if discretization not in DISCRETIZATIONS:
         raise ValueError(f"discretization: expected one of {', '.join(DISCRETIZATIONS)}, got {discretization!r}")
@@ -89,7 +89,7 @@ def _dplr_kernel(A, B, C, dt, length, P):
     inputs, outputs = torch.cat([B.unsqueeze(0), P]), torch.cat([C, P.conj()])
     products = inputs.unsqueeze(1) * outputs.unsqueeze(0) * dt  # (1 + rank, channels + rank, H, N)
     angle = torch.arange(length // 2 + 1, dtype=dt.dtype, device=dt.device) * (math.pi / length)
-    # The nodes 2 (1 - w) / (1 + w) = 2i tan(angle) are kept as sines and cosines: the last of them is infinite.
+    # The nodes 2 (1 - w) / (1 + w) = 2i tan(angle) are kept as sines and cosines, because the last one is infinite.
     nodes = torch.stack([angle.sin(), angle.cos()], -1)
     r = _cauchy(products.flatten(0, 1).transpose(0, 1), dt * A, nodes).transpose(0, 1)
     r = r.unflatten(0, products.shape[:2])  # (1 + rank, channels + rank, H, K)
@@ -159,7 +159,7 @@ _vandermonde_operator = Operator(
 
 
 def _cauchy_forward(backend, v, w, nodes):
-    r = v.new_empty(*v.shape[:2], 2, nodes.shape[0])  # parts apart: lanes are nodes
+    r = v.new_empty(*v.shape[:2], 2, nodes.shape[0])  # real and imaginary parts apart: SIMD lanes are nodes
     _kernels(backend).cauchy_forward(v.contiguous(), w.contiguous(), nodes.contiguous(), r)
     return r.transpose(2, 3).contiguous()
 

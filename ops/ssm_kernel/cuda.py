@@ -1,9 +1,9 @@
-"""Arguments and grids of the kernels in cuda.cu; called as those of the CPU are."""
+"""Arguments and grids of the kernels in cuda.cu. Called like the CPU kernels."""
 
 from .. import compile_cuda as cuda
 
 NAME = "ssm_kernel"
-AT_ONCE = 16  # steps of a thread, as there
+AT_ONCE = 16  # steps per thread: kAtOnce of cuda.cu
 
 
 def _launch(kernel, threads, like, **named):

@@ -1,7 +1,7 @@
-"""The two sums that convolution kernels of state spaces are made of, in plain PyTorch: the specification.
+"""The two sums behind the convolution kernels of state spaces, in plain PyTorch: the specification.
 
-Complex numbers are a trailing axis of (re, im), also in `linzoo::vandermonde` and `linzoo::cauchy`. Conjugates are
-computed at once: PyTorch's lazy ones are lost within an operator that a compiled program calls.
+Complex numbers have a trailing axis of (re, im), also in `linzoo::vandermonde` and `linzoo::cauchy`. Conjugates are
+computed at once, because PyTorch's lazy ones are lost inside an operator that a compiled program calls.
 """
 
 import torch

@@ -16,44 +16,44 @@ __all__ = ["bi_wkv", "wkv6", "wkv6_state", "wkv7", "wkv7_state"]
 def bi_wkv(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, *, order: Tensor | None = None, divide_by_length: bool = False
 ) -> Tensor:
-    """Bidirectional WKV (Vision-RWKV, arXiv 2403.02308, eq. 5): means of v weighted by keys and distance.
+    """Bidirectional WKV (Vision-RWKV, arXiv 2403.02308, eq. 5): means of v, weighted by keys and distance.
 
     For each batch item, channel and step t, with step t at token ``order[t]`` and T steps::
 
         y_t = (sum_{i != t} exp(k_i - (|t - i| - 1) w) v_i + exp(u + k_t) v_t)
             / (sum_{i != t} exp(k_i - (|t - i| - 1) w)     + exp(u + k_t))
 
-    in time proportional to T, for any T and any w: exponents are taken relative to the largest so far. The receptance
-    is the caller's. Restore-RWKV's Re-WKV (arXiv 2407.11087) applies it to its own output along another order, with
-    nothing transposed: ``bi_wkv(k, bi_wkv(k, v, w0, u0), w1, u1, order=scan_order.column(H, W))``.
+    in time proportional to T, for any T and any w: exponents are taken relative to the largest so far. The caller
+    applies the receptance. Restore-RWKV's Re-WKV (arXiv 2407.11087) applies WKV to its own output along another order,
+    with no transpose: ``bi_wkv(k, bi_wkv(k, v, w0, u0), w1, u1, order=scan_order.column(H, W))``.
 
-    The published models divide w and u by the number of tokens of the call, their resolution's: `divide_by_length`. The
-    paper's equation divides the distance alone, its u stays as it is: pass ``w / T`` and u.
+    The published models divide w and u by the number of tokens in the call, set by the resolution: `divide_by_length`.
+    The paper's equation divides only the distance and keeps u: pass ``w / T`` and u.
 
-    The CUDA kernel that the published weights were trained with departs from the equation. It cuts the tokens into 32
-    chunks (64 in Restore-RWKV), decays what comes from other chunks and all that lies ahead by one step too many, and
-    subtracts what it has passed without taking it away entirely. At w = 0 there is no difference. For keys, values and
-    decays of N(0, 1), the decays divided by the length, the worst of 2 x T x 192 outputs is off by 1 to 2 % of their
+    The published weights were trained with a CUDA kernel that departs from the equation. It cuts the tokens into 32
+    chunks (64 in Restore-RWKV). What comes from other chunks, and from all tokens ahead, decays by one step too many.
+    Tokens already passed are subtracted, but not entirely. At w = 0 there is no difference. With keys, values and
+    decays from N(0, 1), and decays divided by the length, the worst of 2 x T x 192 outputs is off by 1 to 2 % of their
     standard deviation at T = 196 and by 16 to 18 % at T = 20; the logits of a Vision-RWKV-T by 0.01 %. With abs(w) near
-    1 the kernel overflows. This function computes the equation, and its gradients are the equation's.
+    1 that kernel overflows. This function computes the equation, and its gradients are the equation's.
 
     Args:
         k: Keys ``(B, L, C)``. float64, float32, bfloat16 or float16.
         v: Values ``(B, L, C)``.
-        w: Decay per channel and step ``(C,)``; negative ones let weights grow with distance.
-        u: Bonus ``(C,)`` on a token's key for itself.
+        w: Decay per channel and step ``(C,)``; with negative values, weights grow with distance.
+        u: Bonus ``(C,)`` that a token adds to its own key.
         order: Integer ``(T,)`` or ``(B, T)`` with T <= L distinct tokens; None for 0 .. L-1. Output at tokens that no
             step visits is 0.
         divide_by_length: Divide w and u by T.
 
     Returns:
-        ``(B, L, C)`` in the wider dtype of `k` and `v`; computed in float32, float64 for float64.
+        ``(B, L, C)`` in the wider dtype of `k` and `v`; computed in float32 (float64 for float64).
 
     Raises:
         ValueError: a shape does not fit, L or T is 0, or tensors lie on different devices.
         TypeError: not a tensor, or a dtype is not supported.
-        RuntimeError: a forced backend cannot serve; `order` out of range (CPU). With ``LINZOO_DEBUG=1`` orders are also
-            checked for repeated tokens, on every device.
+        RuntimeError: a forced backend cannot run it; `order` is out of range (CPU). With ``LINZOO_DEBUG=1`` orders are
+            also checked for repeated tokens, on every device.
     """
     check(k=(k, "BLC"), v=(v, "BLC"), w=(w, "C"), u=(u, "C"), order=(order, "T"))
     dtype, (k, v, w, u) = _promote((k, v), (w, u))
@@ -76,14 +76,14 @@ def wkv6(
 ) -> Tensor:
     """WKV of RWKV-6 (arXiv 2404.05892, section 4), in both directions as in Vision-RWKV-6.
 
-    Per head a matrix state whose rows decay by ``d_t = exp(-exp(w_t))``, which depends on the data. For each step t,
-    with step t at token ``order[t]``::
+    Each head has a matrix state whose rows decay by ``d_t = exp(-exp(w_t))``, which depends on the data. For each
+    step t, with step t at token ``order[t]``::
 
         S_0 = 0,        S_{t+1} = diag(d_t) S_t + k_t v_t^T         (steps before t, in R^(N x P))
         R_{T-1} = 0,    R_{t-1} = diag(d_t) R_t + k_t v_t^T         (steps after t; 0 unless `bidirectional`)
         y_t = (S_t + R_t + diag(u) k_t v_t^T)^T r_t
 
-    Neither a normalisation nor a scale: the models put a GroupNorm behind it.
+    It neither normalises nor scales: the models apply a GroupNorm after it.
 
     Args:
         r: Receptances ``(B, L, H, N)``. float64, float32, bfloat16 or float16.
@@ -91,17 +91,17 @@ def wkv6(
         v: Values ``(B, L, H, P)``.
         w: Decays ``(B, L, H, N)`` before the two exponentials; a decay below the smallest float is 0.
         u: Bonus ``(H, N)`` of a token for itself, counted once.
-        order: As `bi_wkv`.
+        order: As in `bi_wkv`.
         bidirectional: Whether steps see those after them.
-        initial: The state before the first step and, where `bidirectional`, that behind the last one, values before
-            keys: ``(2, H, P, N)`` for all samples alike or ``(B, 2, H, P, N)``, with 1 in place of 2 for one direction;
-            None for 0. It has a gradient.
+        initial: The state before the first step and, if `bidirectional`, the one after the last step. Values come
+            before keys: ``(2, H, P, N)`` shared by all samples or ``(B, 2, H, P, N)``, with 1 instead of 2 for one
+            direction; None for 0. It has a gradient.
 
     Returns:
-        ``(B, L, H, P)`` in the widest dtype of `r`, `k`, `v` and `w`; states are float32, float64 for float64.
+        ``(B, L, H, P)`` in the widest dtype of `r`, `k`, `v` and `w`; states are float32 (float64 for float64).
 
     Raises:
-        ValueError, TypeError, RuntimeError: As of `bi_wkv`.
+        ValueError, TypeError, RuntimeError: As in `bi_wkv`.
     """
     ends = f"{1 + bidirectional}HPN"
     ends = ends if isinstance(initial, Tensor) and initial.dim() == 4 else f"B{ends}"
@@ -115,14 +115,14 @@ def wkv6(
 def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, *, order: Tensor | None = None) -> Tensor:
     """WKV of RWKV-7 (arXiv 2503.14456, eq. 17), the generalised delta rule, along one order.
 
-    Per head a matrix state, whose transition is diagonal plus rank one. For each step t, with step t at token
+    Each head has a matrix state, whose transition is diagonal plus rank one. For each step t, with step t at token
     ``order[t]`` and ``d_t = exp(-exp(w_t))``::
 
         S_0 = 0,    S_t = S_{t-1} (diag(d_t) + a_t b_t^T) + v_t k_t^T,    y_t = S_t r_t,    S in R^(P x N)
 
     RWKV-7 passes the normalised removal key kappa and the learning rate eta as ``a = -kappa``, ``b = eta * kappa``: the
     state then forgets what it holds under kappa. Its ``w = -1/2 - softplus(-x)`` keeps d above 0.545. For both
-    directions of an image add the outputs of an order and of its reverse.
+    directions of an image, add the outputs for an order and for its reverse.
 
     Args:
         r: Receptances ``(B, L, H, N)``. float64, float32, bfloat16 or float16.
@@ -130,13 +130,13 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, *, or
         k: Keys ``(B, L, H, N)``.
         v: Values ``(B, L, H, P)``.
         a, b: Factors of the rank-one part ``(B, L, H, N)``.
-        order: As `bi_wkv`.
+        order: As in `bi_wkv`.
 
     Returns:
-        ``(B, L, H, P)`` in the widest dtype of the activations; states are float32, float64 for float64.
+        ``(B, L, H, P)`` in the widest dtype of the activations; states are float32 (float64 for float64).
 
     Raises:
-        ValueError, TypeError, RuntimeError: As of `bi_wkv`.
+        ValueError, TypeError, RuntimeError: As in `bi_wkv`.
     """
     matrices = dict(w=(w, "BLHN"), k=(k, "BLHN"), v=(v, "BLHP"), a=(a, "BLHN"), b=(b, "BLHN"))
     check(r=(r, "BLHN"), **matrices, order=(order, "T"))
@@ -154,21 +154,20 @@ def wkv6_state(
     *,
     order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`wkv6` in one direction, from a state to a state: a sequence can be cut, and each part goes on from the last.
+    """`wkv6` in one direction, with an initial and a final state: cut a sequence, and continue from the last state.
 
-    States pass through steps that write and read them, N at either end, so that every backend and every derivative is
-    that of `wkv6`.
+    N extra steps at either end write and read the states, so every backend and every derivative is that of `wkv6`.
 
     Args:
         r, k, v, w, u: As in `wkv6`.
-        initial: S_0 ``(B, H, P, N)``, values before keys, or ``(H, P, N)`` for all samples alike; None for 0.
-        order: As `bi_wkv`: the first step is at token ``order[0]``.
+        initial: S_0 with values before keys ``(B, H, P, N)``, or ``(H, P, N)`` shared by all samples; None for 0.
+        order: As in `bi_wkv`: the first step is at token ``order[0]``.
 
     Returns:
-        y ``(B, L, H, P)``, and the state behind the last step ``(B, H, P, N)`` in float32 (float64 for float64).
+        y ``(B, L, H, P)``, and the state after the last step ``(B, H, P, N)`` in float32 (float64 for float64).
 
     Raises:
-        ValueError, TypeError, RuntimeError: As of `wkv6`.
+        ValueError, TypeError, RuntimeError: As in `wkv6`.
     """
     check(
         r=(r, "BLHN"), k=(k, "BLHN"), v=(v, "BLHP"), w=(w, "BLHN"), u=(u, "HN"), **_named(initial), order=(order, "T")
@@ -191,18 +190,18 @@ def wkv7_state(
     *,
     order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`wkv7` from a state to a state; see `wkv6_state`.
+    """`wkv7` with an initial and a final state; see `wkv6_state`.
 
     Args:
         r, w, k, v, a, b: As in `wkv7`.
-        initial: S_0 ``(B, H, P, N)``, or ``(H, P, N)`` for all samples alike; None for 0.
-        order: As `bi_wkv`.
+        initial: S_0 ``(B, H, P, N)``, or ``(H, P, N)`` shared by all samples; None for 0.
+        order: As in `bi_wkv`.
 
     Returns:
-        y ``(B, L, H, P)``, and the state behind the last step ``(B, H, P, N)`` in float32 (float64 for float64).
+        y ``(B, L, H, P)``, and the state after the last step ``(B, H, P, N)`` in float32 (float64 for float64).
 
     Raises:
-        ValueError, TypeError, RuntimeError: As of `wkv7`.
+        ValueError, TypeError, RuntimeError: As in `wkv7`.
     """
     matrices = dict(w=(w, "BLHN"), k=(k, "BLHN"), v=(v, "BLHP"), a=(a, "BLHN"), b=(b, "BLHN"))
     check(r=(r, "BLHN"), **matrices, **_named(initial), order=(order, "T"))
@@ -228,7 +227,7 @@ def _of_ends(initial, r, w, order):
     decay = -w.clamp(max=LARGEST).exp()
     shape = "hpn" if initial.dim() == 4 else "bhpn"
     added = []
-    for end, state in enumerate(initial.unbind(-4)):  # the second at the last step, from which decays run backwards
+    for end, state in enumerate(initial.unbind(-4)):  # the second is at the last step: decays run backwards
         past = (decay.flip(1) if end else decay)[:, :-1].cumsum(1)
         past = F.pad(past, (0, 0, 0, 0, 1, 0)).exp()
         added.append(torch.einsum(f"bthn,{shape}->bthp", r * (past.flip(1) if end else past), state))
@@ -238,8 +237,8 @@ def _of_ends(initial, r, w, order):
     return y.new_zeros(len(y), length, *y.shape[2:]).scatter(1, place[..., :1].expand_as(y), y)
 
 
-LARGEST = 80.0  # a decay before the exponentials that is 0 in any dtype
-STILL = -100.0  # a decay before the exponentials that is 1 in any dtype
+LARGEST = 80.0  # before the exponentials: the decay is 0 in any dtype
+STILL = -100.0  # before the exponentials: the decay is 1 in any dtype
 
 
 def _named(initial):
@@ -247,12 +246,12 @@ def _named(initial):
 
 
 def _one_hot(k, steps):
-    """Step i of N at channel i ``(B, N, H, N)``; none where `steps` is 0."""
+    """Step i of N at channel i ``(B, N, H, N)``; no steps if `steps` is 0."""
     return torch.eye(k.shape[3], dtype=k.dtype, device=k.device)[None, :steps, None].expand(len(k), -1, k.shape[2], -1)
 
 
 def _writes(initial, k, v):
-    """Receptances, keys, values and decays of N steps that write a state, row by row; of none for 0."""
+    """Receptances, keys, values and decays of N steps that write a state, row by row; no steps for 0."""
     at = _one_hot(k, k.shape[3] if initial is not None else 0)
     if initial is None:
         rows = v.new_zeros(len(v), 0, *v.shape[2:])
@@ -264,7 +263,7 @@ def _writes(initial, k, v):
 
 
 def _reads(k, v):
-    """The same of N steps that read the state."""
+    """The same for N steps that read the state."""
     at = _one_hot(k, k.shape[3])
     return at, torch.zeros_like(at), v.new_zeros(len(v), at.shape[1], *v.shape[2:]), torch.full_like(at, STILL)
 
@@ -274,7 +273,7 @@ def _joined(front, x, back):
 
 
 def _between(order, front, x, back):
-    """The order of joined parts: those at the ends step by step, the middle by `order`."""
+    """The order of joined parts: those at the ends in sequence, the middle by `order`."""
     if order is None:
         return None
     first, last = front.shape[1], front.shape[1] + x.shape[1]
@@ -285,7 +284,7 @@ def _between(order, front, x, back):
 
 
 def _split(y, front, back, dtype):
-    """The output of the real steps, and the state ``(B, H, P, N)`` that the last ones read."""
+    """The output of the real steps, and the state ``(B, H, P, N)`` read by the last ones."""
     first, last = front.shape[1], y.shape[1] - back.shape[1]
     return y[:, first:last].to(dtype), y[:, last:].permute(0, 2, 3, 1)
 
@@ -303,7 +302,7 @@ def _kernel_inputs(order, **tensors):
 
 
 def _outputs(x, order, *shapes):
-    """Tensors of such shapes for a kernel to write; filled with 0 if there are tokens that no step visits."""
+    """Tensors of these shapes for a kernel to write; filled with 0 if some tokens are not visited."""
     new = x.new_empty if order is None or order.shape[-1] == x.shape[1] else x.new_zeros
     return [new(shape) for shape in shapes]
 
@@ -313,8 +312,8 @@ def _steps(k, order):
 
 
 # --- bi_wkv ---------------------------------------------------------------------------------------------------------
-# Its second result is (B, L, 2, C): the largest exponent of each step's weights, and the sum of the weights over its
-# exponential. Without it the backward pass runs the forward pass again. (Their logarithm alone would lose digits.)
+# Its second result is (B, L, 2, C): the largest exponent m of each step's weights, and the sum of the weights divided
+# by exp(m). Without it the backward pass runs the forward pass again. (A single logarithm of both would lose digits.)
 
 
 def _bi_reference(k, v, w, u, order, save, use_scan=False):
@@ -372,12 +371,12 @@ _bi_wkv = Operator(
 
 
 # --- wkv6 and wkv7 --------------------------------------------------------------------------------------------------
-# Their second result is the states before each chunk of CHUNK steps, from which the backward pass recomputes the
-# others; without them it runs the forward pass again. One kernel serves both.
+# Their second result holds the states before each chunk of CHUNK steps. The backward pass recomputes the others from
+# them; without them it runs the forward pass again. One kernel serves both operators.
 
 
 def _stored(states, k, save):
-    """What the kernels store, of one list entry ``(B, T, H, N, P)`` per direction."""
+    """What the kernels store, from one list entry ``(B, T, H, N, P)`` per direction."""
     chunk = CHUNK.get(k.device.type, 1)
     return torch.stack([s[:, ::chunk].transpose(1, 2) for s in states]) if save else k.new_empty(0)
 
@@ -389,7 +388,7 @@ def _empty(k, v, order, directions, save):
 
 
 def _limit(backend, k, v):
-    """The CUDA kernels hold a column of the state per thread."""
+    """The CUDA kernels hold a column of the state per thread, which limits the channels."""
     widest = max(k.shape[3], v.shape[3])
     if backend == "cuda" and widest > cuda.MAX_CHANNELS:
         return f"the CUDA kernel takes heads of at most {cuda.MAX_CHANNELS} channels, got {widest}"
@@ -397,7 +396,7 @@ def _limit(backend, k, v):
 
 
 def _forward(backend, order, directions, save, *, r, w, k, v, u=None, a=None, b=None):
-    parts = (directions,) if backend == "cuda" else ()  # a direction writes its own part of the sum
+    parts = (directions,) if backend == "cuda" else ()  # each direction writes its own part of the sum
     (y,) = _outputs(v, order, (*parts, *v.shape))
     states = _empty(k, v, order, directions, save)[1]
     u = None if u is None else u.contiguous()
@@ -407,7 +406,7 @@ def _forward(backend, order, directions, save, *, r, w, k, v, u=None, a=None, b=
 
 
 def _backward(backend, dy, order, directions, states, *, r, w, k, v, u=None, a=None, b=None):
-    """Gradients by name; empty ones for those of None."""
+    """Gradients by name; empty tensors for arguments that are None."""
     tensors = dict(r=r, w=w, k=k, v=v, a=a, b=b)
     parts = (directions,) if backend == "cuda" else ()
     shapes = [(*parts, *((0,) if x is None else x.shape)) for x in tensors.values()]
@@ -438,7 +437,7 @@ def _wkv6_backward(backend, dy, r, k, v, w, u, order, bidirectional, states):
 
 
 def _wkv6_flops(k, v, order, bidirectional, **_):
-    """7 N P per step and head for both directions, as Vision-RWKV's script counts: 3 (decay, write, read) for each, 1
+    """7 N P per step and head for both directions, as in Vision-RWKV's script: 3 (decay, write, read) for each, 1
     for the token itself."""
     return (1 + 3 * (1 + bidirectional)) * k[0] * _steps(k, order) * k[2] * k[3] * v[3]
 
@@ -475,7 +474,7 @@ def _wkv7_backward(backend, dy, r, w, k, v, a, b, order, states):
 
 
 def _wkv7_flops(k, v, order, **_):
-    """5 N P per step and head: decay, what `a` reads, what `b` writes, what k writes, what r reads."""
+    """5 N P per step and head: the decay, what `a` reads, what `b` writes, what k writes, what r reads."""
     return 5 * k[0] * _steps(k, order) * k[2] * k[3] * v[3]
 
 

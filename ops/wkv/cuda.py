@@ -3,11 +3,11 @@
 from .. import compile_cuda as cuda
 
 NAME = "wkv"
-MAX_CHANNELS = cuda.MAX_THREADS  # key or value channels of a head: a thread is a column of its state
+MAX_CHANNELS = cuda.MAX_THREADS  # key or value channels per head: a thread holds a column of its state
 
 
 def _steps(order, length):
-    """The order, the distance of its rows, and the number of its steps."""
+    """The order, the stride between its rows, and the number of its steps."""
     return cuda.order_arguments(order, 1) | dict(steps=length if order is None else order.shape[-1])
 
 
@@ -15,7 +15,7 @@ def _steps(order, length):
 
 
 def bi_plan(k, steps):
-    """Blocks of channels and their threads; segments of the steps and their length."""
+    """Blocks of channels and their threads; segments of steps and their length."""
     blocks, threads = cuda.channel_blocks(k.shape[2])
     segments, length = cuda.segments(steps, k.shape[0] * threads * blocks, k.device, least=32)
     if length > cuda.CHUNK * cuda.MARKS:
@@ -74,7 +74,7 @@ def backward(*, dy, r, w, k, v, a, b, u, order, directions, states, **grads):
     N, tasks = k.shape[3], directions * B * H
     grid = min(tasks, 4 * cuda.multiprocessors(k.device))
     name = cuda.template("backward", k.dtype, N, a is not None)
-    kept = 8 if k.element_size() * N > 512 else 4  # states of a chunk that `history` holds, see there
+    kept = 8 if k.element_size() * N > 512 else 4  # states of a chunk that `history` in cuda.cu holds
     history = k.new_empty(grid, kept, -(-N // 16) * 16, _threads(P))
     tensors = dict(dy=dy, r=r, w=w, k=k, v=v, a=a, b=b, u=u, states=states, history=history)
     tensors |= {name: g if g.numel() else None for name, g in grads.items()}

@@ -1,4 +1,4 @@
-"""The WKV operators in plain PyTorch: the specification, step by step; its gradients are autograd's.
+"""The WKV operators in plain PyTorch: the specification, step by step. Autograd gives their gradients.
 
 Activations are in the state's dtype here.
 """
@@ -46,12 +46,12 @@ def _past(k, x, y, w, use_scan=False):
     """Decayed sums over the steps before each, ``sum_{i<t} exp(k_i - (t - i - 1) w) (x_i, y_i)``, free of overflow.
 
     Returns:
-        The largest exponent, and the sums of x, of y, of (t - i - 1) x and of (t - i - 1) y over its exponential.
+        The largest exponent m, and the sums of x, y, (t - i - 1) x and (t - i - 1) y, divided by exp(m).
     """
 
     def step(state, inputs):
         (top, age, *sums), (key, *values) = state, inputs
-        gap = key - (top - (age + 1) * w)  # over the largest weight so far, of key `top` at distance `age`
+        gap = key - (top - (age + 1) * w)  # relative to the largest weight so far: key `top` at distance `age`
         old, new = torch.exp(-gap.clamp(min=0)), torch.exp(gap.clamp(max=0))
         near = [old * s + new * value for s, value in zip(sums[:2], values, strict=True)]
         far = [old * (s + d) for s, d in zip(sums[:2], sums[2:], strict=True)]
@@ -66,8 +66,8 @@ def bi_wkv(k, v, w, u, order=None, use_scan=False):
     """See `linzoo.ops.bi_wkv`. With `use_scan` the loops are `torch._higher_order_ops.scan`.
 
     Returns:
-        The output, and ``(B, L, 2, C)``: the largest exponent of each step's weights, and their sum over its
-        exponential.
+        The output, and ``(B, L, 2, C)``: the largest exponent m of each step's weights, and their sum divided by
+        exp(m).
     """
     length = k.shape[1]
     k, v = tokens_in_order(k, order), tokens_in_order(v, order)
@@ -100,7 +100,7 @@ def _outer(x, y):
 
 
 def _wkv6_past(r, k, v, decay, use_scan=False):
-    """What each step reads from the state of those before it, and that state ``(B, H, N, P)``."""
+    """What each step reads from the state of the steps before it, and that state ``(B, H, N, P)``."""
 
     def step(S, x):
         r, k, v, decay = x
@@ -131,7 +131,7 @@ def wkv6(r, k, v, w, u, order=None, bidirectional=True, use_scan=False):
 
 
 def wkv7(r, w, k, v, a, b, order=None, use_scan=False):
-    """See `linzoo.ops.wkv7`; the state here is its transpose, ``(B, H, N, P)``.
+    """See `linzoo.ops.wkv7`; here the state is transposed, ``(B, H, N, P)``.
 
     Returns:
         The output, and the states before the steps ``(B, T, H, N, P)`` (None with `use_scan`).

@@ -1,4 +1,4 @@
-"""The pieces that training configs name: runner, hooks, the models to train, data sets, metrics, optimizer wrapper.
+"""The parts that training configs refer to: runner, hooks, models to train, data sets, metrics, optimizer wrapper.
 
 Importing the package registers them all, so a config only needs
 `custom_imports = dict(imports=["linzoo.backbones", "linzoo.tools.engine"])`.

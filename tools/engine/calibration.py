@@ -1,4 +1,4 @@
-"""Images that quantisers calibrate on."""
+"""Calibration images for quantisers."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ BATCH = 32
 
 
 def prepared_by_timm(model: nn.Module, size: Sequence[int] | None = None) -> Prepare:
-    """What makes batches ``(B, C, H, W)`` of files as the model was trained to see them, or of another size (H, W)."""
+    """A function that makes batches ``(B, C, H, W)`` of files, prepared as in training, or at another size (H, W)."""
     settings = resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg))
     if size:
         settings["input_size"] = (settings["input_size"][0], *size)
@@ -30,7 +30,7 @@ def prepared_by_timm(model: nn.Module, size: Sequence[int] | None = None) -> Pre
 
 
 def calibration(folder: str, count: int, prepare: Prepare) -> list[Tensor]:
-    """Batches of `count` images of a folder, at even distances in the order of their names."""
+    """Batches of `count` images of a folder, evenly spaced in the order of their names."""
     if not Path(folder).is_dir():
         raise InputError(f"--calib {folder!r}: no such folder; expected one of images")
     found = find_files(folder)

@@ -1,4 +1,4 @@
-"""Classification: folders of images, a timm model to train on them, with an optional teacher."""
+"""Classification: folders of images, and a timm model to train on them, with an optional teacher."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +34,9 @@ def find_classes(
     what: str = "image",
     files: str = f"expected files ending in {ENDINGS}",
 ) -> dict[str, list[Path]]:
-    """The class folders of `root`, sorted, with their images, or what else `find` finds; hidden folders are none.
+    """The class folders of `root`, sorted, with their images or whatever `find` finds. Hidden folders are ignored.
 
-    InputError where the folder is missing or a class has no image in it; `what` and `files` name what was expected.
+    InputError if the folder is missing or a class has no image; `what` and `files` name what was expected.
     """
     root = existing_folder(root, f"expected one folder of {what}s per class", Path(root).parent)
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -51,10 +51,10 @@ def find_classes(
 
 @DATASETS.register_module()
 class ImageFolder(NamesImages, CustomDataset):
-    """mmpretrain's folder-per-class data set that refuses empty classes and names an image it cannot read.
+    """mmpretrain's folder-per-class data set, which refuses empty classes and names an image that it cannot read.
 
     Args:
-        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+        make: name of a data set of `tools/make_data.py`, written to `data_root` if that is missing.
     """
 
     def __init__(self, make: str | None = None, **kwargs):
@@ -68,7 +68,7 @@ class ImageFolder(NamesImages, CustomDataset):
 
     @staticmethod
     def check(settings: dict, cfg: Config) -> list[str] | None:
-        """The names of the classes; InputError where folders are missing, or as many as the model does not have."""
+        """The class names; InputError if folders are missing, or their number is not the model's."""
         if settings.get("ann_file"):
             return None
         folder = Path(settings.get("data_root", ""), settings.get("data_prefix", ""))
@@ -81,7 +81,7 @@ class ImageFolder(NamesImages, CustomDataset):
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, kind: str, tau: float = 1.0) -> Tensor:
-    """What the distillation head pays for differing from the teacher.
+    """The loss of the distillation head for differing from the teacher.
 
     hard: CE(student, argmax teacher)
     soft: tau^2 sum KL(softmax(teacher/tau) || softmax(student/tau)) / numel(student)
@@ -104,29 +104,29 @@ def distillation_loss(student: Tensor, teacher: Tensor, kind: str, tau: float = 
 class Classifier(TimmModel):
     """A classifier to train, with an optional timm teacher.
 
-    With distillation "hard" or "soft" the model must be of DeiT's distilled kind (`set_distilled_training`), so that in
-    training it returns (logits, dist_logits), and
+    With distillation "hard" or "soft" the model must be of DeiT's distilled kind (`set_distilled_training`): in
+    training it returns (logits, dist_logits). The loss is
 
         loss = (1 - alpha) loss_module(logits, labels) + alpha distillation_loss(dist_logits, teacher(images))
 
     The teacher sees the same (mixed) images, in eval mode and without gradient. With "none" the model is trained on
-    the output that it is evaluated with.
+    the same output that evaluation uses.
 
     Args:
         model_name: timm name of the model; `pretrained` and other keywords as in `TimmModel`.
-        loss: settings of a loss of mmpretrain.
-        train_cfg: `augments`, mmpretrain's augmentations of batches.
+        loss: settings of an mmpretrain loss.
+        train_cfg: `augments`, mmpretrain's batch augmentations.
         data_preprocessor: settings of mmpretrain's preprocessor.
         teacher: keywords of `timm.create_model` for the teacher.
         distillation: "hard", "soft" or "none".
         alpha: weight of the teacher's term.
         tau: temperature of "soft".
         mesa: weight of MESA's term, which `MesaHook` switches on; not with a teacher.
-        auxiliary: weights of the losses that the model's `auxiliary_losses()` gives, by name; others do not count.
-        adapter: ``dict(kind="lora", rank=4, alpha=None)``, or "wara": projections of mixers and MLPs learn by low-rank
-            adapters, beside the classifier; the rest is frozen. The exported model has them merged.
-        weight_bits: weights of projections of mixers and MLPs are trained rounded to so many bits, 2 to 8 (see
-            `linzoo.quantization.ofq`); those of the exported model are rounded. Not with an adapter.
+        auxiliary: weights, by name, of the losses from the model's `auxiliary_losses()`; others do not count.
+        adapter: ``dict(kind="lora", rank=4, alpha=None)``, or "wara": projections of mixers and MLPs learn through
+            low-rank adapters, as does the classifier; the rest is frozen. The exported model has them merged.
+        weight_bits: train weights of projections of mixers and MLPs rounded to this many bits, 2 to 8 (see
+            `linzoo.quantization.ofq`); the exported model has them rounded. Not with an adapter.
     """
 
     kinds = ("backbone", "adopted", "fixed")
@@ -224,7 +224,7 @@ class Classifier(TimmModel):
         return {"loss_label": (1 - self.alpha) * label_loss, "loss_teacher": self.alpha * teacher_loss}
 
     def predict_files(self, job: Job) -> list[dict]:
-        """Of each image its path, label, confidence (softmax) and the five likeliest labels with their confidences."""
+        """For each image: path, label, confidence (softmax) and the five likeliest labels with their confidences."""
         samples = [sample for batch in job.batches() for sample in self.test_step(batch)]
         classes, results = job.classes or [str(i) for i in range(len(samples[0].pred_score))], []
         for path, sample in zip(job.inputs, samples, strict=True):
@@ -236,7 +236,7 @@ class Classifier(TimmModel):
 
     @staticmethod
     def draw(axis: Axes, result: dict) -> None:
-        """The image with its label and confidence; red where the image's folder names another of the labels."""
+        """The image with its label and confidence; red if the image's folder names another label."""
         axis.imshow(read_rgb(result["path"]))
         folder, names = Path(result["path"]).parent.name, {top["label"] for top in result["top5"]}
         color = "crimson" if folder in names and folder != result["label"] else "black"
@@ -278,7 +278,7 @@ class MesaHook(Hook):
 
 
 def _frozen(teacher: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The teacher as a plain function: no parameter of it enters the optimizer, checkpoints, DDP or EMA copies."""
+    """The teacher as a plain function: none of its parameters enters the optimizer, checkpoints, DDP or EMA copies."""
     teacher.eval().requires_grad_(False)
 
     @torch.no_grad()

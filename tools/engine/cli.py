@@ -1,4 +1,4 @@
-"""What the command lines of the training tools share."""
+"""Shared code for the command lines of the training tools."""
 
 import argparse
 import functools
@@ -15,7 +15,7 @@ from .errors import InputError, note
 
 
 class _Options(DictAction):
-    """mmengine's KEY=VALUE, which does not survive values that it cannot read, and takes the blanks out of paths."""
+    """mmengine's KEY=VALUE, with an InputError for values that it cannot read, and with blanks in paths kept."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         try:
@@ -29,7 +29,7 @@ class _Options(DictAction):
 
 
 def config_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser that knows CONFIG and --cfg-options."""
+    """A parser with CONFIG and --cfg-options."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="config file")
     parser.add_argument("--cfg-options", nargs="+", action=_Options, metavar="KEY=VALUE", help="override the config")
@@ -37,11 +37,11 @@ def config_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def command(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
-    """Decorates a tool's `main(argv=None)`: wrong input and failed writes become a line on stderr and status 2."""
+    """Decorates a tool's `main(argv=None)`: wrong input and failed writes end with a line on stderr and status 2."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
-        raises, logging.raiseExceptions = logging.raiseExceptions, False  # a full disk is said once, below
+        raises, logging.raiseExceptions = logging.raiseExceptions, False  # a full disk is reported once, below
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
@@ -49,7 +49,7 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
         except MissingOperator as e:
             line = str(e)
         except InputError as e:
-            # An error raised in a data-loader worker carries the worker's traceback before its own message.
+            # An error in a data-loader worker has the worker's traceback before its own message.
             line = str(e).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
         except OSError as e:
             line = f"{e.strerror or e}" + (f": {str(e.filename)!r}" if e.filename else "")
@@ -64,7 +64,7 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    """Ours are notes for users; the rest as Python shows it."""
+    """Shows our warnings as notes for users, and others as Python does."""
     if "linzoo" in filename:
         note(str(message))
     else:

@@ -1,4 +1,4 @@
-"""Classification of clips: folders of videos or of frames, a model of clips to train on them."""
+"""Classification of clips: folders of videos or of frames, and a clip model to train on them."""
 
 import argparse
 import importlib
@@ -29,7 +29,7 @@ EXPECTED = f"expected video files ending in {', '.join(ENDINGS)}, or folders of 
 
 
 def find_clips(folder: str | Path) -> list[Path]:
-    """The clips below a folder, sorted: video files, and folders that hold images; hidden ones are none."""
+    """The clips below a folder, sorted: video files, and folders with images. Hidden ones are ignored."""
     folder = Path(folder)
     paths = [folder, *sorted(path for path in folder.rglob("*") if not is_hidden(path, folder))]
     return [p for p in paths if (bool(find_files(p, deep=False)) if p.is_dir() else p.name.lower().endswith(ENDINGS))]
@@ -40,7 +40,7 @@ def _find_classes(root: str | Path) -> dict[str, list[Path]]:
 
 
 def _decoder(path: Path) -> tuple[int, Callable[[list[int]], np.ndarray]]:
-    """The number of frames of a clip, and what reads some of them as uint8 RGB (T, H, W, 3)."""
+    """The number of frames of a clip, and a function that reads some of them as uint8 RGB (T, H, W, 3)."""
     if path.is_dir():
         files = find_files(path, deep=False)
         return len(files), lambda index: np.stack([read_rgb(files[i]) for i in index])
@@ -65,12 +65,12 @@ def _with_pyav(package, path):
 
 
 def read_clip(path: str | Path, num_frames: int, anywhere: bool = False) -> Tensor:
-    """Frames of a clip as uint8 (T, 3, H, W): one of each of `num_frames` equal parts of it.
+    """Frames of a clip as uint8 (T, 3, H, W), one from each of its `num_frames` equal parts.
 
     Args:
-        path: a video file, or a folder of frames that follow each other by their names.
-        num_frames: how many.
-        anywhere: take any frame of a part, not its middle one.
+        path: a video file, or a folder of frames in the order of their names.
+        num_frames: number of frames.
+        anywhere: take any frame of a part instead of its middle one.
 
     Raises:
         InputError: the clip cannot be read, has fewer frames, or frames of different sizes.
@@ -84,26 +84,26 @@ def read_clip(path: str | Path, num_frames: int, anywhere: bool = False) -> Tens
         frames = read([int((i + place()) * count / num_frames) for i in range(num_frames)])
     except InputError:
         raise
-    except Exception as e:  # a damaged file raises what its decoder likes
+    except Exception as e:  # a damaged file may raise anything
         raise InputError(f"cannot read clip {str(path)!r}; {EXPECTED} of one size ({first_line(e)})") from e
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
 def stream_frames(path: str | Path) -> Iterator[np.ndarray]:
-    """The frames of a clip, one after the other, uint8 RGB (H, W, 3): memory does not grow with its length.
+    """The frames of a clip, one after the other, uint8 RGB (H, W, 3). Memory does not grow with its length.
 
     Args:
-        path: a video file, or a folder of frames that follow each other by their names.
+        path: a video file, or a folder of frames in the order of their names.
 
     Raises:
-        InputError: the clip cannot be read, ends before its last frame, has none, or frames of different sizes; the
-            frames before that were given.
+        InputError: the clip cannot be read, ends before its last frame, has no frames, or frames of different sizes;
+            frames before the error were returned.
     """
     yield from (frame for frame, _ in stream_timed(path))
 
 
 def stream_timed(path: str | Path) -> Iterator[tuple[np.ndarray, float]]:
-    """As `stream_frames`, each frame with its time in seconds: a video's own, or 25 frames a second of a folder."""
+    """As `stream_frames`, each frame with its time in seconds: from the video, or at 25 frames/s for a folder."""
     path, size, count = Path(path), None, 0
     for frame, time in _folder_frames(path) if path.is_dir() else _video_frames(path):
         if size and frame.shape != size:
@@ -129,7 +129,7 @@ def _video_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
     count, promised = 0, 0
     try:
         with av.open(str(path)) as file:
-            promised = file.streams.video[0].frames  # 0 where the file does not say
+            promised = file.streams.video[0].frames  # 0 if the file does not say
             for frame in file.decode(video=0):
                 yield frame.to_ndarray(format="rgb24"), count / 25 if frame.time is None else frame.time
                 count += 1
@@ -141,7 +141,7 @@ def _video_frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
 
 
 def find_readable(path: str | None, read: Callable[[Path], Any]) -> list[Path]:
-    """The clip at `path`, or every clip below it, each tried once by `read`; InputError where there is none."""
+    """The clip at `path`, or every clip below it, each tried once with `read`; InputError if there is none."""
     if path is None or not Path(path).exists():
         raise InputError(f"clip {path!r}: no such file or folder; {EXPECTED}")
     found = find_clips(path) if Path(path).is_dir() else [Path(path)]
@@ -161,14 +161,14 @@ def test_transform(size: int) -> v2.Transform:
 class ClipFolder(Dataset):
     """Clips in one folder per class, as `inputs` uint8 (3, T, size, size).
 
-    To train on, all frames of a clip get the same crop, flip and RandAugment.
+    In training, all frames of a clip get the same crop, flip and RandAugment.
 
     Args:
         data_root: folder of the data set.
-        data_prefix: folder in it that holds the class folders.
-        num_frames: frames of a clip, spread over all of it.
+        data_prefix: folder in it that contains the class folders.
+        num_frames: frames per clip, spread over all of it.
         size: side of the frames.
-        test_mode: middle frames and centre crops.
+        test_mode: use middle frames and centre crops.
         augment: strength of RandAugment, 0 for none.
     """
 
@@ -194,7 +194,7 @@ class ClipFolder(Dataset):
 
     @staticmethod
     def check(settings: dict, cfg: Config) -> list[str]:
-        """The names of the classes; InputError where folders are missing, or as many as the model does not have."""
+        """The class names; InputError if folders are missing, or their number is not the model's."""
         folder = Path(settings.get("data_root", ""), settings.get("data_prefix", ""))
         found = list(_find_classes(folder))
         count = cfg.model.get("num_classes", len(found))
@@ -205,11 +205,12 @@ class ClipFolder(Dataset):
 
 @MODELS.register_module()
 class ClipClassifier(Classifier):
-    """A `Classifier` of clips.
+    """A `Classifier` for clips.
 
     Args:
-        model_name: timm name of a model that maps clips ``(B, 3, T, H, W)`` to logits; what follows as in `Classifier`.
-        mean, std: of the pixels' values from 0 to 255, by channel.
+        model_name: timm name of a model that maps clips ``(B, 3, T, H, W)`` to logits; other arguments as in
+            `Classifier`.
+        mean, std: of pixel values from 0 to 255, by channel.
     """
 
     kinds, needs, example = ("video",), "reset_classifier", "videomamba_t_video"
@@ -242,10 +243,10 @@ class ClipClassifier(Classifier):
 
     @staticmethod
     def options(parser: argparse._ArgumentGroup) -> None:
-        """None."""
+        """Adds no options."""
 
     def predict_files(self, job: Job) -> list[dict]:
-        """Of each clip its path, label, confidence (softmax) and the five likeliest labels with their confidences."""
+        """For each clip: path, label, confidence (softmax) and the five likeliest labels with their confidences."""
         settings = job.cfg.test_dataloader.dataset
         device, transform, results = next(self.parameters()).device, test_transform(settings.size), []
         for path in job.inputs:

@@ -1,4 +1,4 @@
-"""Annotations in COCO's format, checked whole before a run, so that nothing is skipped in silence."""
+"""Annotations in COCO's format, fully checked before a run, so that nothing is skipped silently."""
 
 import functools
 import json
@@ -8,20 +8,20 @@ from pathlib import Path
 
 from .errors import InputError, note
 
-FAR = 10  # sides of the image from it beyond which a coordinate is no slip, and would take memory without end
+FAR = 10  # a coordinate this many image sides away is no slip, and would need endless memory
 
 
 def check_coco(
     data_root: str, ann_file: str, data_prefix: str = "", classes: Sequence[str] | None = None, masks: bool = False
 ) -> Path:
-    """The path of a COCO file, whose every image and annotation is checked.
+    """The path of a COCO file, after a check of every image and annotation.
 
     Args:
-        classes: where objects are to be detected, the names of their classes; each then needs box, area and category.
+        classes: for detection, the class names; every object then needs box, area and category.
         masks: whether every object must have a mask.
 
     Raises:
-        InputError: the file, an image or the folder of images is not there; an id is doubled or names nothing; an
+        InputError: the file, an image or the image folder is missing; an id is duplicated or refers to nothing; an
             object's box or mask is impossible. The message names the annotation.
     """
     path, folder = Path(data_root, ann_file), Path(data_root, data_prefix)
@@ -36,7 +36,7 @@ def check_coco(
     return path
 
 
-@functools.lru_cache(maxsize=8)  # a run checks its files, then its data sets do
+@functools.lru_cache(maxsize=8)  # files are checked by the run, then by its data sets
 def _checked(path: Path, folder: Path, classes: tuple[str, ...] | None, masks: bool, written: int) -> list[Path]:
     try:
         coco = json.loads(path.read_text())
@@ -47,7 +47,7 @@ def _checked(path: Path, folder: Path, classes: tuple[str, ...] | None, masks: b
             _check_classes([name for name in names.values() if name in classes], list(classes), path)
         annotations = _by_id(coco["annotations"], "annotation", path)
         sizes = {key: (int(image["height"]), int(image["width"])) for key, image in images.items()}
-        # Detectors are tested on images without any object, too; nobody else reads those.
+        # Detectors are also tested on images without objects; nothing else reads those.
         read = images if classes is not None else {annotation["image_id"] for annotation in annotations.values()}
         files = [folder / image["file_name"] for key, image in images.items() if key in read]
         small = []
@@ -86,7 +86,7 @@ def _check_classes(found: list[str], classes: list[str], path: Path) -> None:
             f"annotations {str(path)!r} have {len(found)} of the data set's {len(classes)} classes; expected a "
             f"category for each of {tuple(classes)}"
         )
-    if found != classes:  # mmdet counts classes in the file's order
+    if found != classes:  # mmdet numbers classes in the file's order
         raise InputError(f"annotations {str(path)!r} name their categories in the order {found}; expected {classes}")
 
 
@@ -99,7 +99,7 @@ def _unknown(annotation: dict, names: dict, classes: Sequence[str]) -> str | Non
 
 
 def _hidden(box: Sequence[float], height: int, width: int) -> bool:
-    """Whether mmdet leaves out an object with this box: it is under a pixel, or outside of its image."""
+    """Whether mmdet leaves out an object with this box: it is below a pixel, or outside of its image."""
     x, y, w, h = box
     return w < 1 or h < 1 or min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0)
 

@@ -1,4 +1,4 @@
-"""Reading a training config and refusing what it misspells, before anything is built or written."""
+"""Reads a training config and rejects misspelt keys, before anything is built or written."""
 
 import ast
 import copy
@@ -36,7 +36,7 @@ def _parameters(function: Callable) -> set[str]:
     return set(inspect.signature(function).parameters) - {"self"}
 
 
-# Keys that mmengine reads from the config itself, beside the arguments of its Runner.
+# Keys that mmengine reads from the config itself, besides the arguments of its Runner.
 TOP_LEVEL = _parameters(Runner.__init__) - {"cfg"} | {
     "activation_checkpointing",
     "commercial",
@@ -49,7 +49,7 @@ TOP_LEVEL = _parameters(Runner.__init__) - {"cfg"} | {
 }
 _LOADER = _parameters(DataLoader.__init__) | {"num_batch_per_epoch"}
 ANY = "**"
-# Dictionaries without a `type` of their own.
+# Dictionaries without their own `type`.
 SECTIONS = {
     "train_dataloader": _LOADER,
     "val_dataloader": _LOADER,
@@ -70,10 +70,10 @@ SECTIONS = {
 
 
 def find_config(path: str) -> str:
-    """The file of a config: `path` where it exists, else the shipped config of that name, such as
+    """The file of a config: `path` if it exists, else the shipped config of that name, such as
     ``cls/groupmamba_t_digits``.
 
-    Raises InputError where there is neither.
+    Raises InputError if there is neither.
     """
     if Path(path).exists():
         return path
@@ -88,10 +88,10 @@ def find_config(path: str) -> str:
 
 
 def load_config(path: str, options: dict | None = None) -> Config:
-    """The config of a file, or the shipped one of that name, with `--cfg-options` applied, every key of it checked.
+    """The config in a file, or the shipped one of that name, with `--cfg-options` applied and every key checked.
 
-    Raises InputError for a file that is missing or no config, a misspelt key at any depth, an unknown `type` or timm
-    model; the message says what was probably meant.
+    Raises InputError for a file that is missing or not a config, a misspelt key at any depth, an unknown `type` or timm
+    model; the message suggests what was probably meant.
     """
     path = find_config(path)
     if existing_file("config", path).suffix != ".py":
@@ -102,7 +102,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
         raise InputError(
             f"config {path!r} cannot be read: {e}; if it detects objects, `pip install 'linzoo[det]'` installs the rest"
         ) from e
-    except Exception as e:  # the config is Python: anything may be wrong with it
+    except Exception as e:  # the config is Python: it may raise anything
         message = (str(e).strip().splitlines() or [""])[-1]
         raise InputError(f"config {path!r} cannot be read: {type(e).__name__}: {message}") from e
     if cfg.get("default_scope") == "mmdet":
@@ -126,7 +126,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
 
 
 def task_of(cfg: Config) -> type[Task]:
-    """The task of a config's model: its class, or the one for OpenMMLab's models around a backbone.
+    """The task of a config's model: the model's class, or the task for OpenMMLab's models around a backbone.
 
     Raises:
         InputError: the model is neither.
@@ -144,7 +144,7 @@ def task_of(cfg: Config) -> type[Task]:
 
 
 def _read_by_ours(node: Any, scope: str | None) -> None:
-    """Let `LoadImage` and `LoadLabelMap` read where OpenMMLab's would by their defaults: check and run then agree."""
+    """Replaces OpenMMLab's default loaders by `LoadImage` and `LoadLabelMap`, so that check and run agree."""
     if isinstance(node, (list, tuple)):
         for item in node:
             _read_by_ours(item, scope)
@@ -159,7 +159,7 @@ def _read_by_ours(node: Any, scope: str | None) -> None:
 
 
 def _check_option(cfg: Config, option: str) -> None:
-    """An option may change what is there, or add an argument to a dictionary whose keys are checked afterwards."""
+    """An option may change existing values, or add an argument to a dictionary whose keys are checked afterwards."""
     node, path = cfg._cfg_dict, ""
     for key in option.split("."):
         if isinstance(node, (list, tuple)) and key.isdigit() and int(key) < len(node):
@@ -175,7 +175,7 @@ def _check_option(cfg: Config, option: str) -> None:
 
 
 def _check_top_level(cfg: Config, path: str) -> None:
-    """Top-level names must be mmengine's, or be used by the files that make up the config."""
+    """Top-level names must be mmengine's, or be used by the config's files."""
     used, files, seen = set(), [Path(path)], set()
     while files:
         file = files.pop()
@@ -217,14 +217,14 @@ def _resolve(name: str, path: str, scope: str | None) -> Callable:
     for registry in reversed(registries):
         if found := registry.get(name):
             return found
-    if operator := getattr(sys.modules.get("mmcv.ops"), name, None):  # mmdet's configs name some as types
+    if operator := getattr(sys.modules.get("mmcv.ops"), name, None):  # mmdet's configs use some as types
         return operator
     names = {key for registry in registries for key in registry.module_dict}
     raise InputError(f"config key {path}.type={name!r}: nothing is registered under it{did_you_mean(name, names)}")
 
 
 def _arguments(of: Callable) -> set[str]:
-    """Names of the arguments of a class or function, with ANY among them where it takes any keyword."""
+    """Names of the arguments of a class or function, plus ANY if it takes any keyword."""
     names = set()
     for owner in inspect.getmro(of) if inspect.isclass(of) else (of,):
         if inspect.isclass(owner) and "__init__" not in vars(owner):
@@ -242,10 +242,10 @@ def _arguments(of: Callable) -> set[str]:
 
 
 def _check_model(model: ConfigDict, start: bool = False) -> None:
-    """A timm model must exist, and take the keywords and files that the config gives it: it is built without memory.
+    """A timm model must exist and take the keywords and files in the config. It is built without memory.
 
     Args:
-        start: whether the files that it is to start from are read; published weights never are.
+        start: whether start files are read; published weights never are.
     """
     kind = model.get("type") if inspect.isclass(model.get("type")) else MODELS.get(str(model.get("type")))
     if not (inspect.isclass(kind) and issubclass(kind, TimmModel)):
@@ -263,11 +263,11 @@ def _check_model(model: ConfigDict, start: bool = False) -> None:
 
 
 def _file_of(settings: ConfigDict, key: str) -> str | bool:
-    """The file that a model is to start from; False where there is none."""
+    """The file that a model starts from; False if there is none."""
     overlay = (settings.get("model_kwargs") or settings).get("pretrained_cfg_overlay")
     try:
         return weights_file(settings["model_name"], settings.get("pretrained", False), overlay) or False
-    except (InputError, RuntimeError) as e:  # RuntimeError: timm knows no such tag
+    except (InputError, RuntimeError) as e:  # RuntimeError: timm has no such tag
         raise InputError(f"config key {key}.{e}") from e
 
 
@@ -285,7 +285,7 @@ def _build_without_memory(settings: dict, key: str) -> nn.Module:
             return MODELS.build(settings)
     except FileNotFoundError as e:
         raise InputError(f"config key {key}.pretrained: {e}") from e
-    except (RuntimeError, ValueError) as e:  # RuntimeError: timm knows no such tag
+    except (RuntimeError, ValueError) as e:  # RuntimeError: timm has no such tag
         raise InputError(f"config key {key}: {e}") from e
     except TypeError as e:
         name = settings.get("model_name", settings.get("type"))
@@ -293,7 +293,7 @@ def _build_without_memory(settings: dict, key: str) -> nn.Module:
 
 
 def _without_lost_files(model: ConfigDict, resumed: Path) -> None:
-    """Leave out start files that are gone: a resumed run has its weights from the checkpoint."""
+    """Leaves out missing start files: a resumed run gets its weights from the checkpoint."""
     for settings in (model, model.get("backbone")):
         file = settings.get("pretrained") if isinstance(settings, dict) else None
         if isinstance(file, str) and "://" not in file and not Path(file.partition("#")[0]).exists():
@@ -302,7 +302,7 @@ def _without_lost_files(model: ConfigDict, resumed: Path) -> None:
 
 
 def _refuse_non_commercial(model: ConfigDict) -> None:
-    """InputError where published weights of a non-commercial licence are asked for; a file may be anybody's: a note."""
+    """InputError if published weights with a non-commercial licence are requested; for a file, only a note."""
     for key in ("model", "model.backbone", "model.teacher", "model.init_from"):
         settings = model if key == "model" else model.get(key.removeprefix("model."))
         start = settings.get("pretrained") if isinstance(settings, dict) else None
@@ -321,7 +321,7 @@ def _refuse_non_commercial(model: ConfigDict) -> None:
 
 
 def check_start(cfg: Config) -> None:
-    """Check what a run is to start from, before anything of it is written; a resumed one may have lost its start file.
+    """Checks what a run starts from, before it writes anything. A resumed run may have lost its start file.
 
     Raises:
         InputError: a file is missing, damaged or another model's; a setting changed that a resumed run cannot follow.

@@ -12,7 +12,7 @@ from .files import write_atomically
 
 
 def best_metric(runner: Runner) -> str | None:
-    """The validation metric of a run: the first that `save_best` of its checkpoint hook names."""
+    """The validation metric of a run: the first in `save_best` of its checkpoint hook."""
     for hook in runner.hooks:
         if isinstance(hook, CheckpointHook):
             return next(iter(getattr(hook, "key_indicators", ())), None)  # "auto" until the first validation
@@ -23,7 +23,7 @@ def best_metric(runner: Runner) -> str | None:
 class CurveHook(Hook):
     """After training, draws loss, learning rate and validation metric over the epochs in `work_dir/curves.png`.
 
-    The histories live in mmengine's message hub, hence in every checkpoint: the curves of a resumed run are whole.
+    The histories are in mmengine's message hub, and so in every checkpoint: a resumed run has complete curves.
     """
 
     priority = "LOWEST"

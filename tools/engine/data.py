@@ -1,4 +1,4 @@
-"""Data, made where a config says how, and checked before anything of a run is written."""
+"""Data sets: made if the config says how, and checked before a run writes anything."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -12,11 +12,11 @@ from ..make_data import MAKERS
 from .errors import InputError
 from .images import ENDINGS, find_files
 
-ENOUGH = 1000  # label maps of a data set whose values are read before a run
+ENOUGH = 1000  # label maps per data set whose values are read before a run
 
 
 class NamesImages:
-    """A data set that names an image that it cannot read."""
+    """A data set that names any image that it cannot read."""
 
     def prepare_data(self, idx: int) -> dict:
         """A prepared image."""
@@ -32,11 +32,11 @@ class NamesImages:
 def pair_files(
     root: str | Path, parts: tuple[str, str] = ("images", "masks"), suffix: str = ""
 ) -> list[tuple[Path, Path]]:
-    """Images of `root/images` with the masks of equal stem in `root/masks`, or of two other folders, sorted.
+    """Images of `root/images` with the masks of equal stem in `root/masks`, or from two other folders, sorted.
 
-    Stems of the first folder may end with `suffix`, which is left out.
+    Stems of the first folder may end with `suffix`, which is removed.
 
-    InputError where a folder is missing or empty, a file is alone, or two have one stem.
+    InputError if a folder is missing or empty, a file has no partner, or two files have the same stem.
     """
     root, found = Path(root), []
     for part in parts:
@@ -65,7 +65,7 @@ Item = TypeVar("Item", bound=Sized)
 
 
 def in_layout(layouts: dict[str, Callable[[Path, str], Item]], data_root: str | Path, part: str, layout: str) -> Item:
-    """What the reader of a layout finds of a part of a data set; InputError without such a layout, or without files."""
+    """What the reader of a layout finds for a part of a data set; InputError for an unknown layout, or no files."""
     if layout not in layouts:
         raise InputError(f"layout={layout!r}; expected one of {', '.join(layouts)}")
     found = layouts[layout](Path(data_root), part)
@@ -75,7 +75,7 @@ def in_layout(layouts: dict[str, Callable[[Path, str], Item]], data_root: str | 
 
 
 def existing_folder(folder: str | Path, expected: str, root: str | Path) -> Path:
-    """`folder` as a Path; InputError that says how to make the data set of `root` where it is missing."""
+    """`folder` as a Path; if it is missing, an InputError that says how to make the data set of `root`."""
     folder, name = Path(folder), Path(root).name if Path(root).name in MAKERS else Path(root).parent.name
     if not folder.is_dir():
         of = next((path for path in (Path(root), Path(root).parent) if path.name == name), root)
@@ -93,7 +93,7 @@ def first_line(e: Exception) -> str:
 
 
 def check_heads(model: Any, classes: Sequence[str], path: str = "model") -> None:
-    """InputError where a head of OpenMMLab's has another number of classes than its data set."""
+    """InputError if an OpenMMLab head has another number of classes than its data set."""
     for key, value in model.items() if isinstance(model, dict) else enumerate(model) if isinstance(model, list) else ():
         if key == "num_classes" and value != len(classes):
             raise InputError(f"config key {path}.num_classes={value}: the data set has {len(classes)} classes")
@@ -102,13 +102,13 @@ def check_heads(model: Any, classes: Sequence[str], path: str = "model") -> None
 
 
 def spread(files: list, count: int = ENOUGH) -> list:
-    """All of a list, `count` of them from end to end first."""
+    """All of a list, starting with `count` of them spread from end to end."""
     step = max(len(files) // count, 1)
     return files[::step] + [file for i, file in enumerate(files) if i % step]
 
 
 def _data_sets(node: Any, scope: str | None) -> Iterator[tuple[dict, Callable]]:
-    """The settings of every data set in those of a loader, wrapped ones included, each with its check."""
+    """The settings of every data set in a loader's settings, including wrapped ones, each with its check."""
     if isinstance(node, (list, tuple)):
         for item in node:
             yield from _data_sets(item, scope)
@@ -124,17 +124,17 @@ def _data_sets(node: Any, scope: str | None) -> Iterator[tuple[dict, Callable]]:
             yield from _data_sets(value, scope)
 
 
-# How the files of other packages' data sets are checked, by the class that they derive from.
+# How to check the files of other packages' data sets, by base class.
 CHECKS: dict[str, Callable[[dict, Config], Any]] = {}
 
 
 def prepare_data(cfg: Config) -> None:
-    """Make the data sets that the config says how to make, then check the files of every one that it names.
+    """Makes the data sets that the config says how to make, then checks the files of every data set in it.
 
-    A data set's check is its class's static method `check(settings, cfg)`, which may give the names of its classes.
+    A data set's check is its class's static method `check(settings, cfg)`, which may return the class names.
 
     Raises:
-        InputError: before anything of a run is written.
+        InputError: before a run writes anything.
     """
     classes = None
     for key in ("train_dataloader", "val_dataloader", "test_dataloader"):

@@ -1,4 +1,4 @@
-"""mmseg's segmenters and mmdet's detectors: label maps, and what is found in images, written and drawn."""
+"""mmseg's segmenters and mmdet's detectors: label maps, and results written and drawn."""
 
 import argparse
 from pathlib import Path
@@ -22,7 +22,7 @@ from .task import Job, Task
 
 @mmengine.registry.TRANSFORMS.register_module()
 class LoadLabelMap(LoadAnnotations):
-    """mmseg's transform, reading by `read_labels`: `load_config` puts it in place of that one."""
+    """mmseg's transform, reading through `read_labels`; `load_config` replaces mmseg's by it."""
 
     def _load_seg_map(self, results: dict) -> None:
         labels = read_labels(results["seg_map_path"])
@@ -37,22 +37,22 @@ class LoadLabelMap(LoadAnnotations):
 
 @mmengine.registry.DATASETS.register_module()
 class LabelMaps(NamesImages, BaseSegDataset):
-    """mmseg's data set of images with label maps of equal names, which names what it cannot read.
+    """mmseg's data set of images with label maps of equal names; it names any file that it cannot read.
 
     Args:
-        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+        make: name of a data set of `tools/make_data.py`, written to `data_root` if that is missing.
     """
 
     def __init__(self, make: str | None = None, **kwargs):
         super().__init__(**kwargs)
 
     def load_data_list(self) -> list[dict]:
-        """The paths of each image and its label map, but for hidden folders'."""
+        """The paths of each image and its label map, without hidden folders."""
         root = Path(self.data_prefix.get("img_path", ""))
         return [info for info in super().load_data_list() if not is_hidden(info["img_path"], root)]
 
     def prepare_data(self, idx: int) -> dict:
-        """A prepared image; InputError where its label map holds a label beside the classes'."""
+        """A prepared image; InputError if its label map contains a label outside the classes."""
         item = super().prepare_data(idx)
         if "gt_sem_seg" in getattr(item["data_samples"], "_data_fields", ()):
             labels = item["data_samples"].gt_sem_seg.data.unique().tolist()
@@ -72,11 +72,11 @@ def _check_labels(path: str | Path, labels: list[int], metainfo: dict, shift: bo
 
 
 def check_label_maps(settings: dict, cfg: Config) -> None:
-    """The label maps of a data set of mmseg's, each against its image.
+    """Checks the label maps of an mmseg data set, each against its image.
 
     Raises:
         InputError: a folder is missing or empty, or has a hidden folder whose images mmseg's own data sets would read;
-            an image has no map, or one of another size, in colour, turned, or with labels beside the classes'; no map
+            an image has no map, or one of another size, in colour, turned, or with labels outside the classes; no map
             shows two classes, as maps of 0 and 255 do for two.
     """
     kind = DATASETS.get(f"{cfg.default_scope}.{settings['type']}")
@@ -129,13 +129,13 @@ CHECKS["BaseSegDataset"] = check_label_maps
 
 
 class DenseTask(Task):
-    """What is found in each pixel or for each object, drawn by OpenMMLab's visualizer."""
+    """Results per pixel or per object, drawn by OpenMMLab's visualizer."""
 
     kinds, tables = ("backbone", "adopted", "pyramid"), True
     visualizer: ClassVar[str]
 
     def predict_files(self, job: Job) -> list[dict]:
-        """Of each image its path, its picture and what the task finds; pictures and label maps are PNG files."""
+        """For each image: its path, its picture and what the task finds; pictures and label maps are PNG files."""
         scope, settings = job.cfg.default_scope, job.cfg.test_dataloader.dataset
         with DefaultScope.overwrite_default_scope(scope):
             visualizer = VISUALIZERS.build(dict(type=job.task.visualizer, name=str(job.out)))
@@ -160,7 +160,7 @@ class SegmentationTask(DenseTask):
 
     @staticmethod
     def found(sample: Any, classes: tuple[str, ...], file: Path, options: argparse.Namespace) -> dict:
-        """The label map's file, written, and the shares."""
+        """The written label map's file, and the shares."""
         labels = sample.pred_sem_seg.data[0].numpy().astype(np.uint8)
         save_image(labels, file)
         shares = np.bincount(labels.ravel(), minlength=len(classes)) / labels.size
@@ -174,14 +174,14 @@ class SegmentationTask(DenseTask):
 
 
 class DetectionTask(DenseTask):
-    """mmdet's detectors: objects with label, score, box (x1, y1, x2, y2) and, where there are masks, area in pixels."""
+    """mmdet's detectors: objects with label, score, box (x1, y1, x2, y2) and, if there are masks, area in pixels."""
 
     visualizer = "DetLocalVisualizer"
 
     @staticmethod
     def options(parser: argparse._ArgumentGroup) -> None:
-        """Which objects are left out."""
-        parser.add_argument("--threshold", type=float, default=0.5, help="score under which objects are left out")
+        """Adds the score threshold."""
+        parser.add_argument("--threshold", type=float, default=0.5, help="leave out objects with a lower score")
 
     @staticmethod
     def found(sample: Any, classes: tuple[str, ...], file: Path, options: argparse.Namespace) -> dict:
@@ -205,5 +205,5 @@ class DetectionTask(DenseTask):
         return {"pred_score_thr": options.threshold}
 
 
-# The task of a model that has a backbone, by the package that the config's `default_scope` names.
+# The task of a model with a backbone, by the package in the config's `default_scope`.
 DENSE = {"mmseg": SegmentationTask, "mmdet": DetectionTask, "mmpretrain": BackboneClassifier}

@@ -1,4 +1,4 @@
-"""What detection needs of mmdet: imported where a config detects objects."""
+"""What detection needs from mmdet; imported only if a config detects objects."""
 
 from collections.abc import Sequence
 
@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 @DATASETS.register_module()
 class CocoImages(NamesImages, CocoDataset):
-    """mmdet's COCO data set, whose annotations `check_annotations` checks before a run.
+    """mmdet's COCO data set; `check_annotations` checks its annotations before a run.
 
     Args:
-        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+        make: name of a data set of `tools/make_data.py`, written to `data_root` if that is missing.
     """
 
     def __init__(self, make: str | None = None, **kwargs):
@@ -40,7 +40,7 @@ class CocoImages(NamesImages, CocoDataset):
 
 
 def check_annotations(settings: dict, cfg: Config) -> None:
-    """The annotations of a data set of mmdet's; InputError names the first that is impossible."""
+    """Checks the annotations of an mmdet data set; InputError names the first that is impossible."""
     classes = (settings.get("metainfo") or {}).get("classes", CocoDataset.METAINFO["classes"])
     check_heads(cfg.model, classes)
     masks = any(step.get("with_mask") for step in settings.get("pipeline", ()))
@@ -53,16 +53,16 @@ CHECKS["CocoDataset"] = check_annotations
 
 @MODELS.register_module()
 class FinerFPN(BaseModule):
-    """Feature pyramid network (arXiv 1612.03144) that goes on to finer maps than it is given, as EfficientViM has it.
+    """Feature pyramid network (arXiv 1612.03144) that continues to maps finer than its inputs, as in EfficientViM.
 
-    Laterals of the maps are summed from coarse to fine; transposed 2x2 convolutions go on from the finest sum; each
+    Laterals of the maps are summed from coarse to fine. Transposed 2x2 convolutions continue from the finest sum. Each
     level ends with a 3x3 convolution. Coarser levels come from the coarsest map by 3x3 convolutions of stride 2.
 
     Args:
-        in_channels: Channels of the maps, from fine to coarse, each of half the size of the one before.
+        in_channels: Channels of the maps, from fine to coarse, each half the size of the one before.
         out_channels: Channels of every level.
         finer: Levels finer than the finest map.
-        coarser: Levels coarser than the coarsest one.
+        coarser: Levels coarser than the coarsest map.
     """
 
     def __init__(self, in_channels: Sequence[int], out_channels: int = 256, finer: int = 0, coarser: int = 0):

@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and notes: one line, no traceback."""
+"""Errors that a user can act on, and notes: one line each, no traceback."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ class InputError(ValueError):
 
 
 def note(line: str) -> None:
-    """Say on stderr, once for all processes, what a user did not ask for but should know."""
+    """Prints on stderr, once for all processes, what a user did not ask for but should know."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {line}", file=sys.stderr)
 
@@ -24,7 +24,7 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def existing_file(argument: str, path: str) -> Path:
-    """`path` as a Path; InputError naming `argument` where it is no file."""
+    """`path` as a Path; InputError naming `argument` if it is not a file."""
     if not Path(path).is_file():
         what = "a folder" if Path(path).is_dir() else "no such file"
         raise InputError(f"{argument} {path!r}: {what}; expected an existing file")

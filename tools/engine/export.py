@@ -1,4 +1,4 @@
-"""The best model of a run, as timm loads it."""
+"""Exports the best model of a run in a format that timm loads."""
 
 import copy
 from pathlib import Path
@@ -23,11 +23,11 @@ FOLDER = "export"
 class ExportHook(Hook):
     """After training, writes `work_dir/export/{model.safetensors,config.json}`.
 
-    The folder is timm's own exchange format: `timm.create_model("local-dir:work_dir/export", pretrained=True)`, or the
-    weights alone by `pretrained_cfg_overlay=dict(file=".../model.safetensors", num_classes=K)` (without the number,
-    timm takes the head for ImageNet's and drops it). `config.json` names the model, its class names, input size, mean
+    The folder has timm's exchange format: `timm.create_model("local-dir:work_dir/export", pretrained=True)`, or only
+    the weights by `pretrained_cfg_overlay=dict(file=".../model.safetensors", num_classes=K)` (without the number, timm
+    takes the head for ImageNet's and drops it). `config.json` has the model's name, its class names, input size, mean
     and std, the training config and the best value of the metric, under the last part of its name. The weights are
-    those of the best validation (the averaged ones where the run averages), else the last. A model of another package,
+    those of the best validation (the averaged ones if the run averages), else the last. A model of another package,
     around a backbone, is not exported.
     """
 
@@ -35,7 +35,7 @@ class ExportHook(Hook):
 
     @master_only
     def after_train(self, runner: Runner) -> None:
-        """Write the export."""
+        """Writes the export."""
         info = runner.message_hub.runtime_info
         source = info.get("best_ckpt", info.get("last_ckpt"))
         trained = runner.model.module if is_model_wrapper(runner.model) else runner.model
@@ -43,7 +43,7 @@ class ExportHook(Hook):
             return
         best = copy.copy(trained)
         best._modules = {**trained._modules, "model": copy.deepcopy(trained.model)}
-        # A moved work dir keeps its old path in the message hub.
+        # After a work dir was moved, the message hub still has its old path.
         classes = load_weights(best.model, Path(runner.work_dir, Path(source).name))
         merge_adapters(best.model)
         settle_weights(best.model)

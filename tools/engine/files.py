@@ -1,4 +1,4 @@
-"""Results, written whole or not at all, each input's to a place of its own."""
+"""Result files: written completely or not at all, and a separate place for each input's."""
 
 import contextlib
 import os
@@ -18,10 +18,10 @@ from .errors import InputError
 def whole(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside `path` to write a file or folder to.
 
-    Where writing fails (a full disk, a quota, no permission), what is there of it is removed.
+    If writing fails (a full disk, a quota, no permission), the partial output is removed.
 
     Raises:
-        InputError: it failed.
+        InputError: writing failed.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -37,7 +37,7 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
-    """Call `write(partial)` on a temporary name in the same folder, then move it to `path`: whole or not there."""
+    """Calls `write(partial)` on a temporary name in the same folder, then moves it to `path`: complete or absent."""
     path = Path(path)
     with whole(path) as partial:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -51,15 +51,15 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
 
 
 def save_image(pixels: np.ndarray, path: str | os.PathLike) -> None:
-    """Write pixels as the kind of image file that the name says, PNG or TIFF."""
+    """Writes pixels as PNG or TIFF, according to the file name."""
     kind = Path(path).suffix[1:]
     write_atomically(path, lambda partial: Image.fromarray(pixels).save(partial, format=kind))
 
 
 def place(inputs: Sequence[Path], folder: Path, below: Path, ending: str, endings: Sequence[str]) -> list[Path]:
-    """A file below `below` for each input, placed as that is below `folder`.
+    """A file below `below` for each input, in the same place as the input below `folder`.
 
-    Inputs that differ in their endings alone (a.jpg, a.png) keep them (a.jpg.png, a.png.png).
+    If inputs differ only in their endings (a.jpg, a.png), the endings are kept (a.jpg.png, a.png.png).
 
     Args:
         ending: of the files.
@@ -71,7 +71,7 @@ def place(inputs: Sequence[Path], folder: Path, below: Path, ending: str, ending
     names = [str(path.relative_to(folder)) for path in inputs]
     lengths = [len(next((e for e in endings if name.lower().endswith(e)), Path(name).suffix)) for name in names]
     stems = [name[: len(name) - length] for name, length in zip(names, lengths, strict=True)]
-    count = Counter(stem.casefold() for stem in stems)  # some file systems know no case
+    count = Counter(stem.casefold() for stem in stems)  # some file systems ignore case
     both = zip(names, stems, strict=True)
     files = [below / ((stem if count[stem.casefold()] == 1 else name) + ending) for name, stem in both]
     taken = {}

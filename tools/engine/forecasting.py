@@ -1,4 +1,4 @@
-"""Forecasting: series in CSV files as ETT has them, a model of them to train, its errors beside the last value's."""
+"""Forecasting: series in CSV files in ETT's format, a model to train, and its errors beside those of the last value."""
 
 import csv
 import itertools
@@ -32,9 +32,9 @@ class Table(NamedTuple):
 
 
 def read_series(path: str | Path) -> Table:
-    """A CSV file with a header, a date first in each row and then a number for each variate, as ETT has it.
+    """Reads a CSV file in ETT's format: a header, then in each row a date and a number for each variate.
 
-    InputError where it is not there or anything else; the message names the row.
+    InputError if it is missing or different; the message names the row.
     """
     try:
         with open(path, newline="") as file:
@@ -64,18 +64,18 @@ PARTS = ("train", "val", "test")
 class Series(Dataset):
     """Windows of a series: `inputs`, the steps so far ``(M, context)``, and `targets` that follow ``(M, horizon)``.
 
-    Values are in units of the training rows' deviation around their mean, as the field reports errors.
+    Values are in units of the training rows' deviation around their mean, as is usual for reported errors.
 
     Args:
         data_root: folder of the file.
         file: its name; see `read_series`.
         part: "train", "val" or "test".
         context, horizon: steps.
-        rows: rows of the three parts, one after the other; those behind them are left out. What is foretold lies in the
-            part, what is seen may lie before it.
+        rows: rows of the three parts, one after the other; rows after them are left out. The forecast lies in the
+            part; the input may lie before it.
 
     Raises:
-        InputError: the file is missing or no series, too short, or there is no such part.
+        InputError: the file is missing, is not a series or is too short, or there is no such part.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Series(Dataset):
 
     @staticmethod
     def check(settings: dict, cfg: Config) -> None:
-        """InputError where the files are not as they should be, or the model reads or foretells other lengths."""
+        """InputError if the files are wrong, or the model reads or forecasts other lengths."""
         Series(**{key: value for key, value in settings.items() if key != "type"})
         for key in ("context", "horizon"):
             if settings[key] != cfg.model.get(key, settings[key]):
@@ -115,15 +115,15 @@ class Series(Dataset):
 
 @MODELS.register_module()
 class Forecaster(TimmModel):
-    """A model of series, trained by the mean squared error."""
+    """A model of series, trained with the mean squared error."""
 
     kinds = ("forecasting",)
     inputs, read = ("series", (".csv",)), staticmethod(read_series)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None, mode: str = "tensor") -> Any:
-        """Series ``(B, M, T)`` to what follows ``(B, M, H)`` ("tensor"), to the loss, or to errors ("predict").
+        """Series ``(B, M, T)`` to their continuation ``(B, M, H)`` ("tensor"), to the loss, or to errors ("predict").
 
-        The errors are, of each window, "MSE" and "MAE", and "last_MSE" and "last_MAE" of the last value kept.
+        The errors of each window are "MSE" and "MAE", and "last_MSE" and "last_MAE" for repeating the last value.
         """
         y = self.model(inputs)
         if mode == "tensor":
@@ -137,7 +137,7 @@ class Forecaster(TimmModel):
         return [{name: error[i].item() for name, error in errors.items()} for i in range(len(y))]
 
     def predict_files(self, job: Job) -> list[dict]:
-        """Of each file its path and that of the rows that follow it, in its units, a CSV file as well."""
+        """For each file: its path and that of the forecast rows, a CSV file in the same units."""
         device, results = next(self.parameters()).device, []
         for path, file in zip(job.inputs, job.place("forecasts", ".csv"), strict=True):
             dates, names, values = read_series(path)
@@ -153,7 +153,7 @@ class Forecaster(TimmModel):
 
     @staticmethod
     def draw(axis: Axes, result: dict) -> None:
-        """The last variate: as many steps as are foretold, and these."""
+        """The last variate: the forecast steps, and as many steps before them."""
         made, seen = read_series(result["forecast"]), read_series(result["path"])
         last, follows = seen.values[-len(made.values) :, -1], made.values[:, -1]
         axis.plot(range(-len(last), 0), last, color="black", linewidth=0.8)
@@ -162,7 +162,7 @@ class Forecaster(TimmModel):
 
 
 def _dates_after(dates: list[str], count: int) -> list[str]:
-    """Dates that go on as the last two do; numbers of steps where they are no dates."""
+    """Dates that continue at the interval of the last two; step numbers if they are not dates."""
     try:
         before, last = (datetime.fromisoformat(date) for date in dates[-2:])
         return [str(last + (i + 1) * (last - before)) for i in range(count)]
@@ -182,9 +182,9 @@ class ForecastMetric(BaseMetric):
     default_prefix = "forecast"
 
     def process(self, data_batch: Any, data_samples: Sequence[Any]) -> None:
-        """Collect the errors of each window."""
+        """Collects the errors of each window."""
         self.results.extend(data_samples)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """The means, of the model and of the last value kept."""
+        """The means, for the model and for repeating the last value."""
         return {name: float(np.mean([errors[name] for errors in results])) for name in results[0]}

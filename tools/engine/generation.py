@@ -1,4 +1,4 @@
-"""Images of classes: flow matching and next-scale prediction to train, tokenizers, samples, and how good they are."""
+"""Image generation by class: flow matching and next-scale models to train, tokenizers, samples, and their quality."""
 
 import argparse
 import functools
@@ -26,7 +26,7 @@ BATCH = 32  # samples that `predict` makes at once
 
 
 def require(package: str) -> Any:
-    """A package of the extra `generate`; InputError where it is not installed."""
+    """A package of the extra `generate`; InputError if it is not installed."""
     try:
         return __import__(package)
     except ImportError as e:
@@ -34,7 +34,7 @@ def require(package: str) -> Any:
 
 
 class Frozen:
-    """A model that only serves: no tensor of it enters the optimizer, checkpoints, DDP or averages."""
+    """A model that is used, not trained: none of its tensors enters the optimizer, checkpoints, DDP or averages."""
 
     def __init__(self, model: nn.Module):
         self.model = model.eval().requires_grad_(False)
@@ -51,8 +51,8 @@ class Autoencoder:
     """Latents of images by a VAE with the interface of diffusers' AutoencoderKL.
 
     Args:
-        pretrained: its name on the Hugging Face hub, or a folder that `save_pretrained` wrote; loaded at first use.
-        scale: what latents are multiplied by; None for the VAE's own factor.
+        pretrained: its name on the Hugging Face hub, or a folder from `save_pretrained`; loaded at first use.
+        scale: factor of the latents; None for the VAE's own factor.
 
     Raises:
         InputError: diffusers is not installed.
@@ -64,7 +64,7 @@ class Autoencoder:
 
     @functools.cached_property
     def config(self) -> dict:
-        """Its settings; InputError where there is no such VAE."""
+        """Its settings; InputError if there is no such VAE."""
         try:
             return self.kind.load_config(self.name)
         except (OSError, ValueError) as e:
@@ -79,11 +79,11 @@ class Autoencoder:
 
     @property
     def scale(self) -> float:
-        """What latents are multiplied by."""
+        """Factor of the latents."""
         return self.config.get("scaling_factor", 0.18215) if self.given is None else self.given
 
     def check(self, channels: int) -> None:
-        """InputError where its latents have other channels."""
+        """InputError if its latents have another number of channels."""
         found = self.config["latent_channels"]
         if found != channels:
             expected = f"a VAE of {channels} channels, as the model"
@@ -94,7 +94,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1] to drawn latents."""
+        """Images in [-1, 1] to sampled latents."""
         return self.frozen.on(images.device).encode(images).latent_dist.sample() * self.scale
 
     @torch.no_grad()
@@ -104,17 +104,17 @@ class Autoencoder:
 
 
 class ImageGenerator(TimmModel):
-    """What models of images of classes share: labels, samples by their seeds, `linzoo predict` without inputs.
+    """Shared code for models that generate images by class: labels, seeded samples, `linzoo predict` without inputs.
 
     Args:
         model_name: timm name; other arguments as in `TimmModel`.
-        guidance: scale of the guidance by classes, in samples.
-        seed: of the first sample of a validation; the others count on.
+        guidance: scale of the class guidance, in samples.
+        seed: of the first sample in a validation; the others count up.
     """
 
     kinds = ("generation",)
     inputs = ("input", ())
-    settings: tuple[str, ...] = ()  # of `sample`, beside the guidance
+    settings: tuple[str, ...] = ()  # options of `sample`, besides the guidance
 
     def __init__(
         self, model_name: str, *args, guidance: float, seed: int = 0, data_preprocessor: dict | None = None, **kwargs
@@ -124,19 +124,19 @@ class ImageGenerator(TimmModel):
         self.guidance, self.seed = guidance, seed
 
     def sample(self, y: Tensor, seeds: Sequence[int], guidance: float | None = None, **options) -> Tensor:
-        """Images ``(B, C, H, W)`` in [0, 1] of classes ``(B,)``, one seed each."""
+        """Images ``(B, C, H, W)`` in [0, 1] for classes ``(B,)``, one seed each."""
         raise NotImplementedError
 
     def losses(self, images: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """The losses of images in [-1, 1] and their classes, some of them replaced by "no class"."""
+        """The losses for images in [-1, 1] and their classes, some of them replaced by "no class"."""
         raise NotImplementedError
 
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = "tensor") -> Any:
         """Images ``(B, C, H, W)`` in [-1, 1] with their labels.
 
         Args:
-            mode: "loss" for the losses; "tensor" for samples of the same classes, in [0, 1], by seeds that follow their
-                places in the data set; "predict" for data samples that have these as `generated`, beside `real`.
+            mode: "loss" for the losses; "tensor" for samples of the same classes, in [0, 1], with seeds from their
+                indices in the data set; "predict" for data samples with these as `generated`, next to `real`.
         """
         samples = data_samples or []
         y = torch.cat([sample.gt_label for sample in samples]).to(inputs.device)
@@ -159,18 +159,18 @@ class ImageGenerator(TimmModel):
 
     @staticmethod
     def options(parser: argparse._ArgumentGroup) -> None:
-        """Which classes, how many, from which seed, how."""
-        parser.add_argument("--classes", nargs="+", help="numbers or names of the classes; default: all")
-        parser.add_argument("--count", type=int, default=8, help="images of each class")
-        parser.add_argument("--seed", type=int, default=0, help="of the first image; the others count on")
-        parser.add_argument("--guidance", type=float, help="scale of the guidance, in place of the config's")
-        parser.add_argument("--sampler", help=f"of flows: {', '.join(flow.SAMPLERS)}, in place of the config's")
-        parser.add_argument("--steps", type=int, help="of flows, in place of the config's")
-        parser.add_argument("--top-k", type=int, help="of next-scale models, in place of the config's")
-        parser.add_argument("--top-p", type=float, help="of next-scale models, in place of the config's")
+        """Adds the options for classes, number, seed and sampling."""
+        parser.add_argument("--classes", nargs="+", help="class numbers or names; default: all")
+        parser.add_argument("--count", type=int, default=8, help="images per class")
+        parser.add_argument("--seed", type=int, default=0, help="seed of the first image; the others count up")
+        parser.add_argument("--guidance", type=float, help="guidance scale, instead of the config's")
+        parser.add_argument("--sampler", help=f"for flows: {', '.join(flow.SAMPLERS)}, instead of the config's")
+        parser.add_argument("--steps", type=int, help="for flows, instead of the config's")
+        parser.add_argument("--top-k", type=int, help="for next-scale models, instead of the config's")
+        parser.add_argument("--top-p", type=float, help="for next-scale models, instead of the config's")
 
     def asked(self, options: argparse.Namespace) -> dict[str, Any]:
-        """The options of `sample` that the command line gives; InputError for those that it does not take."""
+        """The options of `sample` given on the command line; InputError for those that it does not take."""
         given = {name: getattr(options, name) for name in ("guidance", *FlowMatching.settings, *NextScale.settings)}
         given = {name: value for name, value in given.items() if value is not None}
         taken = ("guidance", *self.settings)
@@ -181,7 +181,7 @@ class ImageGenerator(TimmModel):
         return given
 
     def predict_files(self, job: Job) -> list[dict]:
-        """Of each image its class, its seed and its file."""
+        """For each image: its class, its seed and its file."""
         total, names = self.model.num_classes, job.classes or []
         wanted = []
         for name in job.options.classes or range(total):
@@ -214,26 +214,26 @@ class ImageGenerator(TimmModel):
 
 
 def drop_labels(y: Tensor, null: int | None, rate: float) -> Tensor:
-    """Labels, some of them replaced by "no class", at a rate."""
+    """Labels, randomly replaced by "no class" at a rate."""
     return y if null is None or rate <= 0 else torch.where(torch.rand(len(y), device=y.device) < rate, null, y)
 
 
 @MODELS.register_module()
 class FlowMatching(ImageGenerator):
-    """A model of velocities between noise and latents (or pixels); see `linzoo.generate.flow`.
+    """A model of the velocity between noise and latents (or pixels); see `linzoo.generate.flow`.
 
     Args:
         model_name: timm name of a model such as `linzoo.backbones.DiMSUM`.
         path: "linear", "gvp" or "vp".
-        lognormal: train at times sigmoid(N(-0.5, 1)) in place of uniform ones.
+        lognormal: train at times sigmoid(N(-0.5, 1)) instead of uniform ones.
         sampler: how samples are made; one of `flow.SAMPLERS`.
-        steps: of samplers of a fixed step.
+        steps: number of steps, for samplers with a fixed step.
         vae: arguments of `Autoencoder`; None for pixels in [-1, 1].
         guidance, seed, and other arguments: see `ImageGenerator`.
 
     Raises:
-        InputError: there is no such path or sampler, or no step; the VAE has other channels than the model; a package
-            is not installed.
+        InputError: there is no such path or sampler, or `steps` is not positive; the VAE has other channels than the
+            model; a package is not installed.
     """
 
     needs, example, settings = "forward_features", "dimsum_l_2", ("sampler", "steps")
@@ -258,14 +258,14 @@ class FlowMatching(ImageGenerator):
             )
 
     def data_config(self, dataset: Any, pipeline: list[dict]) -> dict[str, Any]:
-        """timm's words for latents, or for pixels in [-1, 1]."""
+        """timm's settings for latents, or for pixels in [-1, 1]."""
         channels = self.model.in_channels
         size = (channels, *self.model.img_resolution)
         return {"input_size": size, "mean": (0.5,) * channels, "std": (0.5,) * channels, "crop_pct": 1.0}
 
     @staticmethod
     def check(sampler: str, steps: int) -> None:
-        """InputError where there is no such sampler, or no step."""
+        """InputError if there is no such sampler, or `steps` is not positive."""
         if sampler not in flow.SAMPLERS:
             raise InputError(f"sampler={sampler!r}; expected one of {', '.join(flow.SAMPLERS)}")
         if not isinstance(steps, int) or steps < 1:
@@ -292,7 +292,7 @@ class FlowMatching(ImageGenerator):
         self, y: Tensor, seeds: Sequence[int], guidance: float | None = None, sampler: str | None = None,
         steps: int | None = None, **options,
     ) -> Tensor:  # fmt: skip
-        """Images ``(B, C, H, W)`` in [0, 1]; arguments that are None are the config's."""
+        """Images ``(B, C, H, W)`` in [0, 1]; arguments that are None come from the config."""
         shape = (self.model.in_channels, *self.model.img_resolution)
         guided = flow.guide(self.model, y, self.model.null_class, self.guidance if guidance is None else guidance)
         x = flow.noise(shape, flow.generators(seeds), y.device)
@@ -303,18 +303,18 @@ class FlowMatching(ImageGenerator):
 
 @MODELS.register_module()
 class NextScale(ImageGenerator):
-    """A transformer over a frozen tokenizer's maps of codes; see `linzoo.generate.next_scale`.
+    """A transformer over the code maps of a frozen tokenizer; see `linzoo.generate.next_scale`.
 
     Args:
         model_name: timm name of a model such as `linzoo.backbones.MVAR`.
         tokenizer: `model_name`, `pretrained` (a file) and further keywords of the tokenizer; numbers and sizes that it
-            shares with the transformer need no repetition.
+            shares with the transformer may be left out.
         label_dropout: how often training replaces a class by "no class".
         top_k, top_p, smooth: see `next_scale.generate`.
         guidance, seed, and other arguments: see `ImageGenerator`.
 
     Raises:
-        InputError: the tokenizer is no such model, has no weights, or another number of codes.
+        InputError: the tokenizer is not such a model, has no weights, or has another number of codes.
     """
 
     needs, example, settings = "step", "mvar_d16", ("top_k", "top_p")
@@ -350,7 +350,7 @@ class NextScale(ImageGenerator):
         self, y: Tensor, seeds: Sequence[int], guidance: float | None = None, top_k: int | None = None,
         top_p: float | None = None, **options,
     ) -> Tensor:  # fmt: skip
-        """Images ``(B, C, H, W)`` in [0, 1]; arguments that are None are the config's."""
+        """Images ``(B, C, H, W)`` in [0, 1]; arguments that are None come from the config."""
         given = dict(guidance=guidance, top_k=top_k, top_p=top_p)
         settings = {name: getattr(self, name) if value is None else value for name, value in given.items()}
         tokenizer, sources = self.tokenizer.on(y.device), flow.generators(seeds)
@@ -359,7 +359,7 @@ class NextScale(ImageGenerator):
 
 @MODELS.register_module()
 class ImageTokenizer(TimmModel):
-    """A tokenizer to train on images, by the squared error of what its codes keep of them.
+    """A tokenizer to train on images, with the squared error of its reconstructions.
 
     Args:
         model_name: timm name of a model such as `linzoo.backbones.MVARTokenizer`; other arguments as in `TimmModel`.
@@ -372,9 +372,9 @@ class ImageTokenizer(TimmModel):
         super().__init__(model_name, *args, data_preprocessor=data_preprocessor, **kwargs)
 
     def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = "tensor") -> Any:
-        """Images ``(B, C, H, W)`` in [-1, 1] to what their codes keep, or to the losses ("loss").
+        """Images ``(B, C, H, W)`` in [-1, 1] to their reconstructions, or to the losses ("loss").
 
-        "predict" gives a list of pairs (kept, image), ``(C, H, W)`` in [0, 1], on the CPU.
+        "predict" returns a list of pairs (reconstruction, image), ``(C, H, W)`` in [0, 1], on the CPU.
         """
         try:
             if mode == "loss":
@@ -386,7 +386,7 @@ class ImageTokenizer(TimmModel):
         return kept if mode == "tensor" else [(a.cpu(), b.cpu()) for a, b in pairs]
 
     def predict_files(self, job: Job) -> list[dict]:
-        """Of each image its path, and that of what its codes keep."""
+        """For each image: its path, and that of its reconstruction."""
         pairs = [pair for batch in job.batches() for pair in self.test_step(batch)]
         results = []
         for path, file, (kept, _) in zip(job.inputs, job.place("restored", ".png"), pairs, strict=True):
@@ -396,12 +396,12 @@ class ImageTokenizer(TimmModel):
 
     @staticmethod
     def draw(axis: Axes, result: dict) -> None:
-        """What codes keep of the image."""
+        """The image's reconstruction."""
         axis.imshow(read_rgb(result["restored"]))
 
 
 class Judge(nn.Module):
-    """A small network that knows the classes of the images in a folder: scikit-learn's, of 64 hidden units.
+    """A small network that classifies images as in a folder: scikit-learn's, with 64 hidden units.
 
     Args:
         folder: class folders of images.
@@ -426,7 +426,7 @@ class Judge(nn.Module):
 
     @staticmethod
     def shrink(images: Tensor) -> Tensor:
-        """Grey images of 8 x 8, flat."""
+        """Flattened grey images of 8 x 8."""
         return F.interpolate(images.mean(1, keepdim=True), (8, 8), mode="area").flatten(1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -439,7 +439,7 @@ def _read(file: Path) -> Tensor:
 
 
 class _Features(nn.Module):
-    """Features pass as they are: torchmetrics' distances of features that were found elsewhere."""
+    """Passes features through: for torchmetrics' distances between features computed elsewhere."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -451,14 +451,14 @@ class _Features(nn.Module):
 
 @METRICS.register_module()
 class GenerationMetric(BaseMetric):
-    """How near generated images are to real ones: Frechet distance and inception score, by torchmetrics.
+    """How close generated images are to real ones: Frechet distance and inception score, by torchmetrics.
 
-    With a judge the features are its hidden units, and `accuracy` is how often it sees the class asked for, in percent,
-    beside `accuracy_of_real` of the real images; else they are Inception's (FID and IS; needs torch-fidelity, whose
-    weights torchmetrics fetches).
+    With a judge the features are its hidden units. `accuracy` is how often it recognises the requested class, in
+    percent; `accuracy_of_real` is the same for the real images. Without a judge the features are Inception's (FID and
+    IS; this needs torch-fidelity, and torchmetrics downloads its weights).
 
     Args:
-        judge: class folders of images that a `Judge` learns from.
+        judge: class folders of images to train a `Judge` on.
 
     Raises:
         InputError: without a judge, torch-fidelity is not installed.
@@ -486,7 +486,7 @@ class GenerationMetric(BaseMetric):
 
     @torch.no_grad()
     def process(self, data_batch: Any, data_samples: Sequence[Any]) -> None:
-        """Features and logits of each generated image and of the real one beside it."""
+        """Features and logits of each generated image and of the real one next to it."""
         made, real = (torch.stack([sample[name] for sample in data_samples]) for name in ("generated", "real"))
         labels = [int(sample["gt_label"]) for sample in data_samples]
         rows = zip(*self.extract(made), *self.extract(real), labels, strict=True)
@@ -505,7 +505,7 @@ class GenerationMetric(BaseMetric):
         distance.update(made, real=False)
         score = InceptionScore(feature=_Features(said.shape[1]), splits=min(10, len(said)))
         score.update(said)
-        with torch.random.fork_rng(devices=[]):  # it shuffles, and a run's random stream is to be left alone
+        with torch.random.fork_rng(devices=[]):  # it shuffles, and must not touch the run's random stream
             torch.manual_seed(0)
             found = {"FID": distance.compute().item(), "IS": score.compute()[0].item()}
         if self.judge is not None:

@@ -1,4 +1,4 @@
-"""Images and label maps, read in one way everywhere: by Pillow, whole and upright."""
+"""Reads images and label maps in the same way everywhere: by Pillow, complete and upright."""
 
 import os
 from collections.abc import Callable
@@ -16,17 +16,17 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pnm", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
 )
 ENDINGS = ", ".join(EXTENSIONS)
-RANGES = {np.dtype("uint8"): 255, np.dtype("uint16"): 65535}  # what white is; floats are taken as they are
+RANGES = {np.dtype("uint8"): 255, np.dtype("uint16"): 65535}  # values of white; floats are taken as they are
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap height and width
 
 
 def is_hidden(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
-    """Whether a file below a folder, or a folder between, is hidden, such as `.ipynb_checkpoints`."""
+    """Whether a file below a folder, or a folder in between, is hidden, such as `.ipynb_checkpoints`."""
     return any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
 
 
 def find_files(folder: str | os.PathLike, endings: tuple[str, ...] = EXTENSIONS, deep: bool = True) -> list[Path]:
-    """The files below a folder with one of some endings, sorted; the others are counted aloud, hidden ones ignored."""
+    """The files below a folder with one of some endings, sorted. A note counts the others; hidden ones are ignored."""
     folder, found, others = Path(folder), [], []
     for path in sorted(folder.rglob("*") if deep else folder.iterdir()):
         if path.is_file() and not is_hidden(path, folder):
@@ -38,10 +38,10 @@ def find_files(folder: str | os.PathLike, endings: tuple[str, ...] = EXTENSIONS,
 
 
 def _opened(path: str | os.PathLike, what: str, use: Callable):
-    """`use(image)` of an opened file; InputError where that fails, for whatever reason a damaged file finds."""
+    """`use(image)` for an opened file; InputError if that fails, whatever error a damaged file raises."""
     try:
         with Image.open(path) as file:
-            if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":  # phones put a preview behind the photograph
+            if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":  # phones add a preview after the photograph
                 raise InputError(f"{what} {str(path)!r} holds {file.n_frames} images; expected one a file")
             return use(file)
     except InputError:
@@ -57,12 +57,12 @@ def image_size(path: str | os.PathLike, what: str = "image") -> tuple[int, int]:
 
 
 def read_pixels(path: str | os.PathLike) -> np.ndarray:
-    """An image upright, as it is stored: uint8 (H, W) or (H, W, 3), uint16 (H, W) or float32 (H, W).
+    """An image upright, as stored: uint8 (H, W) or (H, W, 3), uint16 (H, W) or float32 (H, W).
 
-    Colours of palettes, of CMYK and the like become RGB; transparency is dropped.
+    Palettes, CMYK and similar become RGB; transparency is dropped.
 
     Raises:
-        InputError: the file is no image, holds several, or integers that 16 bits do not hold.
+        InputError: the file is not an image, holds several, or has integers above 16 bits.
     """
     image = _opened(path, "image", ImageOps.exif_transpose)
     if image.mode not in ("L", "RGB", "F") and not image.mode.startswith("I"):
@@ -76,7 +76,7 @@ def read_pixels(path: str | os.PathLike) -> np.ndarray:
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
-    """An image ``(C, H, W)`` in [0, 1] as uint8 ``(H, W, 3)``, or ``(H, W)`` of one channel."""
+    """An image ``(C, H, W)`` in [0, 1] as uint8 ``(H, W, 3)``, or ``(H, W)`` for one channel."""
     pixels = (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
     return pixels if pixels.shape[2] == 3 else pixels[..., 0]
 
@@ -85,7 +85,7 @@ def read_rgb(path: str | os.PathLike) -> np.ndarray:
     """An image upright, as uint8 RGB (H, W, 3): 16 bits are rounded to 8, floats from 0 to 1 scaled.
 
     Raises:
-        InputError: as `read_pixels`; floats lie outside [0, 1].
+        InputError: as in `read_pixels`; floats lie outside [0, 1].
     """
     pixels = read_pixels(path)
     if pixels.dtype == np.float32:
@@ -100,14 +100,14 @@ def read_rgb(path: str | os.PathLike) -> np.ndarray:
 
 
 def read_labels(path: str | os.PathLike, what: str = "label map") -> np.ndarray:
-    """A map of indices, uint8 (H, W); of a palette the indices, not the colours.
+    """A map of indices, uint8 (H, W); for a palette image the indices, not the colours.
 
     Raises:
-        InputError: the file is no image, in colour, or holds values above 255.
+        InputError: the file is not an image, is in colour, or holds values above 255.
     """
     image = _opened(path, what, ImageOps.exif_transpose)
     labels = np.asarray(image)
-    if labels.ndim == 3 and image.mode in ("LA", "RGB", "RGBA"):  # grey, saved as colour
+    if labels.ndim == 3 and image.mode in ("LA", "RGB", "RGBA"):  # grey image saved as colour
         opaque = image.mode == "RGB" or labels[..., -1].min() == 255
         channels = labels[..., :3] if image.mode != "LA" else labels[..., :1]
         labels = channels[..., 0] if opaque and (channels == channels[..., :1]).all() else labels
@@ -120,13 +120,13 @@ def read_labels(path: str | os.PathLike, what: str = "label map") -> np.ndarray:
 
 @mmengine.registry.TRANSFORMS.register_module()
 class LoadImage(BaseTransform):
-    """Loads the image of `img_path` by `read_rgb`, as uint8 BGR (H, W, 3): `load_config` puts it in place of mmcv's.
+    """Loads the image at `img_path` by `read_rgb`, as uint8 BGR (H, W, 3). `load_config` replaces mmcv's loader by it.
 
     Args:
-        to_float32: give float32 instead of uint8.
+        to_float32: return float32 instead of uint8.
 
     Raises:
-        InputError: the image cannot be read, or has another size than its annotations say.
+        InputError: the image cannot be read, or its size differs from its annotations'.
     """
 
     def __init__(self, to_float32: bool = False):
@@ -143,7 +143,7 @@ class LoadImage(BaseTransform):
 
 
 def check_size(path: str | os.PathLike, size: tuple[int, int], said: tuple[int, int]) -> None:
-    """InputError where an image has another height and width than its annotations say."""
+    """InputError if an image's height and width differ from its annotations'."""
     if tuple(size) != tuple(said):
         (h, w), (height, width) = size, said
         raise InputError(f"image {str(path)!r} is {w} x {h}; expected {width} x {height} as its annotations")

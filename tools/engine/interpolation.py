@@ -1,4 +1,4 @@
-"""Frames between frames: triplets to train on, a model, its metrics beside classical methods, videos of any length."""
+"""Frame interpolation: triplets to train on, a model, metrics beside classical methods, videos of any length."""
 
 import argparse
 import itertools
@@ -46,7 +46,7 @@ def _vimeo(root: Path, part: str) -> list[list[Path]]:
 
 
 def _clips(root: Path, part: str) -> list[list[Path]]:
-    """Folders of three frames and more, at any depth below ``<part>``, as X-TRAIN has them."""
+    """Folders of three or more frames, at any depth below ``<part>``, as in X-TRAIN."""
     folder = existing_folder(root / part, "expected folders of frames", root)
     leaves = [path for path in sorted([folder, *folder.rglob("*")]) if path.is_dir()]
     return [files for path in leaves if len(files := find_files(path, deep=False)) >= 3]
@@ -56,7 +56,7 @@ LAYOUTS: dict[str, Callable[[Path, str], list[list[Path]]]] = {"vimeo90k": _vime
 
 
 def find_triplets(data_root: str | Path, part: str, layout: str) -> list[list[Path]]:
-    """The clips of a part of a data set, three frames and more each; InputError where files are missing."""
+    """The clips of a part of a data set, each with three or more frames; InputError if files are missing."""
     return in_layout(LAYOUTS, data_root, part, layout)
 
 
@@ -68,10 +68,10 @@ class Triplets(Dataset):
         data_root: folder of the data set.
         part: "train" and so on.
         layout: "vimeo90k" as it is distributed; "clips" for folders of frames, such as X-TRAIN's.
-        gap: frames between neighbours of a triplet: as many, or drawn from as many as the two numbers say.
-        crop: side of the random crops of training, turned, mirrored and run backwards at random; None for whole frames.
-        length: items of an epoch, taken from the clips in turns; None for one of each.
-        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+        gap: distance between neighbours of a triplet, in frames: one number, or two to draw it from.
+        crop: side of the random training crops, turned, mirrored and reversed in time at random; None for whole frames.
+        length: items per epoch, taken from the clips in turns; None for one item per clip.
+        make: name of a data set of `tools/make_data.py`, written to `data_root` if that is missing.
 
     Raises:
         InputError: there is no such layout; files are missing, cannot be read or differ in size.
@@ -115,7 +115,7 @@ class Triplets(Dataset):
 
     @staticmethod
     def augment(clip: Tensor, crop: int, path: Path) -> Tensor:
-        """The same random crop of all frames, turned, mirrored, run backwards."""
+        """The same random crop of all frames; turned, mirrored and reversed in time at random."""
         H, W = clip.shape[2:]
         if min(H, W) < crop:
             raise InputError(f"frame {str(path)!r} is {W} x {H}; expected sides of {crop} at least, as the crop")
@@ -127,7 +127,7 @@ class Triplets(Dataset):
 
     @staticmethod
     def check(settings: dict, cfg: Config) -> None:
-        """InputError where files are missing or a triplet's first frames differ in size."""
+        """InputError if files are missing or a triplet's first frames differ in size."""
         found = find_triplets(settings["data_root"], settings["part"], settings.get("layout", "vimeo90k"))
         if len({image_size(file, "frame") for file in found[0]}) > 1:
             raise InputError(f"frames of {str(found[0][0].parent)!r} differ in size; expected equal ones")
@@ -160,13 +160,13 @@ def laplacian_loss(found: Tensor, wanted: Tensor, levels: int = 5) -> Tensor:
 
 @MODELS.register_module()
 class Interpolator(TimmModel):
-    """A model that puts a frame between two, trained by the Laplacian pyramids of its frame and its blends.
+    """A model that predicts the frame between two, trained with the Laplacian pyramids of its frame and its blends.
 
     Args:
         model_name: timm name of a model such as `linzoo.backbones.VFIMamba`; other arguments as in `TimmModel`.
         bgr: the model takes channels as blue, green, red, as the authors' weights do.
-        blends: weight of the intermediate blends' losses, together.
-        scale: the size at which features and flow are found, over that of the frames, in prediction.
+        blends: total weight of the losses of the intermediate blends.
+        scale: in prediction, the size of the frames for features and flow, relative to the full size.
     """
 
     kinds = ("interpolation",)
@@ -179,11 +179,11 @@ class Interpolator(TimmModel):
         self.bgr, self.blends, self.scale = bgr, blends, scale
 
     def data_config(self, dataset: Any, pipeline: list[dict]) -> None:
-        """None: timm has no words for pairs of frames."""
+        """None: timm has no settings for pairs of frames."""
         return
 
     def forward(self, inputs: Any, targets: Any = None, path: Any = None, mode: str = "tensor") -> Any:
-        """Pairs uint8 ``(2, 3, H, W)`` and the frames between ``(3, H, W)``, as `Triplets` has them.
+        """Pairs uint8 ``(2, 3, H, W)`` and the frames between ``(3, H, W)``, as in `Triplets`.
 
         Args:
             mode: "loss" for the losses, "predict" for a list of pairs (found, target) on the CPU, "tensor" for frames
@@ -210,15 +210,15 @@ class Interpolator(TimmModel):
         }
 
     def between(self, first: Tensor, second: Tensor) -> Tensor:
-        """The frame in the middle of two ``(B, 3, H, W)``, red, green, blue in [0, 1]."""
+        """The middle frame of two ``(B, 3, H, W)``, in red, green, blue from 0 to 1."""
         order = [2, 1, 0] if self.bgr else [0, 1, 2]
         return self.model(first[:, order], second[:, order], scale=self.scale)[:, order]
 
     @staticmethod
     def options(parser: argparse._ArgumentGroup) -> None:
-        """How many frames, and the tiles of large ones."""
+        """Adds the number of frames, and the tiles of large ones."""
         parser.add_argument("--factor", type=int, default=2, help="2, 4 or 8 times as many frames")
-        parser.add_argument("--gif", action="store_true", help="write an animated GIF of each clip, too")
+        parser.add_argument("--gif", action="store_true", help="also write an animated GIF of each clip")
         parser.add_argument("--frame-tile", type=int, default=1280, help="side of the tiles of large frames")
 
     @classmethod
@@ -227,11 +227,11 @@ class Interpolator(TimmModel):
         return find_readable(path, cls.read)
 
     def predict_files(self, job: Job) -> list[dict]:
-        """Of each clip its path and what it becomes, written as frames are read: of a folder of frames a folder of PNG
-        files, of a video a video. Where the clip ends too early, what was found before is whole.
+        """For each clip: its path and that of the result, a folder of PNG files for a folder of frames, a video for a
+        video. Results are written as frames are read. If the clip ends too early, the result is complete up to there.
 
-        Memory does not grow with the clip. Times between two frames are halved, so that each frame shows what the
-        model makes of the middle.
+        Memory does not grow with the clip. Intervals between two frames are halved, so that each new frame is the
+        model's middle frame.
         """
         factor, results = job.options.factor, []
         if factor not in FACTORS:
@@ -293,7 +293,7 @@ class Interpolator(TimmModel):
 
 
 def write_gif(frames: Iterator[tuple[np.ndarray, float]], file: Path) -> None:
-    """Frames with their times as an animated GIF that repeats; each is shown as long as the first one."""
+    """Writes frames with their times as an animated GIF that repeats; each is shown as long as the first one."""
     head = list(itertools.islice(frames, 2))
     duration = 1000 * (head[-1][1] - head[0][1])
     first, *others = (Image.fromarray(pixels) for pixels, _ in head)
@@ -303,9 +303,9 @@ def write_gif(frames: Iterator[tuple[np.ndarray, float]], file: Path) -> None:
 
 
 def write_video(frames: Iterator[tuple[np.ndarray, float]], file: Path) -> int:
-    """Frames with their times as an H.264 video (MPEG-4 where there is no such encoder); how many they were.
+    """Writes frames with their times as an H.264 video (MPEG-4 without such an encoder); returns their number.
 
-    An error of `frames` is raised again when the file is whole up to there.
+    An error from `frames` is raised again once the file is complete up to there.
     """
     import av
 
@@ -345,12 +345,12 @@ def write_video(frames: Iterator[tuple[np.ndarray, float]], file: Path) -> int:
 
 @METRICS.register_module()
 class InterpolationMetric(RestorationMetric):
-    """PSNR and SSIM of the frames, and of two simple ways to them: `average_PSNR` of the mean of both frames, and
-    `flow_PSNR` of both frames warped along a classical optical flow (scikit-image's `optical_flow_ilk`) and averaged.
+    """PSNR and SSIM of the frames, and of two simple alternatives: `average_PSNR` for the mean of both frames, and
+    `flow_PSNR` for both frames warped along a classical optical flow (scikit-image's `optical_flow_ilk`) and averaged.
 
     Args:
         against: also measure these two.
-        kwargs: as of `RestorationMetric`.
+        kwargs: as in `RestorationMetric`.
     """
 
     default_prefix = "frame"

@@ -1,6 +1,6 @@
-"""What a folder of a user's own holds, and the one layout of each task that it is brought into.
+"""Recognises the layout of a user's folder, and brings it into the one layout of each task.
 
-Nothing is copied: `arrange` makes links. A folder without a validation part is split, 4 to 1, always in the same way.
+Nothing is copied: `arrange` makes links. A folder without a validation part is split 4 to 1, always in the same way.
 """
 
 import csv
@@ -39,7 +39,7 @@ LAYOUTS = {
     "det": "COCO annotations (.json) beside their images",
     "restore": "input/ and target/ with files of equal names",
 }
-SEED, SHARE = 0, 5  # one of SHARE images validates
+SEED, SHARE = 0, 5  # one of SHARE images is for validation
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Arranged:
     Attributes:
         task: "cls", "seg", "det" or "restore".
         classes: names of the classes; none for restoration.
-        counts: images to train on and to validate on.
-        side, shortest: median and least of the images' shorter sides.
+        counts: numbers of training and of validation images.
+        side, shortest: median and minimum of the images' shorter sides.
         channels: 1 for grey images, 3 for colour (restoration).
         masks: whether objects have masks (detection).
         suffix: how the images' names end.
@@ -67,23 +67,23 @@ class Arranged:
 
 
 def _parts(folder: Path) -> dict[str, Path]:
-    """The folders of the parts `train` and `val`; "" for a folder that has none."""
+    """The folders of the parts `train` and `val`; "" for a folder without parts."""
     found = {part: folder / name for part, names in PARTS.items() for name in names[::-1] if (folder / name).is_dir()}
     return found if "train" in found else {"": folder}
 
 
 def _table(data: Path) -> Path | None:
-    """The CSV file of classes that `data` is or holds."""
+    """The CSV file of classes that `data` is or contains."""
     if data.suffix.lower() == ".csv":
         return data
     return next((data / name for name in TABLES if (data / name).is_file()), None)
 
 
 def find_task(data: Path) -> TaskName:
-    """The task that the layout of `data` stands for.
+    """The task that the layout of `data` indicates.
 
     Raises:
-        InputError: there is no such file or folder; or no layout fits.
+        InputError: there is no such file or folder, or no layout fits.
     """
     if not data.exists():
         raise InputError(f"DATA {str(data)!r}: no such file or folder; expected one of: {'; '.join(LAYOUTS.values())}")
@@ -101,13 +101,13 @@ def find_task(data: Path) -> TaskName:
 
 
 def arrange(data: Path, task: TaskName, out: Path, names: Sequence[str] | None = None) -> Arranged:
-    """Bring `data` into the layout of `task` below `out`, by links.
+    """Brings `data` into the layout of `task` below `out`, by links.
 
     Args:
-        data: a file or folder of a user's.
+        data: a user's file or folder.
         task: see `find_task`.
         out: written anew.
-        names: names of the classes of label maps.
+        names: class names for label maps.
 
     Raises:
         InputError: the data does not fit the task; the message names the file.
@@ -128,7 +128,7 @@ def arrange(data: Path, task: TaskName, out: Path, names: Sequence[str] | None =
 
 
 def _split(items: list[Any], kind_of: Any = lambda item: None) -> dict[str, list[Any]]:
-    """One in SHARE of each kind to validate on, one at least where there are two."""
+    """One in SHARE of each kind for validation, at least one if there are two."""
     kinds, parts = defaultdict(list), {"train": [], "val": []}
     for item in items:
         kinds[kind_of(item)].append(item)
@@ -159,7 +159,7 @@ def _sides(files: Iterable[Path]) -> dict[str, int]:
 
 
 def _read_table(table: Path) -> list[tuple[Path, str]]:
-    """The images and classes of a CSV file, whose names are relative to its folder."""
+    """The images and classes of a CSV file; names are relative to its folder."""
     with open(table, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     given = list(rows[0]) if rows else []
@@ -201,7 +201,7 @@ def _arrange_classes(data: Path, out: Path, names: Sequence[str] | None) -> Arra
             image_size(file)
             _link(file, out / part / label / f"{i:06d}_{file.name}")
     empty = [label for label in counts if not any((out / "val" / label).iterdir())]
-    for label in empty:  # with a single image; the readers expect every class in both parts
+    for label in empty:  # they have a single image; the readers expect every class in both parts
         file = next((out / "train" / label).iterdir())
         note(f"class {label!r} has one image, which trains and validates")
         _link(file, out / "val" / label / file.name)
@@ -286,7 +286,7 @@ def _arrange_targets(data: Path, out: Path, names: Sequence[str] | None) -> Arra
 
 
 def _annotations(data: Path) -> list[Path]:
-    """COCO files at `data`, in it, in its `annotations/` or in its parts; of COCO's own those of objects."""
+    """COCO files at `data`, in it, in its `annotations/` or in its parts; of COCO's own files, those with objects."""
     if data.suffix == ".json":
         return [data]
     folders = [data, data / "annotations", *(folder for part, folder in _parts(data).items() if part)]
@@ -314,7 +314,7 @@ def _arrange_objects(data: Path, out: Path, names: Sequence[str] | None) -> Arra
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"annotations {str(file)!r}: no COCO file ({e})") from e
         root = data if data.is_dir() else file.parent
-        inside = (part or "train", file.stem.rpartition("_")[2])  # train, or train2017 of instances_train2017.json
+        inside = (part or "train", file.stem.rpartition("_")[2])  # train, or train2017 from instances_train2017.json
         folders = [file.parent, root, root / "images", file.parent.parent]
         folders += [
             root / above / name / below for name in inside for above in ("", "images") for below in ("", "images")

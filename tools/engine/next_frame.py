@@ -1,4 +1,4 @@
-"""Video: clips in one file, a model that predicts the next frame, to train; how much better than copying it is."""
+"""Video: clips in one file, a next-frame model to train, and how much better it is than copying a frame."""
 
 import argparse
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from .task import Job, TimmModel
 
 
 def read_clips(path: str | Path) -> np.ndarray:
-    """The clips of a file, uint8 ``(clips, frames, height, width)``; InputError where it holds none."""
+    """The clips in a file, uint8 ``(clips, frames, height, width)``; InputError if it holds none."""
     try:
         clips = np.load(path, mmap_mode="r")
     except (EOFError, OSError, ValueError) as e:
@@ -41,7 +41,7 @@ class Clips(Dataset):
     Args:
         data_root: folder of the files.
         part: name of the file, without its ending.
-        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+        make: name of a data set of `tools/make_data.py`, written to `data_root` if that is missing.
     """
 
     def __init__(self, data_root: str, part: str, make: str | None = None):
@@ -57,7 +57,7 @@ class Clips(Dataset):
 
     @staticmethod
     def file(data_root: str, part: str) -> Path:
-        """The path of a file; InputError where it is not there."""
+        """The path of a file; InputError if it is missing."""
         path = Path(data_root, f"{part}.npy")
         if not path.is_file():
             raise InputError(f"clips {str(path)!r} not found; expected uint8 frames (clips, frames, height, width)")
@@ -65,20 +65,20 @@ class Clips(Dataset):
 
     @staticmethod
     def check(settings: dict, cfg: Config) -> None:
-        """InputError where the file is not there or holds no clips."""
+        """InputError if the file is missing or holds no clips."""
         read_clips(Clips.file(settings["data_root"], settings["part"]))
 
 
 @MODELS.register_module()
 class NextFrame(TimmModel):
-    """A next-frame model, trained by half the squared and half the absolute error.
+    """A next-frame model, trained with half the squared and half the absolute error.
 
-    It sees all frames of a clip but the last one and says what follows each.
+    It sees all frames of a clip except the last and predicts the frame after each.
 
     Args:
         model_name: timm name of a model that maps clips ``(B, T, C, H, W)`` in [-1, 1] to those one frame later, and
             to its states; further arguments as in `TimmModel`.
-        context: Frames that are seen before errors count in "predict": one frame does not tell where things move.
+        context: Frames to see before errors count in "predict", because one frame does not show where things move.
     """
 
     kinds, needs = ("video",), "generate"
@@ -94,10 +94,10 @@ class NextFrame(TimmModel):
         Args:
             inputs: clips of one size.
             data_samples: ignored.
-            mode: "tensor" for the frames that follow each but the last ``(B, T - 1, C, H, W)`` in [-1, 1]; "loss"; or
-                "predict" for mean squared errors of each clip with values in [0, 1], behind the context: "one_step" of
-                frames given all before, "rollout" of all frames given the context alone, and "copy_one_step" and
-                "copy_rollout" of taking the last frame seen instead.
+            mode: "tensor" for the frames after each except the last ``(B, T - 1, C, H, W)`` in [-1, 1]; "loss"; or
+                "predict" for mean squared errors of each clip, with values in [0, 1], after the context: "one_step" for
+                frames predicted from all before, "rollout" for all frames predicted from only the context, and
+                "copy_one_step" and "copy_rollout" for repeating the last frame seen.
         """
         clips = torch.stack(list(inputs)).float() / 127.5 - 1
         seen, following = clips[:, :-1], clips[:, 1:]
@@ -119,11 +119,11 @@ class NextFrame(TimmModel):
 
     @staticmethod
     def options(parser: argparse._ArgumentGroup) -> None:
-        """How far clips are continued."""
-        parser.add_argument("--frames", type=int, default=10, help="by how many frames clips are continued")
+        """Adds the number of frames to predict."""
+        parser.add_argument("--frames", type=int, default=10, help="number of frames to append to each clip")
 
     def predict_files(self, job: Job) -> list[dict]:
-        """Of each file of clips its path and that of the frames that follow, uint8 ``(clips, frames, H, W)``."""
+        """For each file of clips: its path and that of the predicted frames, uint8 ``(clips, frames, H, W)``."""
         device, results = next(self.parameters()).device, []
         for path, file in zip(job.inputs, job.place("frames", ".npy"), strict=True):
             made = []
@@ -140,7 +140,7 @@ class NextFrame(TimmModel):
 
     @staticmethod
     def draw(axis: Axes, result: dict) -> None:
-        """The last frame of the first clip above those that follow."""
+        """The last frame of the first clip above the predicted ones."""
         frames = [np.load(result["path"], mmap_mode="r")[0, -1], *np.load(result["frames"])[0]]
         axis.imshow(np.vstack(frames), cmap="gray", vmin=0, vmax=255)
 
@@ -157,7 +157,7 @@ class NextFrameMetric(BaseMetric):
     default_prefix = "frame"
 
     def process(self, data_batch: Any, data_samples: Sequence[Any]) -> None:
-        """Collect the errors of each clip."""
+        """Collects the errors of each clip."""
         self.results.extend(data_samples)
 
     def compute_metrics(self, results: list) -> dict[str, float]:

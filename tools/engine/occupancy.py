@@ -1,4 +1,4 @@
-"""Semantic occupancy: SemanticKITTI's voxels, a timm model that completes and labels them, to train, its metrics."""
+"""Semantic occupancy: SemanticKITTI's voxels, a timm model to train that completes and labels them, and its metrics."""
 
 import math
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ from .task import Job, TimmModel
 
 IGNORE = 255
 GRID = (256, 256, 32)  # voxels along x, y and z
-# SemanticKITTI's labels of each class of scene completion, from 1 on; moving objects are what they are standing still.
-# The first is what a prediction is written as.
+# For each class of scene completion, from 1 on, SemanticKITTI's labels. A moving object has the class of a parked one.
+# Predictions are written as the first label.
 CLASSES = {
     "car": (10, 252),
     "bicycle": (11,),
@@ -45,11 +45,11 @@ CLASSES = {
     "pole": (80,),
     "traffic-sign": (81,),
 }
-UNLABELLED = (1, 52, 99)  # outliers, other structures and objects: nothing is learnt from them
+UNLABELLED = (1, 52, 99)  # outliers, other structures and objects: not used in training
 
 
 def learning_map() -> np.ndarray:
-    """What to learn from each of SemanticKITTI's labels ``(65536,)``: 0 for empty, a class, 255; -1 where unknown."""
+    """Target for each of SemanticKITTI's labels ``(65536,)``: 0 for empty, a class, or 255; -1 for unknown labels."""
     table = np.full(65536, -1, np.int16)
     table[0], table[list(UNLABELLED)] = 0, IGNORE
     for index, labels in enumerate(CLASSES.values(), 1):
@@ -60,11 +60,11 @@ def learning_map() -> np.ndarray:
 def find_scenes(data_root: str | Path, sequences: Sequence[str], labelled: bool = True) -> list[Path]:
     """SemanticKITTI's voxel files `sequences/<sequence>/voxels/<scene>.bin`, sorted.
 
-    InputError where a sequence is missing or empty, or a scene lacks the `.label` and `.invalid` that it should have.
+    InputError if a sequence is missing or empty, or a scene lacks a required `.label` or `.invalid` file.
     """
     found = []
     for sequence in sequences:
-        folder = Path(data_root, "sequences", str(sequence).zfill(2), "voxels")  # a command line makes 8 of "08"
+        folder = Path(data_root, "sequences", str(sequence).zfill(2), "voxels")  # a command line turns "08" into 8
         scenes = sorted(folder.glob("*.bin"))
         if not scenes:
             raise InputError(f"voxel folder {str(folder)!r} not found or empty; expected SemanticKITTI's <scene>.bin")
@@ -77,7 +77,7 @@ def find_scenes(data_root: str | Path, sequences: Sequence[str], labelled: bool 
 
 
 def read_voxels(path: Path, grid: Sequence[int], dtype: type, per_byte: int = 1) -> np.ndarray:
-    """A file's values, in as many as the grid has voxels, `per_byte` in a byte."""
+    """A file's values, checked against the number of voxels in the grid, `per_byte` values in a byte."""
     expected = math.prod(grid) // per_byte * np.dtype(dtype).itemsize
     try:
         size = path.stat().st_size
@@ -90,12 +90,12 @@ def read_voxels(path: Path, grid: Sequence[int], dtype: type, per_byte: int = 1)
 
 
 def read_bits(path: Path, grid: Sequence[int]) -> np.ndarray:
-    """A file of a bit a voxel, the first one the highest of its byte, as bool ``(X, Y, Z)``."""
+    """A file with one bit per voxel, the first in the highest bit of its byte, as bool ``(X, Y, Z)``."""
     return np.unpackbits(read_voxels(path, grid, np.uint8, per_byte=8)).reshape(grid).astype(bool)
 
 
 def read_sweep(path: Path, grid: Sequence[int]) -> Tensor:
-    """The voxels that a sweep hit, float32 ``(1, X, Y, Z)`` of 0 and 1; InputError where there is none."""
+    """The voxels that a sweep hit, float32 ``(1, X, Y, Z)`` of 0 and 1; InputError if there are none."""
     occupied = read_bits(path, grid)
     if not occupied.any():
         raise InputError(f"voxels {str(path)!r} are all empty; expected some that the sweep hit")
@@ -106,12 +106,12 @@ def read_sweep(path: Path, grid: Sequence[int]) -> Tensor:
 class VoxelScenes(Dataset):
     """SemanticKITTI's scenes, `sequences/<sequence>/voxels/<scene>.{bin,label,invalid}`.
 
-    An item is `inputs`, float32 ``(1, X, Y, Z)``, 1 where the sweep hit a voxel, `path`, and where labelled `targets`,
-    uint8 ``(X, Y, Z)``: 0 for empty voxels, 1 to 19 for `CLASSES`, 255 for those that are unknown or out of sight.
+    An item is `inputs`, float32 ``(1, X, Y, Z)``, 1 where the sweep hit a voxel, `path`, and if labelled `targets`,
+    uint8 ``(X, Y, Z)``: 0 for empty voxels, 1 to 19 for `CLASSES`, 255 for unknown or invisible voxels.
 
     Args:
         data_root: folder of `sequences`.
-        sequences: names of those to read.
+        sequences: names of the sequences to read.
         grid: voxels along x, y and z.
         labelled: whether labels are read; the hidden test sequences have none.
 
@@ -145,17 +145,17 @@ class VoxelScenes(Dataset):
 
     @staticmethod
     def check(settings: dict, cfg: Config) -> None:
-        """InputError where a sequence is missing or empty, or a scene lacks its labels."""
+        """InputError if a sequence is missing or empty, or a scene lacks its labels."""
         find_scenes(settings["data_root"], settings["sequences"], settings.get("labelled", True))
 
 
 def coarse_labels(targets: Tensor, stride: int, classes: int) -> Tensor:
-    """Labels of cells of `stride` voxels a side: the most frequent class of their occupied voxels; else 0 if one is
-    known to be empty, else 255.
+    """Labels of cells with sides of `stride` voxels: the most frequent class of their occupied voxels; else 0 if a
+    voxel is known to be empty, else 255.
 
     Args:
         targets: ``(B, X, Y, Z)``, 0 for empty, 255 for unknown.
-        classes: number of classes, 0 among them.
+        classes: number of classes, including 0.
 
     Returns:
         ``(B, X / stride, Y / stride, Z / stride)``.
@@ -174,7 +174,7 @@ def coarse_labels(targets: Tensor, stride: int, classes: int) -> Tensor:
 
 
 def occupancy_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and Lovasz-softmax loss (Berman et al., 2018) over all voxels but those of label 255.
+    """Cross-entropy and Lovasz-softmax loss (Berman et al., 2018) over all voxels except those with label 255.
 
     Args:
         logits: ``(N, K)``.
@@ -196,16 +196,16 @@ def occupancy_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None
 class SceneCompleter(TimmModel):
     """A semantic occupancy model to train.
 
-    The loss is cross-entropy plus Lovasz-softmax: thrice that of the voxels; that of the classes of occupied cells at
-    strides 2, 4 and 8; that of empty and occupied cells at the same strides.
+    The loss is cross-entropy plus Lovasz-softmax, summed over: the voxels, three times; the classes of occupied cells
+    at strides 2, 4 and 8; empty and occupied cells at the same strides.
 
     Args:
         model_name: timm name of a model such as `linzoo.backbones.OccRWKV`; other arguments as in `TimmModel`.
-        class_counts: how many voxels of each class a data set has, the first empty ones. Classes weigh
-            ``1 / log(count + 0.001)`` in the cross-entropies; None for equal weights.
+        class_counts: voxels of each class in a data set, empty ones first. The classes' weights in the cross-entropies
+            are ``1 / log(count + 0.001)``; None for equal weights.
 
     Raises:
-        InputError: as `TimmModel`; the model has another number of classes than counts.
+        InputError: as in `TimmModel`; the number of classes differs between model and counts.
     """
 
     kinds, needs = ("occupancy",), "branches"
@@ -225,7 +225,7 @@ class SceneCompleter(TimmModel):
         return logits if mode == "tensor" else list(zip(logits.argmax(1).cpu(), targets.cpu(), strict=True))
 
     def losses(self, logits: Tensor, semantic: Sequence, completion: Sequence, targets: Tensor) -> dict[str, Any]:
-        """The losses of what the model's `branches` gives, and of targets ``(B, X, Y, Z)``."""
+        """The losses for the output of the model's `branches` and targets ``(B, X, Y, Z)``."""
         weights = None
         if self.class_counts is not None:
             weights = 1 / torch.log(torch.tensor(self.class_counts, device=logits.device) + 0.001)
@@ -234,7 +234,7 @@ class SceneCompleter(TimmModel):
         for i, ((of_cells, where), of_grid) in enumerate(zip(semantic, completion, strict=True)):
             stride = 2 ** (i + 1)
             labels = coarse_labels(targets, stride, logits.shape[1])
-            # Cells that the sweep hit have a class, or none is known; 0 is not among the classes there.
+            # Cells that the sweep hit have a class or an unknown one; 0 is not among their classes.
             classes = labels[tuple(where.t())] - 1
             classes = classes.where((classes >= 0) & (classes < IGNORE - 1), IGNORE)
             losses[f"loss_semantic{stride}"] = sum(
@@ -247,7 +247,7 @@ class SceneCompleter(TimmModel):
         return losses
 
     def predict_files(self, job: Job) -> list[dict]:
-        """Of each scene its path, the file of its labels, as SemanticKITTI has them, and how many voxels each has."""
+        """For each scene: its path, the file of its labels in SemanticKITTI's format, and the voxels of each label."""
         names, written = ("empty", *CLASSES), np.array([0, *(labels[0] for labels in CLASSES.values())], np.uint16)
         if self.model.num_classes != len(names):
             raise InputError(f"the model has {self.model.num_classes} classes; expected SemanticKITTI's {len(names)}")
@@ -263,7 +263,7 @@ class SceneCompleter(TimmModel):
 
     @staticmethod
     def draw(axis: Axes, result: dict) -> None:
-        """The scene from above: of each column the class of its highest voxel that is not empty."""
+        """The scene from above: for each column, the class of its highest voxel that is not empty."""
         classes = learning_map()[np.fromfile(result["labels"], np.uint16).reshape(result["grid"])]
         top = classes.shape[2] - 1 - (classes[..., ::-1] > 0).argmax(2)
         axis.imshow(np.take_along_axis(classes, top[..., None], 2)[..., 0], cmap="tab20", vmin=0, vmax=len(CLASSES))
@@ -273,11 +273,11 @@ class SceneCompleter(TimmModel):
 class OccupancyMetric(BaseMetric):
     """Scene completion's metrics in percent, from one confusion matrix over all known voxels of all scenes.
 
-    "IoU", "precision" and "recall" of occupied voxels whatever their class, and "mIoU", the mean of the IoU of the
-    classes but "empty"; one that neither the labels nor the predictions have counts as 0, as in the benchmark.
+    "IoU", "precision" and "recall" of occupied voxels whatever their class, and "mIoU", the mean IoU of the classes
+    without "empty". A class absent from both labels and predictions counts as 0, as in the benchmark.
 
     Args:
-        num_classes: number of classes, 0 for empty voxels among them.
+        num_classes: number of classes, including 0 for empty voxels.
     """
 
     default_prefix = "occupancy"

@@ -1,4 +1,4 @@
-"""OpenMMLab's packages, imported in silence, whatever they say about optional parts that we do without."""
+"""Imports OpenMMLab's packages without their messages about optional parts that we do not need."""
 
 import contextlib
 import importlib
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from unittest import mock
 
-# The first gives mmcv its operators.
+# The first one gives mmcv its operators.
 TRAINING = (
     *("linzoo.backbones.openmmlab", "mmpretrain.datasets", "mmpretrain.models"),
     *("mmseg.datasets", "mmseg.evaluation", "mmseg.models"),
@@ -16,10 +16,10 @@ TRAINING = (
 
 
 def import_openmmlab(*packages: str) -> None:
-    """Import packages, those of training where none is named.
+    """Imports packages; without arguments, those that training needs.
 
     Raises:
-        ModuleNotFoundError: a package of training is missing; the message says how to install it.
+        ModuleNotFoundError: a package for training is missing; the message says how to install it.
     """
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -35,7 +35,7 @@ def import_openmmlab(*packages: str) -> None:
 
 @contextlib.contextmanager
 def _without_transformers() -> Iterator[None]:
-    """As if transformers were not installed: mmpretrain cannot be imported beside versions later than those of 2023."""
+    """Hides transformers: mmpretrain cannot be imported with versions later than those of 2023."""
     dependency, imported = importlib.import_module("mmpretrain.utils.dependency"), "transformers" in sys.modules
     if not imported:
         sys.modules["transformers"] = None

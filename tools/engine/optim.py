@@ -19,7 +19,7 @@ from .errors import InputError
 
 @OPTIM_WRAPPERS.register_module()
 class AutocastOptimWrapper(OptimWrapper):
-    """Forward passes under bfloat16 autocast, on CPU and CUDA alike; bfloat16 needs no loss scaling."""
+    """Runs forward passes under bfloat16 autocast, on CPU and CUDA alike; bfloat16 needs no loss scaling."""
 
     @contextlib.contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -30,11 +30,11 @@ class AutocastOptimWrapper(OptimWrapper):
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class TimmWeightDecay(DefaultOptimWrapperConstructor):
-    """timm's two parameter groups, and one for each kind of parameter whose module asks for other settings.
+    """timm's two parameter groups, and one for each kind of parameter whose module requests other settings.
 
     No decay for tensors of rank 0 and 1, biases and the model's `no_weight_decay()`. A module's `optim_hints`,
-    ``{name of its parameter: {"lr": ..., "weight_decay": ...}}``, say at most which learning rate (the config's where
-    that is lower) and exactly which decay a parameter gets: the state matrices of S4 and S5 need both.
+    ``{name of its parameter: {"lr": ..., "weight_decay": ...}}``, set a maximum learning rate (the config's applies if
+    it is lower) and an exact decay: the state matrices of S4 and S5 need both.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
@@ -59,9 +59,9 @@ class TimmWeightDecay(DefaultOptimWrapperConstructor):
 
 @OPTIMIZERS.register_module()
 class Kar3(torch.optim.Optimizer):
-    """Steps by signs (HyperZ.Z.W, arXiv 2401.17948): ``p -= lr (sign g + sign m_1 + sign m_2)``, of the gradient g.
+    """Steps by signs (HyperZ.Z.W, arXiv 2401.17948): ``p -= lr (sign g + sign m_1 + sign m_2)``, with the gradient g.
 
-    The averages ``m_i = beta_i m_i + (1 - beta_i) g``, from 0, are taken after the step.
+    The averages ``m_i = beta_i m_i + (1 - beta_i) g`` start from 0 and are updated after the step.
 
     Args:
         params: parameters, or groups of them.
@@ -69,7 +69,7 @@ class Kar3(torch.optim.Optimizer):
         betas: of the two averages.
 
     Raises:
-        InputError: a beta outside [0, 1), a negative rate.
+        InputError: a beta is outside [0, 1), or a rate is negative.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.5, 0.95)):
@@ -79,7 +79,7 @@ class Kar3(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step; what `closure` gives, where there is one."""
+        """One step; returns the result of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -102,12 +102,11 @@ UNDECAYED = {"A", "A_log", "A_imag", "D", "Lambda_re", "Lambda_im", "decay", "dt
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecay(DefaultOptimWrapperConstructor):
-    """Learning rates that fall from the heads to the stem of a `LinZooBackbone`, as BEiT has them (arXiv 2106.08254).
+    """Learning rates that fall from the heads to the stem of a `LinZooBackbone`, as in BEiT (arXiv 2106.08254).
 
-    ``lr(layer) = lr backbone_lr_mult layer_decay^(n + 1 - layer)`` for the n + 1 layers 0 (stem) to n that the model's
-    `group_matcher` tells apart; what is no part of the backbone's model learns at ``lr``. No weight decay for norms,
-    biases and other tensors of rank 0 and 1, the model's `no_weight_decay()`, and `A`, `D`, step and decay parameters
-    of any rank.
+    ``lr(layer) = lr backbone_lr_mult layer_decay^(n + 1 - layer)`` for the n + 1 layers 0 (stem) to n of the model's
+    `group_matcher`. Parameters outside the backbone's model learn at ``lr``. No weight decay for norms, biases and
+    other tensors of rank 0 and 1, the model's `no_weight_decay()`, and `A`, `D`, step and decay parameters of any rank.
 
     Args:
         paramwise_cfg: ``dict(layer_decay=1.0, backbone_lr_mult=1.0)``; 1 and 1 for one rate everywhere.
@@ -127,7 +126,7 @@ class LayerDecay(DefaultOptimWrapperConstructor):
             )
 
     def add_params(self, params: list, module: nn.Module, prefix: str = "", is_dcn_module: Any = None) -> None:
-        scales, undecayed = {}, set()  # of parameters, by their names
+        scales, undecayed = {}, set()  # by parameter name
         for name, part in module.named_modules():
             if hasattr(part, "group_matcher") and not any(key.startswith(f"{name}.") for key in scales):
                 layers = group_parameters(part, part.group_matcher(coarse=False), reverse=True)
@@ -149,12 +148,12 @@ class LayerDecay(DefaultOptimWrapperConstructor):
 
 @HOOKS.register_module()
 class FreezeHook(Hook):
-    """A classifier's head learns alone: the rest gets no gradient and stays in eval mode."""
+    """Trains only a classifier's head: the rest gets no gradient and stays in eval mode."""
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Freeze all but the modules that the model's `pretrained_cfg` names as its classifier.
+        """Freezes everything except the modules that the model's `pretrained_cfg` names as its classifier.
 
-        At every step, since mmengine puts the whole model in training mode after `before_train_epoch`.
+        Done at every step, because mmengine puts the whole model in training mode after `before_train_epoch`.
         """
         model = (runner.model.module if is_model_wrapper(runner.model) else runner.model).model
         names = model.pretrained_cfg["classifier"]

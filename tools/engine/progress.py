@@ -26,7 +26,7 @@ COLUMNS = (
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
-    """Records images/s for the log, and on a terminal, a live bar and a line per epoch replace the log's lines.
+    """Records images/s for the log. On a terminal, a live bar and a line per epoch replace the log's lines.
 
     Only the main process shows anything. The log file has every line either way.
     """

@@ -1,4 +1,4 @@
-"""Masks asked for by points and boxes: COCO files, a timm model that follows prompts, to train, and its metric."""
+"""Masks for point and box prompts: COCO files, a promptable timm model to train, and its metric."""
 
 import argparse
 import contextlib
@@ -31,18 +31,18 @@ from .task import Job, TimmModel
 class PromptedMasks(Dataset):
     """Objects of a COCO file, each with its mask, a point in it and its box.
 
-    An item is `inputs`, an RGB image uint8 ``(3, H, W)``, and of N objects `masks`, bool ``(N, H, W)``, `points`
-    ``(N, 1, 2)`` and `boxes` ``(N, 4)``, float32, in pixels. Crowds and objects without a pixel are left out, and
-    images without an object.
+    An item is `inputs`, an RGB image uint8 ``(3, H, W)``, and for N objects `masks`, bool ``(N, H, W)``, `points`
+    ``(N, 1, 2)`` and `boxes` ``(N, 4)``, float32, in pixels. Left out are crowds, objects without a pixel, and images
+    without an object.
 
     Args:
         data_root, ann_file, data_prefix: the COCO file and the folder of images, below `data_root`.
-        most: objects an item, drawn anew each time; None for all.
-        augment: flip at random; points anywhere in the mask. Else points are where the mask is thickest.
+        most: objects per item, drawn anew each time; None for all.
+        augment: flip at random, and take points anywhere in the mask. Otherwise points are where the mask is thickest.
 
     Raises:
-        InputError: a file is missing or cannot be read, no object is left, or an image has another size than the file
-            says.
+        InputError: a file is missing or cannot be read, no object is left, or an image's size differs from the file's
+            entry.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class PromptedMasks(Dataset):
 
     @staticmethod
     def check(settings: dict, cfg: Config) -> None:
-        """InputError where files are missing or an annotation is impossible."""
+        """InputError if files are missing or an annotation is impossible."""
         check_coco(settings["data_root"], settings["ann_file"], settings.get("data_prefix", ""))
 
     def __len__(self):
@@ -111,10 +111,10 @@ def sample(maps: Tensor, at: Tensor) -> Tensor:
 
 @torch.no_grad()
 def uncertain_points(logits: Tensor, count: int, oversample: int = 3, importance: float = 0.75) -> Tensor:
-    """Where to compare masks: PointRend's training points (Kirillov et al., 2020, section 3.1).
+    """Points at which to compare masks: PointRend's training points (Kirillov et al., 2020, section 3.1).
 
-    Of ``oversample * count`` random places, those where the logits are nearest to 0 make up a share of `importance`;
-    the rest are random again.
+    A share of `importance` are those of ``oversample * count`` random points where the logits are nearest to 0; the
+    rest are random again.
 
     Args:
         logits: ``(N, H, W)``.
@@ -131,7 +131,7 @@ def uncertain_points(logits: Tensor, count: int, oversample: int = 3, importance
 
 
 def mask_iou(predicted: Tensor, true: Tensor) -> Tensor:
-    """IoU of each of two bool ``(N, H, W)``; 0 where both are empty."""
+    """IoU of each pair of bool ``(N, H, W)``; 0 where both are empty."""
     both, either = ((x.flatten(1).sum(1)) for x in (predicted & true, predicted | true))
     return both / either.clamp(min=1)
 
@@ -140,12 +140,12 @@ def mask_iou(predicted: Tensor, true: Tensor) -> Tensor:
 class PromptSegmenter(TimmModel):
     """A promptable segmenter to train.
 
-    Each object is asked for twice, by a point and by its box. Of either mask the loss is binary cross-entropy and Dice
-    at `num_points` places, drawn where the mask is uncertain, and the squared error of the IoU that the model says.
+    Each object is prompted twice, by a point and by its box. The loss of either mask is binary cross-entropy and Dice
+    at `num_points` points, drawn where the mask is uncertain, and the squared error of the predicted IoU.
 
     Args:
         model_name: timm name of a model such as `linzoo.backbones.RWKVSAM`; other arguments as in `TimmModel`.
-        num_points: places at which masks are compared.
+        num_points: points at which masks are compared.
     """
 
     kinds, needs = ("promptable",), "encode_image"
@@ -155,14 +155,14 @@ class PromptSegmenter(TimmModel):
         self.num_points = num_points
 
     def data_config(self, dataset: Any, pipeline: list[dict]) -> dict:
-        """timm's words for how the model itself prepares its images."""
+        """timm's settings for how the model itself prepares its images."""
         cfg, side = self.model.pretrained_cfg, self.model.img_size
         return {"input_size": (3, side, side), "mean": cfg["mean"], "std": cfg["std"], "crop_pct": 1.0}
 
     def forward(
         self, inputs: list[Tensor], masks: Any = None, points: Any = None, boxes: Any = None, mode: str = "tensor"
     ) -> Any:
-        """Images uint8 ``(3, H, W)``, and each one's masks, points and boxes, as `PromptedMasks` has them.
+        """Images uint8 ``(3, H, W)``, and each one's masks, points and boxes, as in `PromptedMasks`.
 
         Args:
             mode: "loss" for the losses, "predict" for a list with ``{"point": IoU, "box": IoU}`` of every object,
@@ -175,7 +175,7 @@ class PromptSegmenter(TimmModel):
         return maps[2] if mode == "tensor" else self.losses(maps, [s for _, s in prepared], masks, points, boxes)
 
     def measure(self, image: Tensor, masks: Tensor, points: Tensor, boxes: Tensor) -> list[dict]:
-        """IoU of each object of an image, at its size, asked for by its point and by its box."""
+        """IoU of each object in an image, at its size, prompted by its point and by its box."""
         if not len(masks):
             return []
         encoded = self.model.encode_image(image)
@@ -187,11 +187,11 @@ class PromptSegmenter(TimmModel):
     def losses(
         self, maps: Sequence[Tensor], scaled: list, masks: list[Tensor], points: Any, boxes: Any
     ) -> dict[str, Any]:
-        """The losses of all objects, asked for by points and by boxes.
+        """The losses of all objects, prompted by points and by boxes.
 
         Args:
-            maps: what the model's `encode` gives.
-            scaled: height and width of each image's part of the square.
+            maps: the output of the model's `encode`.
+            scaled: height and width of each image inside the square.
             masks, points, boxes: of each image, in its own pixels.
         """
         counts = torch.tensor([len(m) for m in masks], device=maps[2].device)
@@ -213,19 +213,19 @@ class PromptSegmenter(TimmModel):
             ]
             for name, of_each in zip(("bce", "dice", "score"), zip(*parts, strict=True), strict=True):
                 losses[f"loss_{kind}_{name}"] = torch.cat(of_each).mean()
-        # A batch without any object still has a loss, so that every process takes its step.
+        # A batch without any object still has a loss, so that every process takes a step.
         return losses or {"loss_none": 0 * sum(m.float().sum() for m in maps)}
 
     def compare(
         self, logits: Tensor, scores: Tensor, masks: Tensor, scaled: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy, Dice and error of the score of each of an image's masks.
+        """Cross-entropy, Dice and score error for each mask of an image.
 
         Args:
             logits: ``(N, S / 4, S / 4)`` of the square.
             scores: ``(N,)``.
             masks: bool ``(N, H, W)`` of the image.
-            scaled: height and width of the image's part of the square.
+            scaled: height and width of the image inside the square.
         """
         height, width = scaled
         logits, masks = F.interpolate(logits[:, None], scale_factor=4, mode="bilinear")[:, 0], masks.float()
@@ -238,13 +238,13 @@ class PromptSegmenter(TimmModel):
 
     @staticmethod
     def options(parser: argparse._ArgumentGroup) -> None:
-        """What to ask for in every image."""
+        """Adds the prompts for every image."""
         for name, parts in (("--point", ("X", "Y")), ("--box", ("X0", "Y0", "X1", "Y1"))):
             numbers = dict(type=float, action="append", default=[], nargs=len(parts), metavar=parts)
-            parser.add_argument(name, help="of an object, in pixels; repeatable", **numbers)
+            parser.add_argument(name, help="prompt for an object, in pixels; repeatable", **numbers)
 
     def predict_files(self, job: Job) -> list[dict]:
-        """Of each image its path, and of each point and box the file of its mask, 0 and 255, share and score."""
+        """For each image: its path, and for each point and box the mask file (0 and 255), its share and score."""
         asked = [("point", point) for point in job.options.point] + [("box", box) for box in job.options.box]
         if not asked:
             name = self.model.pretrained_cfg["architecture"]
@@ -278,12 +278,12 @@ class PromptSegmenter(TimmModel):
 
 @METRICS.register_module()
 class PromptMetric(BaseMetric):
-    """Mean IoU in percent over all objects, asked for by one point ("point_mIoU") and by the box ("box_mIoU")."""
+    """Mean IoU in percent over all objects, prompted by one point ("point_mIoU") and by the box ("box_mIoU")."""
 
     default_prefix = "prompt"
 
     def process(self, data_batch: Any, data_samples: Sequence[Any]) -> None:
-        """Collect the IoU of each object."""
+        """Collects the IoU of each object."""
         self.results.extend(data_samples)
 
     def compute_metrics(self, results: list) -> dict[str, float]:

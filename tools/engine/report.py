@@ -1,4 +1,4 @@
-"""What a fine-tuned model does, in one HTML file with every picture in it."""
+"""Reports the results of a fine-tuned model in one HTML file that contains all its pictures."""
 
 import base64
 import html
@@ -17,7 +17,7 @@ from .files import write_atomically
 from .images import read_labels, read_rgb
 from .layouts import TaskName
 
-SHOWN = 12  # mistakes
+SHOWN = 12  # mistakes in the report
 PAGE = string.Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -35,9 +35,9 @@ def write_report(
     """Write `work_dir/report.html`: metrics, curves, tables by class, and the worst mistakes.
 
     Args:
-        work_dir: holds curves.png and the arranged data.
+        work_dir: contains curves.png and the arranged data.
         metrics: of the best weights.
-        results: what `predict` says of the images to validate on; None where they are in no files.
+        results: the predictions for the validation images; None if these are not in files.
     """
     parts = [_table(("metric", "value"), [(name, f"{value:.4g}") for name, value in metrics.items()])]
     parts += _section("Training", [work_dir / "curves.png"])
@@ -72,7 +72,7 @@ def _save(figure: Figure, file: Path) -> Path:
 
 
 def _confusion(counts: np.ndarray, classes: Sequence[str], file: Path) -> Path:
-    """Rows: the truth, in shares of it; columns: what was predicted."""
+    """Rows: true classes, as shares of each; columns: predicted classes."""
     side = min(3 + 0.45 * len(classes), 14)
     figure = Figure(figsize=(side, side), layout="constrained")
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)

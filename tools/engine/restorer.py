@@ -1,4 +1,4 @@
-"""Restoration: pairs of degraded and clean images, a timm model that maps the ones to the others, its metrics."""
+"""Restoration: pairs of degraded and clean images, a timm model that maps one to the other, and its metrics."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -31,14 +31,14 @@ LUMA = (65.481, 128.553, 24.966)  # of RGB in ITU-R BT.601, whose black is at 16
 
 
 def read_image(path: str | Path, channels: int) -> Tensor:
-    """An image file as float32 `(channels, H, W)`, integers of 8 or 16 bits scaled to [0, 1], floats as they are.
+    """An image file as float32 `(channels, H, W)`, integers of 8 or 16 bits scaled to [0, 1], floats unchanged.
 
     Args:
         path: anything that Pillow reads; 16-bit files and float32 TIFFs have one channel.
-        channels: 1 for grey, 3 for colour: grey files become colour and 8-bit colour files grey.
+        channels: 1 for grey, 3 for colour. Grey files are converted to colour, and 8-bit colour files to grey.
 
     Raises:
-        InputError: the file is no image, or its kind or channels do not fit.
+        InputError: the file is not an image, or its type or channels do not fit.
     """
     pixels = read_pixels(path)
     if pixels.ndim == 3 and channels == 1:
@@ -52,29 +52,29 @@ def read_image(path: str | Path, channels: int) -> Tensor:
 class PairedImages(Dataset):
     """Degraded images of `data_root/data_prefix/input` with clean ones of equal names in `target/`.
 
-    An item is `inputs` and `targets`, float32 `(C, H, W)`, and `path`. For super-resolution targets are `scale` times
-    as large; where they are a little larger, as the photographs that inputs were made of may be, they are cropped.
+    An item is `inputs` and `targets`, float32 `(C, H, W)`, and `path`. For super-resolution, targets are `scale` times
+    as large. Targets that are slightly larger, as the original photographs may be, are cropped.
 
     Args:
         data_root, data_prefix: where the two folders are.
         channels: of the images that the model takes.
-        crop: side of the random crops of the inputs, flipped at random, of training; None for whole images.
+        crop: side of the random training crops of the inputs, flipped at random; None for whole images.
         noise: standard deviation of Gaussian noise, with white at 1. If given, inputs are the clean images with noise
             that is drawn anew each time, and the input folder is not read.
         jpeg: quality, 1 to 100, of JPEG compression. If given, inputs are the clean images compressed, and the input
             folder is not read.
-        bicubic: inputs are the clean images, shrunk by `scale` as the field does it: bicubic with antialiasing (a =
-            -1/2), rounded to eight bits. The input folder is not read.
-        scale: how much larger targets are.
-        folders: names of the two folders, as DIV2K has them `("DIV2K_train_LR_bicubic/X2", "DIV2K_train_HR")`.
-        suffix: how the stems of inputs end where those of their targets do not, such as "x2".
+        bicubic: inputs are the clean images, shrunk by `scale` in the usual way: bicubic with antialiasing (a = -1/2),
+            rounded to eight bits. The input folder is not read.
+        scale: size of targets over that of inputs.
+        folders: names of the two folders, for DIV2K `("DIV2K_train_LR_bicubic/X2", "DIV2K_train_HR")`.
+        suffix: an ending that only the stems of inputs have, such as "x2".
         rotate: also turn crops by 90 degrees at random.
-        length: items of an epoch, taken from the images in turns; None for one of each image.
-        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+        length: items per epoch, taken from the images in turns; None for one per image.
+        make: name of a data set of `tools/make_data.py`, written to `data_root` if that is missing.
 
     Raises:
-        InputError: a folder is missing, an image is alone, cannot be read, is smaller than the crop, or two of a pair
-            differ in size.
+        InputError: a folder is missing; an image has no partner, cannot be read or is smaller than the crop; or the
+            images of a pair differ in size.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class PairedImages(Dataset):
 
     @staticmethod
     def check(settings: dict, cfg: Config) -> None:
-        """InputError where files are missing or alone, or the two of a pair differ in size."""
+        """InputError if files are missing or have no partner, or the images of a pair differ in size."""
         root = Path(settings.get("data_root", ""), settings.get("data_prefix", ""))
         made = settings.get("noise") is not None or settings.get("jpeg") is not None or settings.get("bicubic", False)
         for degraded, clean in find_pairs(root, settings.get("folders", FOLDERS), settings.get("suffix", ""), made):
@@ -149,14 +149,15 @@ class PairedImages(Dataset):
 
 
 def shrink(image: Tensor, scale: int) -> Tensor:
-    """An image (C, H, W) at 1/scale of its size, rounded down: antialiased bicubic (a = -1/2) of eight bits."""
+    """An image (C, H, W) at 1/scale of its size, rounded down: antialiased bicubic (a = -1/2) with eight bits."""
     H, W = (n // scale for n in image.shape[1:])
     small = F.interpolate(image[None, :, : scale * H, : scale * W], (H, W), mode="bicubic", antialias=True)[0]
     return (small.clamp(0, 1) * 255).round() / 255
 
 
 def find_pairs(root: Path, folders: Sequence[str], suffix: str, made: bool) -> list[tuple[Path, Path]]:
-    """Degraded and clean images below `root`; the clean ones twice where the others are to be `made` and not there."""
+    """Degraded and clean images below `root`. If the degraded ones are `made`, their folder may be missing; the clean
+    images then come twice."""
     inputs, targets = folders
     if made and Path(root, targets).exists() and not Path(root, inputs).exists():
         return [(clean, clean) for _, clean in pair_files(root, (targets, targets))]
@@ -192,7 +193,7 @@ class Restorer(TimmModel):
         model_name: timm name of a model that maps images (B, C, H, W) to restored ones; other arguments as in
             `TimmModel`.
         loss: "l1" or "charbonnier".
-        gain: images are multiplied by it before the model and divided behind it, such as photographs for a model of
+        gain: factor for images before the model, undone after it, for example for photographs and a model of
             satellite images, which are darker.
 
     Raises:
@@ -226,12 +227,12 @@ class Restorer(TimmModel):
 
     @staticmethod
     def options(parser: argparse._ArgumentGroup) -> None:
-        """The tiles in which images are restored."""
-        parser.add_argument("--tile", type=int, default=256, help="side of the tiles in which images are restored")
-        parser.add_argument("--overlap", type=int, default=32, help="by how much those tiles overlap")
+        """Adds the tiles in which images are restored."""
+        parser.add_argument("--tile", type=int, default=256, help="side of the tiles for restoration")
+        parser.add_argument("--overlap", type=int, default=32, help="overlap of these tiles")
 
     def predict_files(self, job: Job) -> list[dict]:
-        """Of each image its path and the restored one's: PNG files of as many bits, TIFF files for floats."""
+        """For each image: its path and the restored one's, a PNG file with as many bits, or a TIFF file for floats."""
         if self.model.num_classes not in (1, 3):
             raise InputError(
                 f"the model gives {self.model.num_classes} channels; expected 1 or 3, which image files hold"
@@ -264,11 +265,11 @@ class RestorationMetric(BaseMetric):
     """PSNR in dB, SSIM, and RMSE of the restored images, clipped to [0, peak]; means over the images.
 
     Args:
-        peak: white, from which PSNR and SSIM count.
-        scale: what RMSE is multiplied by, to be in physical units.
+        peak: the value of white for PSNR and SSIM.
+        scale: factor for RMSE, for physical units.
         levels: steps to which restored images are rounded, such as 255; None for none.
-        luma: measure colour images by their luma Y (ITU-R BT.601), as super-resolution does.
-        border: pixels that are left out at each side, in super-resolution as many as the scale.
+        luma: measure colour images by their luma Y (ITU-R BT.601), as is usual for super-resolution.
+        border: pixels left out at each side; in super-resolution, as many as the scale.
         against_bicubic: also measure bicubic interpolation of the inputs, as `bicubic_PSNR` and so on.
     """
 
@@ -299,7 +300,7 @@ class RestorationMetric(BaseMetric):
 
     def measure(self, restored: Tensor, target: Tensor) -> dict[str, float]:
         """The metrics of an image (C, H, W)."""
-        from torchmetrics.functional import image as metrics  # seconds, which other models need not wait
+        from torchmetrics.functional import image as metrics  # takes seconds to import; other models need not wait
 
         restored, target = restored[None].clamp(0, self.peak), target[None]
         if self.levels:
@@ -329,8 +330,8 @@ def restore_tiled(
         model: maps (1, C, H, W) to (1, C', scale H, scale W).
         image: (C, H, W).
         tile: side of the tiles; a smaller image is one tile.
-        overlap: by how much neighbours overlap at least.
-        scale: how much larger what comes out is.
+        overlap: least overlap of neighbours.
+        scale: output size over input size.
 
     Returns:
         (C', scale H, scale W).
@@ -355,7 +356,7 @@ def restore_tiled(
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles start that cover `length`; the last one ends with it."""
+    """Start positions of tiles that cover `length`; the last one ends with it."""
     if length <= tile:
         return [0]
     return [*range(0, length - tile, tile - overlap), length - tile]

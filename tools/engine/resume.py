@@ -1,4 +1,4 @@
-"""A resumed run continues exactly as the uninterrupted one, or says which settings it does not follow."""
+"""A resumed run continues exactly like the uninterrupted one, or says which settings it does not follow."""
 
 import ast
 import os
@@ -17,14 +17,14 @@ from linzoo.backbones.checkpoints import load_plain
 
 from .errors import InputError, note
 
-# Settings that decide what a run computes.
+# Settings that determine what a run computes.
 DECISIVE = (
     *("model", "data_preprocessor", "optim_wrapper", "param_scheduler", "train_dataloader", "val_dataloader"),
     *("train_cfg", "val_evaluator", "default_hooks", "custom_hooks", "randomness", "auto_scale_lr", "sync_bn"),
 )
-# What a checkpoint carries on, whatever the config says.
+# Settings that always come from the checkpoint, whatever the config says.
 KEPT = ("optim_wrapper.optimizer.", "param_scheduler", "randomness.seed")
-# What a checkpoint's state has no place for if it is another.
+# Settings that must not change, because the checkpoint's state would not fit.
 FIXED = (
     *("optim_wrapper.optimizer.type", "optim_wrapper.constructor", "optim_wrapper.paramwise_cfg"),
     *("train_cfg.type", "train_cfg.by_epoch", "model.backbone.frozen_stages"),
@@ -32,10 +32,10 @@ FIXED = (
 
 
 def latest_checkpoint(work_dir: str | os.PathLike) -> Path | None:
-    """The checkpoint to resume from, or None where this run has written none.
+    """The checkpoint to resume from, or None if this run has written none.
 
-    `last_checkpoint` names it. Its folder is ignored, since a work dir may have been moved. Where the name is torn or
-    its checkpoint is not whole (a full disk, a copy cut off), the newest whole checkpoint stands in, which is said.
+    `last_checkpoint` names it. Its folder is ignored, because a work dir may have been moved. If the name or its
+    checkpoint is incomplete (a full disk, an interrupted copy), the newest complete checkpoint is used, with a note.
     """
     pointer = Path(work_dir, "last_checkpoint")
     if not pointer.exists():
@@ -53,7 +53,7 @@ def latest_checkpoint(work_dir: str | os.PathLike) -> Path | None:
 
 
 def _plain(node: ast.expr) -> Any:
-    """What an expression of a dumped config is, without running it."""
+    """The value of an expression in a dumped config, without running it."""
     if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict":
         named = {keyword.arg: _plain(keyword.value) for keyword in node.keywords}
         return {key: value for part in map(_plain, node.args) for key, value in part.items()} | named
@@ -68,7 +68,7 @@ def _plain(node: ast.expr) -> Any:
 
 
 def _flat(text: str) -> dict[str, Any]:
-    """Every decisive setting of a dumped config, by its dotted name."""
+    """Every decisive setting in a dumped config, by its dotted name."""
     found = {}
 
     def walk(node: Any, path: str) -> None:
@@ -85,7 +85,7 @@ def _flat(text: str) -> dict[str, Any]:
 
 
 def changed_settings(cfg: Config, path: Path) -> dict[str, tuple[Any, Any]]:
-    """The settings of a config that differ from those that a checkpoint was written with: `{name: (old, new)}`."""
+    """Settings that differ between a config and the one a checkpoint was written with: `{name: (old, new)}`."""
     text = load_plain(path, mmap=True).get("meta", {}).get("cfg")
     if not text:
         return {}
@@ -95,10 +95,10 @@ def changed_settings(cfg: Config, path: Path) -> dict[str, tuple[Any, Any]]:
 
 
 def refuse_what_cannot_be_resumed(cfg: Config, path: Path) -> None:
-    """Name every setting that changed since a checkpoint was written, and which value is used.
+    """Names every setting that changed since a checkpoint was written, and which value is used.
 
     Raises:
-        InputError: the optimizer, its groups of parameters or the kinds of schedules changed.
+        InputError: the optimizer, its parameter groups or the kinds of schedules changed.
     """
     changed = changed_settings(cfg, path)
     for name, (old, new) in changed.items():
@@ -116,17 +116,17 @@ def refuse_what_cannot_be_resumed(cfg: Config, path: Path) -> None:
 
 @HOOKS.register_module()
 class ResumeHook(Hook):
-    """Every epoch's random stream follows from (seed, epoch, rank); a validation that a kill cut off is made up for.
+    """Derives every epoch's random stream from (seed, epoch, rank), and repeats a validation that was interrupted.
 
-    Seeding Python, NumPy and torch (all devices) before an epoch fixes what it draws: drop path, mixup, and the base
-    seed from which the data loader seeds its workers. (The sampler orders the data by seed and epoch itself.) So a
-    resumed epoch draws what it would have drawn, on every rank, with nothing to store.
+    Before each epoch it seeds Python, NumPy and torch (all devices). This fixes what the epoch draws: drop path, mixup,
+    and the base seed from which the data loader seeds its workers. (The sampler orders the data by seed and epoch
+    itself.) A resumed epoch draws the same numbers on every rank, and nothing needs to be stored.
     """
 
     priority = "VERY_LOW"
 
     def before_train(self, runner: Runner) -> None:
-        """Validate the resumed epoch where its checkpoint was written before its validation had been done."""
+        """Validates the resumed epoch if its checkpoint was written before its validation."""
         loop, epoch = runner.train_loop, runner.epoch
         done = runner.message_hub.runtime_info.get("last_validation", 0)
         due = epoch >= loop.val_begin and (epoch % loop.val_interval == 0 or epoch == loop.max_epochs)
@@ -134,12 +134,12 @@ class ResumeHook(Hook):
             runner.val_loop.run()
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Note for the checkpoint that the validation's own hooks may write: this epoch is validated in it."""
+        """Marks this epoch as validated in the checkpoint that the validation's own hooks may write."""
         if isinstance(runner._train_loop, BaseLoop):
             runner.message_hub.update_info("last_validation", runner.epoch)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Seed this epoch."""
+        """Seeds this epoch."""
         seed = np.random.SeedSequence([runner.seed, runner.epoch, runner.rank])
         for_python, for_numpy, for_torch = (int(x) for x in seed.generate_state(3))
         random.seed(for_python)

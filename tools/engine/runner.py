@@ -1,4 +1,4 @@
-"""mmengine's runner, hardened: whole checkpoints only, exact resumption, CPU processes."""
+"""mmengine's runner, hardened: only complete checkpoints, exact resumption, CPU processes."""
 
 import logging
 import shutil
@@ -26,7 +26,7 @@ class Runner(MMRunner):
     """mmengine's Runner with atomic checkpoints, exact resumption and CPU processes."""
 
     def setup_env(self, env_cfg: dict) -> None:
-        """As mmengine's, with gloo instead of nccl where there is no CUDA (mmengine then asks CUDA for a device)."""
+        """As mmengine's, with gloo instead of nccl if there is no CUDA (mmengine then asks CUDA for a device)."""
         if self.distributed and not torch.cuda.is_available() and not torch.distributed.is_initialized():
             init_process_group("gloo")
         super().setup_env(env_cfg)
@@ -40,7 +40,7 @@ class Runner(MMRunner):
         return logger
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> Any:
-        """As mmengine's; on CPU DistributedDataParallel takes no device ids, and BatchNorms are not synchronised."""
+        """As mmengine's; on CPU, DistributedDataParallel takes no device ids and BatchNorms are not synchronised."""
         if not torch.cuda.is_available():
             self.cfg.sync_bn = None
         if self.distributed and not torch.cuda.is_available():
@@ -52,8 +52,8 @@ class Runner(MMRunner):
     def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
         """As mmengine's, with workers that torch seeds anew each epoch.
 
-        mmengine's own `worker_init_fn` gives every epoch the same augmentations; a persistent worker carries a random
-        state that no checkpoint holds.
+        mmengine's own `worker_init_fn` gives every epoch the same augmentations. A persistent worker has a random state
+        that no checkpoint stores.
         """
         if isinstance(dataloader, dict):
             dataloader = dict(dataloader, persistent_workers=False)
@@ -61,13 +61,13 @@ class Runner(MMRunner):
             dataset = dataloader["dataset"]
             if isinstance(dataset, dict) and str(dataset.get("type")).rpartition(".")[2] == "TimmShards":
                 sizes = dict(batch_size=dataloader["batch_size"], num_workers=dataloader.get("num_workers", 0))
-                dataloader.update(sampler=None, dataset=dict(dataset, **sizes))  # a stream has an order of its own
+                dataloader.update(sampler=None, dataset=dict(dataset, **sizes))  # a stream has its own order
         return MMRunner.build_dataloader(dataloader, seed, diff_rank_seed)
 
     def load_or_resume(self) -> None:
-        """Resume the work dir's run from its last whole checkpoint, where it has one; else start from `load_from`.
+        """Resumes the work dir's run from its last complete checkpoint, if any; otherwise starts from `load_from`.
 
-        Partial files are removed, and a new run forgets the pointer to an earlier run's checkpoint.
+        Partial files are removed, and a new run removes the pointer to an earlier run's checkpoint.
         """
         found = latest_checkpoint(self.work_dir) if self._resume else None
         barrier()
@@ -95,11 +95,11 @@ class Runner(MMRunner):
 
     @property
     def weights(self) -> nn.Module:
-        """The module whose state dict checkpoints hold."""
+        """The module whose state dict checkpoints store."""
         return self.trained.weights() if isinstance(self.trained, Task) else self.trained
 
     def resume(self, filename: str, *args, **kwargs) -> None:
-        """As mmengine's, refusing another model's checkpoint; the sampler follows the resumed seed as well."""
+        """As mmengine's, but refuses another model's checkpoint; the sampler also uses the resumed seed."""
         state, classes = read_checkpoint(filename)
         fit(self.weights, state, filename)
         ours = getattr(self.train_dataloader.dataset, "metainfo", {}).get("classes")
@@ -112,7 +112,7 @@ class Runner(MMRunner):
         self.train_dataloader.sampler.seed = self.seed
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
-        """As mmengine's, but the file appears whole or not at all; InputError says from which one --resume goes on."""
+        """As mmengine's, but writes the file completely or not at all; InputError says where --resume continues."""
         if not is_main_process():
             return
         save = super().save_checkpoint

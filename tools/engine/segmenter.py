@@ -1,4 +1,4 @@
-"""Segmentation of one class: images with masks, a timm model that returns mask logits, to train, its metrics."""
+"""Segmentation of one class: images with masks, a timm model to train that returns mask logits, and its metrics."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ from .weights import create_model
 def read_mask(path: str | Path, image: str | Path, size: tuple[int, int]) -> np.ndarray:
     """The mask of an image of `size`, uint8 (H, W) of 0 and 1.
 
-    InputError where it cannot be read, is not of the image's size, or holds values beside 0 and 255 (or 0 and 1).
+    InputError if it cannot be read, has another size than the image, or values other than 0 and 255 (or 0 and 1).
     """
     mask = read_labels(path, "mask")
     if mask.shape != tuple(size):
@@ -54,11 +54,11 @@ class LoadMask(BaseTransform):
 
 @mmengine.registry.DATASETS.register_module()
 class MaskedImages(NamesImages, BaseDataset):
-    """Images of `data_root/data_prefix/images` with their masks in `masks/` beside it, of equal names.
+    """Images of `data_root/data_prefix/images` with masks of equal names in `masks/` beside it.
 
     Args:
         data_prefix: folder below `data_root`.
-        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+        make: name of a data set of `tools/make_data.py`, written to `data_root` if that is missing.
     """
 
     def __init__(self, data_root: str, data_prefix: str = "", make: str | None = None, **kwargs):
@@ -72,14 +72,14 @@ class MaskedImages(NamesImages, BaseDataset):
 
     @staticmethod
     def check(settings: dict, cfg: Config) -> None:
-        """InputError where files are missing or alone, or a mask is none."""
+        """InputError if files are missing or have no partner, or a mask is invalid."""
         pairs = pair_files(Path(settings["data_root"], settings.get("data_prefix", "")))
         for image, mask in spread(pairs)[:ENOUGH]:
             read_mask(mask, image, image_size(image))
 
 
 def dice_loss(logits: Tensor, masks: Tensor, reduction: str = "mean") -> Tensor:
-    """1 - (2 sum p t + 1) / (sum p + sum t + 1) of each image, p the sigmoid of the logits.
+    """1 - (2 sum p t + 1) / (sum p + sum t + 1) for each image, p the sigmoid of the logits.
 
     Args:
         logits: (B, ...).
@@ -93,14 +93,14 @@ def dice_loss(logits: Tensor, masks: Tensor, reduction: str = "mean") -> Tensor:
 
 @MODELS.register_module()
 class Segmenter(TimmModel):
-    """A dense model, trained by binary cross-entropy plus Dice loss. The images of a batch have one size.
+    """A dense model, trained with binary cross-entropy plus Dice loss. The images of a batch have one size.
 
     Args:
         model_name: timm name of a model whose output is one map of mask logits; other arguments as in `TimmModel`.
         init_from: keywords of `timm.create_model` for a classifier that the model's `init_from_classifier` starts from.
 
     Raises:
-        InputError: the model has another number of classes than one, or cannot start from that classifier.
+        InputError: the number of the model's classes is not one, or it cannot start from that classifier.
     """
 
     kinds = ("segmentation",)
@@ -140,7 +140,7 @@ class Segmenter(TimmModel):
         return data_samples
 
     def predict_files(self, job: Job) -> list[dict]:
-        """Of each image its path, its mask's path and the mask's share of the pixels.
+        """For each image: its path, its mask's path and the mask's share of the pixels.
 
         A mask is a PNG file of 0 and 255, as large as the image: 255 where the probability, interpolated from the
         model's map, is at least 0.5.
@@ -174,16 +174,16 @@ def draw_outline(axis: Axes, mask: np.ndarray, color: str = "cyan") -> None:
 class MaskMetric(BaseMetric):
     """Metrics in percent from one confusion matrix over all pixels of all images.
 
-    "mIoU" as the lesion papers have it: the IoU of the foreground, TP / (TP + FP + FN). DSC: 2 TP / (2 TP + FP + FN).
+    "mIoU", as in the lesion papers, is the IoU of the foreground, TP / (TP + FP + FN). DSC: 2 TP / (2 TP + FP + FN).
     """
 
     default_prefix = "mask"
 
     def process(self, data_batch: Any, data_samples: Sequence[Any]) -> None:
-        """Count the pixels of each image."""
+        """Counts the pixels of each image."""
         from torchmetrics.functional.classification import (
             binary_stat_scores,
-        )  # seconds, which classifiers need not wait
+        )  # takes seconds to import; classifiers need not wait
 
         for sample in data_samples:
             counts = binary_stat_scores(sample["pred_sem_seg"]["data"], sample["gt_sem_seg"]["data"])

@@ -1,4 +1,4 @@
-"""Sets of images that timm's readers open: shards of WebDataset, data of Hugging Face, TensorFlow, torchvision."""
+"""Image sets that timm's readers open: WebDataset shards, and data from Hugging Face, TensorFlow and torchvision."""
 
 import itertools
 import tarfile
@@ -21,18 +21,18 @@ from .errors import InputError
 from .images import EXTENSIONS
 from .layouts import Arranged
 
-ENOUGH = 50  # images whose size is looked at
+ENOUGH = 50  # images whose size is read
 PARTS = {"train": ("train",), "val": ("validation", "valid", "val", "test")}
 PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets"}
-LOADERS = ("LoadImageFromFile", "LoadImage")  # steps that the reader has done
+LOADERS = ("LoadImageFromFile", "LoadImage")  # steps that the reader has already done
 
 
 def open_reader(name: str, data_root: str | None, split: str, **kwargs: Any) -> Any:
-    """timm's data set; InputError where its package or its files are missing, or it has no such split."""
+    """timm's data set; InputError if its package, its files or the split is missing."""
     prefix = name.partition("/")[0]
     try:
         return create_dataset(name, root=data_root, split=split, **kwargs)
-    except Exception as e:  # whatever a reader and the packages below it find
+    except Exception as e:  # a reader and its packages may raise anything
         package = PACKAGES.get(prefix)
         missing = isinstance(e, ImportError) or "Please install" in str(e)
         hint = f"expected the package {package!r} (pip install 'linzoo[shards]')" if missing else first_line(e)
@@ -41,17 +41,17 @@ def open_reader(name: str, data_root: str | None, split: str, **kwargs: Any) -> 
 
 
 class _Images:
-    """Images of a reader, prepared by a pipeline of mmpretrain's; its loading step, the reader's work, is left out.
+    """Images from a reader, prepared by an mmpretrain pipeline without its loading step, which the reader does.
 
     Args:
         name: as in `timm.data.create_dataset`: ``wds/``, ``hfds/NAME-OR-FOLDER``, ``tfds/NAME``, ``torch/NAME``.
-        split: as the reader names it: ``train``; of WebDataset ``train-{0000..0127}.tar|160000``, or a name that
+        split: the reader's name for it: ``train``; for WebDataset ``train-{0000..0127}.tar|160000``, or a name that
             ``_info.json`` beside the shards explains.
-        data_root: folder of the shards, or where the reader keeps what it downloads.
+        data_root: folder of the shards, or where the reader stores downloads.
         pipeline: settings of transforms.
-        classes: names; None for the reader's, or for none.
-        test_mode: every image once and in its order.
-        kwargs: of `timm.data.create_dataset`.
+        classes: names; None for the reader's, if any.
+        test_mode: every image once, in order.
+        kwargs: for `timm.data.create_dataset`.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class _Images:
         )
 
     def prepare(self, image: Image.Image, target: int) -> dict:
-        """What the pipeline makes of an image and its class."""
+        """An image and its class after the pipeline."""
         pixels = np.ascontiguousarray(np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[..., ::-1])
         size = pixels.shape[:2]
         prepared = self.pipeline(dict(img=pixels, img_shape=size, ori_shape=size, gt_label=int(target)))
@@ -82,7 +82,7 @@ class _Images:
 
     @staticmethod
     def check(settings: dict, cfg: Config) -> list[str] | None:
-        """The names of the classes, where the reader has them; InputError where the model has another number."""
+        """The class names, if the reader has them; InputError if the model has another number of classes."""
         asked = {key: settings[key] for key in ("name", "split", "data_root") if settings.get(key)}
         if missing := {"name", "split"} - set(asked):
             raise InputError(f"config: a data set of timm's without {min(missing)!r}; expected name and split")
@@ -98,14 +98,14 @@ class _Images:
 
 @DATASETS.register_module()
 class TimmImages(_Images, torch.utils.data.Dataset):
-    """Images by number (``hfds/``, ``torch/``), see `_Images`. One that cannot be read is an InputError."""
+    """Images by index (``hfds/``, ``torch/``), see `_Images`. One that cannot be read is an InputError."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if not isinstance(self.inner, torch.utils.data.Dataset) or not hasattr(self.inner, "__getitem__"):
             raise InputError(f"data set {self.name!r} cannot be read by number; expected type='TimmShards'")
         if isinstance(self.inner, ImageDataset):
-            self.inner._max_retries = 1  # timm takes the next image in the place of one that it cannot read
+            self.inner._max_retries = 1  # timm replaces an image that it cannot read by the next one
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -122,10 +122,10 @@ class TimmImages(_Images, torch.utils.data.Dataset):
 class TimmShards(_Images, torch.utils.data.IterableDataset):
     """Images in a stream (``wds/``, ``tfds/``, ``hfids/``), see `_Images`; the order follows from seed and epoch.
 
-    The runner gives `batch_size` and `num_workers`, from which the reader knows the length of an epoch.
+    The runner passes `batch_size` and `num_workers`; the reader derives the length of an epoch from them.
 
     Raises:
-        InputError: fewer shards than processes that read them; the number of images is not known.
+        InputError: there are fewer shards than processes that read them; the number of images is not known.
     """
 
     def __init__(self, name: str, split: str, *args: Any, batch_size: int, num_workers: int, seed: int = 0, **kwargs):
@@ -149,14 +149,14 @@ class TimmShards(_Images, torch.utils.data.IterableDataset):
             yield self.prepare(image, target)
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next pass that of an epoch, whatever was read before."""
+        """Makes the next pass that of an epoch, whatever was read before."""
         self.inner.set_epoch(epoch)
-        if hasattr(self.reader, "ds"):  # of WebDataset: its shuffling begins anew
+        if hasattr(self.reader, "ds"):  # WebDataset: its shuffling starts anew
             self.reader.ds, self.reader.worker_seed = None, self.seed + epoch
 
 
 def names_of(data: Any) -> list[str]:
-    """The names of the classes that a reader knows, in the order of their numbers."""
+    """The class names that a reader knows, in the order of their numbers."""
     known = getattr(getattr(data, "reader", data), "class_to_idx", None) or {}
     return [str(name) for name, _ in sorted(known.items(), key=lambda item: item[1])]
 
@@ -167,10 +167,10 @@ def find_shards(folder: Path, part: str) -> list[Path]:
 
 
 def count_samples(shards: list[Path]) -> tuple[int, int]:
-    """How many images shards of WebDataset hold, and how many classes: the largest number in their .cls files, and one.
+    """Numbers of images and classes in WebDataset shards; the latter is the largest number in .cls files, plus one.
 
     Raises:
-        InputError: a shard is no tar file, or a .cls file holds no number.
+        InputError: a shard is not a tar file, or a .cls file has no number.
     """
     images, classes = 0, 0
     for shard in shards:
@@ -186,11 +186,11 @@ def count_samples(shards: list[Path]) -> tuple[int, int]:
 
 
 def find_sets(data: str, names: list[str] | None, workers: int) -> tuple[Arranged, dict[str, dict[str, Any]]]:
-    """What ``wds/FOLDER`` or ``hfds/NAME-OR-FOLDER`` holds, and the settings of its parts `train` and `val`.
+    """The content of ``wds/FOLDER`` or ``hfds/NAME-OR-FOLDER``, and the settings of its parts `train` and `val`.
 
     Args:
-        names: of the classes; those of WebDataset are numbers otherwise.
-        workers: processes that will read.
+        names: of the classes; without names, WebDataset classes are numbers.
+        workers: number of reading processes.
 
     Raises:
         InputError: a part is missing, or cannot be read by so many.
@@ -214,7 +214,7 @@ def find_sets(data: str, names: list[str] | None, workers: int) -> tuple[Arrange
             from datasets import get_dataset_split_names
 
             known = get_dataset_split_names(common["name"].partition("/")[2])
-        except Exception as e:  # of the package, the Hub, the files
+        except Exception as e:  # from the package, the Hub or the files
             raise InputError(f"DATA {data!r}: cannot be opened ({first_line(e)})") from e
         splits = {part: next((kind for kind in kinds if kind in known), "") for part, kinds in PARTS.items()}
         if not all(splits.values()):

@@ -13,16 +13,16 @@ from .errors import InputError
 
 @HOOKS.register_module()
 class SparseHook(Hook):
-    """Sets pruned weights to 0 again after every step, those that `linzoo prune` set to 0.
+    """Sets weights that `linzoo prune` set to 0 back to 0 after every step.
 
     Args:
-        checkpoint: What it wrote.
+        checkpoint: The file from `linzoo prune`.
 
     Raises:
-        InputError: the file cannot be read, is of another tool, or of another model than the run's.
+        InputError: the file cannot be read, comes from another tool, or belongs to another model than the run's.
     """
 
-    priority = "VERY_HIGH"  # before what averages weights
+    priority = "VERY_HIGH"  # before hooks that average weights
 
     def __init__(self, checkpoint: str):
         try:
@@ -35,7 +35,7 @@ class SparseHook(Hook):
         self.kept = {name: content["state_dict"][name] != 0 for name in content["pruning"]["names"]}
 
     def before_train(self, runner: Runner) -> None:
-        """Find the weights in the model that is trained, wherever it holds the pruned one."""
+        """Finds the weights in the trained model, wherever it contains the pruned one."""
         found = dict(runner.model.named_parameters())
         self.masks = []
         for name, kept in self.kept.items():
@@ -46,6 +46,6 @@ class SparseHook(Hook):
         self.after_train_iter(runner, 0)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Take back what the optimizer did to pruned weights."""
+        """Undoes the optimizer's changes to pruned weights."""
         for parameter, kept in self.masks:
             parameter.data.mul_(kept)

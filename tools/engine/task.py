@@ -1,4 +1,4 @@
-"""What the tools ask of every task: a model to train, its data and its predictions."""
+"""The interface of a task for the tools: a model to train, its data and its predictions."""
 
 import argparse
 import itertools
@@ -30,20 +30,20 @@ from .images import EXTENSIONS, find_files, read_rgb
 from .weights import create_model
 
 SHEET = 64
-TRUTHS = ("LoadAnnotations", "LoadLabelMap", "LoadMask")  # steps that load what is to be predicted
+TRUTHS = ("LoadAnnotations", "LoadLabelMap", "LoadMask")  # steps that load the ground truth
 
 
 @dataclass
 class Job:
-    """What to predict, and where the results go.
+    """What to predict, and where to write the results.
 
     Attributes:
-        cfg: the training config, whose test pipeline prepares images.
+        cfg: the training config; its test pipeline prepares images.
         task: its task.
-        classes: names of the classes, where the checkpoint knows them.
+        classes: class names, if the checkpoint has them.
         inputs: files.
-        folder: what the places of the inputs are relative to.
-        out: where results go.
+        folder: folder that the inputs' places are relative to.
+        out: folder for results.
         options: the options of the command line.
     """
 
@@ -73,7 +73,7 @@ class Job:
 def _prepare(pipeline: Compose, path: Path) -> Any:
     try:
         return pipeline({"img_path": str(path), "img_id": 0})
-    except AssertionError as e:  # Rerange, on an image of a single value
+    except AssertionError as e:  # Rerange, for an image with a single value
         raise InputError(f"image {str(path)!r} cannot be prepared; expected one that is not blank") from e
 
 
@@ -81,14 +81,14 @@ TASKS: "list[type[Task]]" = []
 
 
 class Task:
-    """How the tools treat models of one kind: where `predict` finds inputs, what it makes of them, how it draws that.
+    """How the tools treat models of one kind: where `predict` finds inputs, its results for them, how it draws them.
 
-    A task of ours is the model itself (see `TimmModel`). For a model of another package it is a class of its own, whose
+    For our tasks it is the model itself (see `TimmModel`). For a model of another package it is a separate class, whose
     methods get that model as `self`.
 
     Attributes:
         kinds: the kinds of the zoo's models, as in `list_models`, that it trains.
-        inputs: what `predict` takes, and how the names of such files end; no endings where it takes nothing.
+        inputs: what `predict` takes, and the endings of such files; no endings if it takes no files.
         read: reads such a file, or raises InputError.
         tables: whether the metrics print tables that `test` shows.
     """
@@ -104,7 +104,7 @@ class Task:
 
     @staticmethod
     def options(parser: argparse._ArgumentGroup) -> None:
-        """Add the options of `predict` that are of this task alone."""
+        """Adds the options of `predict` that only this task has."""
 
     @classmethod
     def find(cls, path: str | None) -> list[Path]:
@@ -115,7 +115,7 @@ class Task:
         expected = f"expected files ending in {', '.join(endings)}"
         if path is None or not Path(path).exists():
             raise InputError(f"{what} {path!r}: no such file or folder; {expected}")
-        anyway = Path(path).is_file() and (endings == EXTENSIONS or path.lower().endswith(endings))  # Pillow will tell
+        anyway = Path(path).is_file() and (endings == EXTENSIONS or path.lower().endswith(endings))  # Pillow decides
         found = [Path(path)] if anyway else find_files(path, endings)
         if not found:
             raise InputError(f"{path!r} holds no {what}; {expected}")
@@ -124,16 +124,16 @@ class Task:
         return found
 
     def weights(self) -> Any:
-        """The module whose state dict a checkpoint holds."""
+        """The module whose state dict a checkpoint stores."""
         return self
 
     def predict_files(self, job: Job) -> list[dict[str, Any]]:
-        """Predict for every input of a job and write what is found; what predictions.json says of each."""
+        """Predicts for every input of a job and writes the results; returns the entries of predictions.json."""
         raise InputError(f"model.type={type(self).__name__!r} predicts nothing from the command line; expected Python")
 
     @staticmethod
     def draw(axis: Axes, result: dict[str, Any]) -> None:
-        """Draw one result of `predict_files` on a contact sheet."""
+        """Draws one result of `predict_files` on a contact sheet."""
         axis.imshow(read_rgb(result.get("drawn", result["path"])))
 
 
@@ -141,18 +141,18 @@ class TimmModel(Task, BaseModel):
     """A model of timm's registry to train. The state dict has the timm model's own names.
 
     Args:
-        model_name: timm name of a model of one of `kinds`, or of none of the zoo; other arguments go to
+        model_name: timm name of a model of one of `kinds`, or from outside the zoo; other arguments go to
             `timm.create_model`.
-        pretrained: True for published weights, or a file or URL of weights, of any trainer and layout. A classifier of
-            another number of classes begins anew.
+        pretrained: True for published weights, or a file or URL of weights, from any trainer and in any layout. A
+            classifier with another number of classes starts from random weights.
         data_preprocessor: settings of mmengine's preprocessor.
 
     Raises:
         InputError: the model is of another kind; the weights are missing or another model's.
     """
 
-    needs: ClassVar[str] = "forward"  # a method that tells a model of this task
-    example: ClassVar[str | None] = None  # such a model, where the first of its kind is none
+    needs: ClassVar[str] = "forward"  # a method that identifies models of this task
+    example: ClassVar[str | None] = None  # such a model, if the first of its kind is not one
 
     def __init__(
         self, model_name: str, *args, pretrained: bool | str = False, data_preprocessor: dict | None = None, **kwargs
@@ -169,14 +169,14 @@ class TimmModel(Task, BaseModel):
         self._register_load_state_dict_pre_hook(_add_prefix)
 
     def init_weights(self) -> None:
-        """Nothing: timm initialises or loads in `create_model`, and a second initialisation would undo a loading."""
+        """Does nothing: timm initialises or loads in `create_model`, and doing it again would undo a loading."""
 
     def weights(self) -> nn.Module:
         """The timm model."""
         return self.model
 
     def data_config(self, dataset: Any, pipeline: list[dict]) -> dict[str, Any] | None:
-        """timm's words for how `pipeline` and preprocessor prepare the images of `dataset`; None for no images."""
+        """timm's settings for how `pipeline` and preprocessor prepare the images of `dataset`; None without images."""
         first = next(iter(dataset)) if isinstance(dataset, torch.utils.data.IterableDataset) else dataset[0]
         size = tuple(first["inputs"].shape)
         if len(size) != 3:
@@ -188,16 +188,16 @@ class TimmModel(Task, BaseModel):
         return {"input_size": size, "mean": mean, "std": std, "crop_pct": size[-1] / edge}
 
     def export(self, folder: Path, data_config: dict | None, **facts) -> None:
-        """Write `folder/model.safetensors` and `folder/config.json`, timm's exchange format, and the Hub's `README.md`.
+        """Writes `folder/model.safetensors`, `folder/config.json`, timm's exchange format, and the Hub's `README.md`.
 
-        Each is whole or not there. transformers loads them, too, if the model is registered.
+        Each file is complete or absent. transformers also loads them if the model is registered.
 
         Args:
-            data_config: timm's preprocessing keys (input_size, mean, std ...). None for a model of no images, which
-                timm has no words for: then the weights alone are written.
+            data_config: timm's preprocessing keys (input_size, mean, std ...). None for a model without images, which
+                timm has no keys for: then only the weights are written.
             facts: further entries of config.json; numbers are metrics.
 
-        Where states were tuned, `folder/states.safetensors` holds what was learnt alone.
+        If states were tuned, `folder/states.safetensors` has only the trained values.
         """
         with whole(folder) as partial:
             if data_config is None:
@@ -207,7 +207,7 @@ class TimmModel(Task, BaseModel):
                 settings = dict(model_config=facts, data_config=data_config, safe_serialization=True)
                 save_for_hf(self.model, str(partial), **settings)
                 config = json.loads((partial / "config.json").read_text())
-                config.get("model_args", {}).pop("num_classes", None)  # a second place; transformers takes one alone
+                config.get("model_args", {}).pop("num_classes", None)  # stored twice; transformers takes only one
                 (partial / "config.json").write_text(json.dumps(config, indent=2))
                 name = config["architecture"]
                 metrics = {key: value for key, value in facts.items() if isinstance(value, (int, float))}
@@ -221,8 +221,8 @@ class TimmModel(Task, BaseModel):
             partial.rmdir()
 
 
-# mmpretrain's versions of these two serve a classifier at the root alone: within an EMA copy the one has no effect, and
-# the other drops keys outside `prefix` (the step count).
+# mmpretrain's versions of these two only work for a classifier at the root. Within an EMA copy the first has no effect,
+# and the second drops keys outside `prefix` (the step count).
 def _remove_prefix(module, state_dict, prefix, local_metadata):
     for key in [k for k in state_dict if k.startswith(f"{prefix}model.")]:
         state_dict[prefix + key.removeprefix(f"{prefix}model.")] = state_dict.pop(key)
@@ -234,7 +234,7 @@ def _add_prefix(state_dict, prefix, *_):
 
 
 def draw_sheet(results: list[dict], file: Path, draw: Callable[[Axes, dict], None]) -> None:
-    """A contact sheet of up to 64 results; `draw(axis, result)` draws one."""
+    """Draws a contact sheet of up to 64 results; `draw(axis, result)` draws one."""
     shown = results[:: -(-len(results) // SHEET)]
     columns = min(8, len(shown))
     rows = -(-len(shown) // columns)
@@ -248,7 +248,7 @@ def draw_sheet(results: list[dict], file: Path, draw: Callable[[Axes, dict], Non
 
 
 def without_start(model: dict) -> dict:
-    """The settings of a model that is to load a checkpoint: with nothing to start or learn from."""
+    """The settings of a model that will load a checkpoint: without start weights or a teacher."""
     off = {"pretrained": False, "distillation": "none", "init_from": None}
     if isinstance(model.get("backbone"), dict):
         model = {**model, "backbone": without_start(model["backbone"])}
@@ -256,6 +256,6 @@ def without_start(model: dict) -> dict:
 
 
 def build(cfg: Config) -> nn.Module:
-    """The model of a training config, with nothing to start or learn from loaded."""
+    """The model of a training config, without loading start weights or a teacher."""
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope")):
         return MODELS.build({"data_preprocessor": cfg.get("data_preprocessor"), **without_start(cfg.model)})

@@ -1,4 +1,4 @@
-"""Segmentation of clips frame by frame: layouts, a model with a state to train, metrics, streams of any length."""
+"""Segmentation of clips, frame by frame: layouts, a model with a state to train, metrics, streams of any length."""
 
 import argparse
 import csv
@@ -30,17 +30,17 @@ from .segmenter import dice_loss, draw_outline
 from .task import Job, TimmModel
 from .volumes import medical, read_file
 
-UNKNOWN = 255  # a pixel whose class is not known
+UNKNOWN = 255  # a pixel of unknown class
 FRAMES = ("ends", "all")
 
 
 class Clip(NamedTuple):
-    """A clip as it lies on disk.
+    """A clip on disk.
 
     Attributes:
         frames: uint8 ``(T, H, W)``.
-        masks: of some frames, by their places, uint8 ``(H, W)`` of 0 and 1.
-        spacing: millimetres between rows and between columns; 1 where it is not known.
+        masks: of some frames, by index, uint8 ``(H, W)`` of 0 and 1.
+        spacing: millimetres between rows and between columns; 1 if not known.
     """
 
     frames: np.ndarray
@@ -168,7 +168,7 @@ LAYOUTS: dict[str, Callable[[Path, str], dict[str, Reader]]] = {
 
 
 def find_masked_clips(data_root: str | Path, part: str, layout: str) -> dict[str, Reader]:
-    """The clips of a part of a data set, by name; InputError where files are missing."""
+    """The clips of a part of a data set, by name; InputError if files are missing."""
     return in_layout(LAYOUTS, data_root, part, layout)
 
 
@@ -176,20 +176,20 @@ def find_masked_clips(data_root: str | Path, part: str, layout: str) -> dict[str
 class MaskedClips(Dataset):
     """Clips with masks of all or some of their frames.
 
-    An item is `inputs`, grey frames uint8 ``(T, 1, S, S)``, from the first to the last one of the clip at equal
-    distances; `masks`, uint8 ``(T, S, S)``, 0, 1, and 255 where a frame has none; and `spacing`, millimetres between
-    rows and columns.
+    An item is `inputs`, grey frames uint8 ``(T, 1, S, S)``, evenly spaced from the first to the last frame of the clip;
+    `masks`, uint8 ``(T, S, S)``, 0, 1, and 255 for frames without a mask; and `spacing`, millimetres between rows and
+    columns.
 
     Args:
         data_root: folder of the data set.
         part: "train" and so on; in CAMUS "training", "validation" and "testing".
-        layout: "folders" for ``part/{frames,masks}/<clip>/<frame>.png``; "camus", "echonet" for the two as they are
+        layout: "folders" for ``part/{frames,masks}/<clip>/<frame>.png``; "camus", "echonet" for these two as
             distributed.
         num_frames: T.
         size: S; None for the clips' own size.
         augment: flip, and turn by up to 10 degrees, at random, all frames alike.
-        length: items of an epoch, taken from the clips in turns; None for one of each.
-        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+        length: items per epoch, taken from the clips in turns; None for one per clip.
+        make: name of a data set of `tools/make_data.py`, written to `data_root` if that is missing.
 
     Raises:
         InputError: there is no such layout, files are missing or cannot be read.
@@ -237,27 +237,27 @@ class MaskedClips(Dataset):
 
     @staticmethod
     def check(settings: dict, cfg: Config) -> None:
-        """InputError where files are missing or the first clip cannot be read."""
+        """InputError if files are missing or the first clip cannot be read."""
         found = find_masked_clips(settings["data_root"], settings["part"], settings.get("layout", "folders"))
         next(iter(found.values()))()
 
 
 @MODELS.register_module()
 class ClipSegmenter(TimmModel):
-    """A model that segments clips frame by frame, to train: cross-entropy and Dice of its logits on some frames.
+    """A model to train that segments clips frame by frame, with cross-entropy and Dice of its logits on some frames.
 
-    Both are taken at `num_points` places, drawn where the masks are uncertain, and summed over frames; the model's
-    auxiliary logits weigh 0.01.
+    Both are computed at `num_points` points, drawn where the masks are uncertain, and summed over frames. The model's
+    auxiliary logits have weight 0.01.
 
     Args:
         model_name: timm name of a model such as `linzoo.backbones.GDKVM`; other arguments as in `TimmModel`.
         first_mask: give the model the mask of the first frame, which the authors' models never see.
         frames: which frames with masks count: "ends" for the first and the last, as in the authors' recipe, or "all".
-        num_points: places at which masks are compared.
+        num_points: points at which masks are compared.
         auxiliary: weight of the auxiliary logits.
 
     Raises:
-        InputError: another `frames`.
+        InputError: unknown `frames`.
     """
 
     kinds, needs = ("tracking",), "run"
@@ -279,11 +279,11 @@ class ClipSegmenter(TimmModel):
         self.first_mask, self.frames, self.num_points, self.auxiliary = first_mask, frames, num_points, auxiliary
 
     def data_config(self, dataset: Any, pipeline: list[dict]) -> None:
-        """None: timm has no words for clips."""
+        """None: timm has no settings for clips."""
         return
 
     def forward(self, inputs: list[Tensor], masks: Any = None, spacing: Any = None, mode: str = "tensor") -> Any:
-        """Clips uint8 ``(T, C, H, W)``, and the masks and spacing of each, as `MaskedClips` has them.
+        """Clips uint8 ``(T, C, H, W)``, and the masks and spacing of each, as in `MaskedClips`.
 
         Args:
             mode: "loss" for the losses, "predict" for a list of (found, masks, spacing) with `found` bool
@@ -331,8 +331,8 @@ class ClipSegmenter(TimmModel):
 
     @staticmethod
     def options(parser: argparse._ArgumentGroup) -> None:
-        """The mask to begin with."""
-        parser.add_argument("--mask", help="image of the first frame's mask: 0, and a value for each object")
+        """Adds the mask of the first frame."""
+        parser.add_argument("--mask", help="mask image of the first frame: 0, and one value per object")
 
     @classmethod
     def find(cls, path: str | None) -> list[Path]:
@@ -340,9 +340,9 @@ class ClipSegmenter(TimmModel):
         return find_readable(path, cls.read)
 
     def predict_files(self, job: Job) -> list[dict]:
-        """Of each clip its path, and a folder with a PNG file of every frame's mask, written as frames are read.
+        """For each clip: its path, and a folder with a PNG mask of every frame, written as frames are read.
 
-        Memory does not grow with the clip: frames come one by one, and the model's state is all that is kept.
+        Memory does not grow with the clip: frames come one by one, and only the model's state is kept.
         """
         given = job.options.mask
         if given and len(job.inputs) > 1:
@@ -363,7 +363,7 @@ class ClipSegmenter(TimmModel):
         return results
 
     def prepare(self, frame: np.ndarray, size: int | None) -> Tensor:
-        """A frame uint8 ``(H, W, 3)`` as the model takes it ``(1, 1, C, S, S)``."""
+        """A frame uint8 ``(H, W, 3)`` in the model's input format ``(1, 1, C, S, S)``."""
         pixels = torch.from_numpy(_grey(frame) if self.model.in_chans == 1 else frame.copy())
         image = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
         sides = [size, size] if size else [side + -side % self.model.reduction for side in image.shape[1:]]
@@ -397,10 +397,10 @@ class ClipSegmenter(TimmModel):
 class ClipMetric(BaseMetric):
     """Dice and IoU in percent, HD95 and ASSD in millimetres, by MONAI: means over frames, then over clips.
 
-    Distances leave out frames where label or prediction hold no object.
+    Distances leave out frames whose label or prediction has no object.
 
     Args:
-        frames: which frames with masks count: "ends" for the first and the last, "all", or "later" for all but the
+        frames: which frames with masks count: "ends" for the first and the last, "all", or "later" for all except the
             first, whose mask the model was given.
     """
 
@@ -434,7 +434,7 @@ class ClipMetric(BaseMetric):
         }
         if found.any() and true.any():
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # MONAI's own use of what it deprecates
+                warnings.simplefilter("ignore")  # MONAI uses functions that it deprecates
                 distance, surface = metrics.compute_hausdorff_distance, metrics.compute_average_surface_distance
                 values["HD95"] = distance(*both, **options, percentile=95, spacing=spacing)
                 values["ASSD"] = surface(*both, **options, symmetric=True, spacing=spacing)

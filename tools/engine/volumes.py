@@ -1,6 +1,6 @@
 """Segmentation of medical images and volumes in NIfTI files by MONAI: data, a timm model to train, Dice and HD95.
 
-MONAI and nibabel are the optional extra `medical`; they are imported where they are first used.
+MONAI and nibabel are the optional extra `medical`; they are imported at first use.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from .images import find_files
 from .task import Job, TimmModel
 
 ENDINGS = (".nii.gz", ".nii")
-FIRST_CHANNEL = "_0000"  # how nnU-Net numbers the channels of a case, a file each
+FIRST_CHANNEL = "_0000"  # how nnU-Net numbers the channels of a case, one per file
 
 
 def medical(module: str) -> Any:
-    """A module of MONAI or nibabel; InputError where the extra is not installed."""
+    """A module of MONAI or nibabel; InputError if the extra is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
@@ -43,10 +43,10 @@ def medical(module: str) -> Any:
 
 
 class Volume(NamedTuple):
-    """What a NIfTI file holds.
+    """The content of a NIfTI file.
 
     Attributes:
-        values: ``(C, D, H, W)``, or ``(C, H, W)`` of an image; slices, rows, columns: the file's axes turned round.
+        values: ``(C, D, H, W)``, or ``(C, H, W)`` for an image: slices, rows, columns, the reverse of the file's axes.
         spacing: millimetres between voxels along D, H and W.
         affine: of the file, from its own axes to millimetres.
     """
@@ -57,7 +57,7 @@ class Volume(NamedTuple):
 
 
 def stem_of(path: Path) -> str:
-    """A file's name without its ending and without the number of its channel."""
+    """A file's name without its ending and its channel number."""
     name = path.name
     for ending in ENDINGS:
         name = name.removesuffix(ending)
@@ -74,7 +74,7 @@ def channels_of(path: Path) -> list[Path]:
 
 
 def read_file(path: str | Path, what: str = "volume") -> Volume:
-    """A NIfTI file of two axes, three, or four with the channels last.
+    """A NIfTI file with two axes, three, or four with the channels last.
 
     Raises:
         InputError: it cannot be read, has other axes, or its header gives no spacing.
@@ -83,7 +83,7 @@ def read_file(path: str | Path, what: str = "volume") -> Volume:
     try:
         file: Any = nibabel.load(str(path))
         affine, values = np.asarray(file.affine, np.float64), np.asarray(file.dataobj)
-        with medical("nibabel.openers").ImageOpener(str(path)) as opened:  # loading mends a header without saying so
+        with medical("nibabel.openers").ImageOpener(str(path)) as opened:  # loading repairs a header silently
             pixdim = type(file.header).from_fileobj(opened, check=False)["pixdim"]
     except Exception as e:  # a damaged file raises one of a dozen kinds
         raise InputError(f"cannot read {what} {str(path)!r}; expected a whole NIfTI file ({first_line(e)})") from e
@@ -100,13 +100,13 @@ def read_file(path: str | Path, what: str = "volume") -> Volume:
         )
     values = values[None] if values.ndim < 4 else np.moveaxis(values, -1, 0)
     values = values.transpose(0, *range(axes, 0, -1))
-    if axes == 3 and values.shape[1] == 1:  # an image, saved as one slice
+    if axes == 3 and values.shape[1] == 1:  # an image saved as one slice
         values, spacing = values[:, 0], spacing[:2]
     return Volume(np.ascontiguousarray(values), spacing[::-1], affine)
 
 
 def read_case(path: str | Path) -> Volume:
-    """A case of one or several channels, float32; InputError as `read_file`, or where channels differ in size."""
+    """A case with one or several channels, float32; InputError as in `read_file`, or if channels differ in size."""
     files = channels_of(Path(path))
     parts = [read_file(file) for file in files]
     for file, part in zip(files, parts, strict=True):
@@ -121,7 +121,7 @@ def read_case(path: str | Path) -> Volume:
 
 
 def read_label(path: str | Path, case: Volume, num_classes: int) -> np.ndarray:
-    """The classes of a case's voxels, uint8 ``(1, D, H, W)``; InputError where they do not fit it."""
+    """The classes of a case's voxels, uint8 ``(1, D, H, W)``; InputError if they do not fit it."""
     found = read_file(path, "label")
     values = found.values
     if values.shape[1:] != case.values.shape[1:] or len(values) != 1:
@@ -135,7 +135,7 @@ def read_label(path: str | Path, case: Volume, num_classes: int) -> np.ndarray:
 
 
 def find_cases(root: Path, folders: Sequence[str]) -> list[tuple[Path, Path]]:
-    """Volumes and labels of equal names in two folders; InputError where one is missing, empty, or a file is alone."""
+    """Volumes and labels of equal names in two folders; InputError if one is missing or empty, or a file is alone."""
     expected = f"expected {folders[0]}/ and {folders[1]}/ with NIfTI files of equal names"
     images, labels = (find_files(existing_folder(root / name, expected, root), ENDINGS, deep=False) for name in folders)
     firsts = {stem_of(file): file for file in images if channels_of(file)[0] == file and _is_first(file)}
@@ -160,7 +160,7 @@ def _is_first(path: Path) -> bool:
 
 
 def prepare(values: np.ndarray, case: Volume, spacing: Sequence[float] | None, mode: str) -> Tensor:
-    """Values of a case, resampled to a spacing by MONAI; None leaves theirs."""
+    """Values of a case, resampled to a spacing by MONAI; None keeps their spacing."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     if spacing is None or np.allclose(spacing, case.spacing, rtol=1e-3):
         return tensor
@@ -179,21 +179,21 @@ def normalise(values: Tensor) -> Tensor:
 
 @mmengine.registry.DATASETS.register_module()
 class Volumes(Dataset):
-    """NIfTI volumes and labels of equal names in two folders, as nnU-Net has them.
+    """NIfTI volumes and labels of equal names in two folders, in nnU-Net's layout.
 
     An item is `inputs`, float32 ``(C, D, H, W)``, normalised; `targets`, uint8 ``(1, D, H, W)``; `spacing`, `path`.
     With 2-D files there is no D.
 
     Args:
         data_root, data_prefix: where the two folders are.
-        num_classes: classes, the background among them.
+        num_classes: classes, including the background.
         folders: names of the folders of volumes and of labels. `case_0000.nii.gz`, `case_0001.nii.gz` are channels.
         spacing: millimetres along D, H and W to resample to; None for the files' own.
-        crop: size of the random crops of training; None for whole volumes.
+        crop: size of the random training crops; None for whole volumes.
         foreground: share of the crops that are around a voxel of the foreground.
         flip: axes along which crops are flipped at random.
-        length: items of an epoch, taken from the cases in turns; None for one of each.
-        make: name of a data set of `tools/make_data.py`, written to `data_root` where that is absent.
+        length: items per epoch, taken from the cases in turns; None for one per case.
+        make: name of a data set of `tools/make_data.py`, written to `data_root` if that is missing.
 
     Raises:
         InputError: a folder or file is missing or does not fit the others; the extra `medical` is not installed.
@@ -253,7 +253,7 @@ class Volumes(Dataset):
 
     @staticmethod
     def check(settings: dict, cfg: Config) -> None:
-        """InputError where a file is missing or alone, or the first label does not fit."""
+        """InputError if a file is missing or alone, or the first label does not fit."""
         root = Path(settings["data_root"], settings.get("data_prefix", ""))
         for image, label in find_cases(root, settings.get("folders", ("images", "labels")))[:1]:
             read_label(label, read_case(image), settings.get("num_classes", 2))
@@ -261,19 +261,19 @@ class Volumes(Dataset):
 
 @MODELS.register_module()
 class VolumeSegmenter(TimmModel):
-    """A model of volumes (or of images, in 2-D) to train by Dice and cross-entropy, at all its heads.
+    """A model of volumes (or of images, in 2-D) to train with Dice and cross-entropy, at all its heads.
 
-    Heads weigh 1, 1/2, 1/4 ..., the last one of several 0, divided by their sum, as nnU-Net has it. Whole volumes are
-    segmented in windows that overlap and fade into each other.
+    Heads have weights 1, 1/2, 1/4 ..., the last one of several 0, divided by their sum, as in nnU-Net. Whole volumes
+    are segmented in windows that overlap and fade into each other.
 
     Args:
         model_name: timm name of a model of kind "volume" or "segmentation"; other arguments as in `TimmModel`.
         window: size of the windows.
-        overlap: of neighbouring windows, as a share of their size.
+        overlap: overlap of neighbouring windows, as a share of their size.
         init_from: keywords of `timm.create_model` for a classifier that the model's `init_from_classifier` starts from.
 
     Raises:
-        InputError: windows of another number of axes than the model; it cannot start from that classifier.
+        InputError: windows have another number of axes than the model; it cannot start from that classifier.
     """
 
     kinds, needs = ("volume", "segmentation"), "forward_deep"
@@ -317,7 +317,7 @@ class VolumeSegmenter(TimmModel):
         }
 
     def run(self, inputs: Tensor) -> Any:
-        """The model; what it refuses is wrong input."""
+        """Runs the model; inputs that it rejects are an InputError."""
         try:
             return self.model(inputs)
         except ValueError as e:
@@ -340,15 +340,15 @@ class VolumeSegmenter(TimmModel):
 
     @staticmethod
     def options(parser: argparse._ArgumentGroup) -> None:
-        """None: windows and their overlap are the config's."""
+        """Adds no options: the config sets windows and overlap."""
 
     @classmethod
     def find(cls, path: str | None) -> list[Path]:
-        """The volumes at `path`: of a case of several channels the first file."""
+        """The volumes at `path`; for a case with several channels, the first file."""
         return [file for file in super().find(path) if _is_first(file)]
 
     def predict_files(self, job: Job) -> list[dict]:
-        """Of each case its path, a NIfTI file of its voxels' classes on its own grid, and each class's millilitres."""
+        """For each case: path, a NIfTI file of the voxels' classes on its own grid, and each class's millilitres."""
         nibabel = medical("nibabel")
         device, results = next(self.parameters()).device, []
         spacing = job.cfg.test_dataloader.dataset.get("spacing")
@@ -370,7 +370,7 @@ class VolumeSegmenter(TimmModel):
             image.header.set_zooms(case.spacing[::-1])
 
             def save(partial: Path, image: Any = image) -> None:
-                named = partial.with_name(f"{partial.name}.nii.gz")  # nibabel tells the format by the name
+                named = partial.with_name(f"{partial.name}.nii.gz")  # nibabel takes the format from the name
                 nibabel.save(image, str(named))
                 named.replace(partial)
 
@@ -382,7 +382,7 @@ class VolumeSegmenter(TimmModel):
 
     @staticmethod
     def draw(axis: Axes, result: dict) -> None:
-        """The slice with the most foreground, its classes over it."""
+        """The slice with the most foreground, with its classes on top."""
         case, label = read_case(result["path"]), read_file(result["labels"], "label").values[0]
         values = case.values[0]
         if label.ndim == 3:
@@ -394,10 +394,10 @@ class VolumeSegmenter(TimmModel):
 
 @METRICS.register_module()
 class VolumeMetric(BaseMetric):
-    """Dice in percent and HD95 in millimetres, means over the cases and the classes of the foreground, by MONAI.
+    """Dice in percent and HD95 in millimetres, as means over cases and foreground classes, by MONAI.
 
-    Dice leaves out classes that a label does not have, HD95 those that label or prediction do not have; "found" is the
-    share, in percent, of classes in the labels of which something was found.
+    Dice leaves out classes missing from a label; HD95 also those missing from the prediction. "found" is the share, in
+    percent, of the labels' classes for which anything was predicted.
     """
 
     default_prefix = "volume"
@@ -418,7 +418,7 @@ class VolumeMetric(BaseMetric):
                 where = [0, *(both.nonzero()[:, 0] + 1).tolist()]
                 measure = metrics.compute_hausdorff_distance
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # MONAI's own use of what it deprecates
+                    warnings.simplefilter("ignore")  # MONAI uses functions that it deprecates
                     found95 = measure(a[:, where], b[:, where], percentile=95, spacing=spacing.tolist())
                 distance[both] = found95[0].to(dice)
             has = b.flatten(2).any(2)[0, 1:]

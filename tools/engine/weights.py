@@ -1,4 +1,4 @@
-"""Loading checkpoints strictly, and telling which model they belong to."""
+"""Loads checkpoints strictly, and tells which model they belong to."""
 
 import functools
 from pathlib import Path
@@ -17,16 +17,16 @@ from .errors import InputError, note
 
 
 class Fit(NamedTuple):
-    """The tensors of a checkpoint in the names of a model, and those of the model that begin anew."""
+    """A checkpoint's tensors under a model's names, and the model's tensors that start from random weights."""
 
     state: dict[str, Tensor]
     anew: list[str]
 
 
 def read_checkpoint(path: str | Path) -> checkpoints.Checkpoint:
-    """`linzoo.backbones.checkpoints.read_checkpoint`, with InputError for what cannot be read.
+    """`linzoo.backbones.checkpoints.read_checkpoint`, with InputError for unreadable files.
 
-    The name of a model in place of a path stands for its published weights.
+    A model name instead of a path means its published weights.
     """
     if not Path(path).exists() and timm.is_model(str(path).partition(".")[0]):
         return checkpoints.Checkpoint(create_model(str(path), pretrained=True).state_dict(), None)
@@ -40,10 +40,10 @@ def read_checkpoint(path: str | Path) -> checkpoints.Checkpoint:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str] | None:
-    """Load a checkpoint of any trainer and layout, every tensor of it; the class names that the checkpoint knows.
+    """Loads every tensor of a checkpoint from any trainer, in any layout; returns the checkpoint's class names.
 
     Args:
-        model: what `timm.create_model` returned, or a segmenter or detector around a backbone.
+        model: the result of `timm.create_model`, or a segmenter or detector around a backbone.
         path: see `read_checkpoint`.
 
     Raises:
@@ -55,24 +55,24 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str] | None:
 
 
 def load_start(model: nn.Module, path: str | Path) -> None:
-    """Load a checkpoint to train on from; a classifier of another number of classes begins anew, which is said.
+    """Loads a checkpoint to start training from; a classifier with other classes starts anew, with a note.
 
     Raises:
         InputError: other tensors differ in name or shape.
     """
     found = fit(model, read_checkpoint(path).state, path, start=True)
     if next(model.parameters()).is_meta:
-        return  # it was the check that mattered
+        return  # only the check was needed
     model.load_state_dict(found.state, strict=False)
     if found.anew:
         note(f"the checkpoint {str(path)!r} has another classifier; these begin anew: {', '.join(found.anew)}")
 
 
 def fit(model: nn.Module, state: dict[str, Tensor], path: str | Path, start: bool = False) -> Fit:
-    """The tensors of `state` that `model` has, in its names.
+    """The tensors of `state` that `model` has, under its names.
 
     Args:
-        start: whether classifiers may begin anew: tensors that are absent or of another number of classes.
+        start: whether classifiers may start anew: missing tensors, or those with another number of classes.
 
     Raises:
         InputError: tensors differ in name or shape; the message names the variant that they fit.
@@ -88,10 +88,10 @@ def fit(model: nn.Module, state: dict[str, Tensor], path: str | Path, start: boo
         else:
             state = checkpoints.convert_state_dict(state, model)
     except (AttributeError, IndexError, KeyError, RuntimeError, ValueError):
-        pass  # of no layout that the family knows: what differs is said below
+        pass  # no layout that the family knows: differences are reported below
     state = plain_to_adapted(state, ours)
     want, have = _shapes(ours), _shapes(state)
-    # Files of old have no step counts of BatchNorms.
+    # Old files have no step counts of BatchNorms.
     wrong = {key for key in want.keys() | have.keys() if want.get(key) != have.get(key)}
     wrong -= {key for key in wrong if key.endswith("num_batches_tracked") and key not in have}
     heads = _heads(model) if start else ()
@@ -113,14 +113,14 @@ def fit(model: nn.Module, state: dict[str, Tensor], path: str | Path, start: boo
 
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
-    """How the names of the tensors begin that depend on the number of classes."""
+    """Prefixes of the names of tensors that depend on the number of classes."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     dense = ("decode_head.", "auxiliary_head.", "bbox_head.", "roi_head.", "head.", "heads.")
     return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names)) or dense
 
 
 def _may_begin_anew(key: str, want: dict, have: dict) -> bool:
-    """Whether a tensor of a head is absent, or differs in its first axis alone, as that of a classifier."""
+    """Whether a head's tensor is missing, or differs only in its first axis, as a classifier's does."""
     return key not in have or want[key][1:] == have[key][1:]
 
 
@@ -135,14 +135,14 @@ def _variant_of(shapes: dict, name: str, num_classes: int | None) -> str | None:
     family = timm.model_entrypoint(name).__module__ if timm.is_model(name) else None
     modules = {variant: timm.model_entrypoint(variant).__module__ for variant in timm.list_models()}
     variants = [v for v, module in modules.items() if module == family or module.startswith("linzoo.")]
-    # The lengths of the head's vectors are the candidates for the number of classes.
+    # The lengths of the head's vectors are candidates for the number of classes.
     counts = [num_classes, *sorted({shape[0] for key, shape in shapes.items() if len(shape) == 1 and "head" in key})]
     for variant in sorted(variants, key=lambda v: (v != name, modules[v] != family)):
         try:
             bare = _shapes_of(variant, 0)
-        except (RuntimeError, ValueError):  # a model that is nothing without classes
+        except (RuntimeError, ValueError):  # the model needs classes
             continue
-        if bare.items() > shapes.items():  # a backbone, of which a segmenter or detector leaves out the norm
+        if bare.items() > shapes.items():  # a backbone without its norm, as in a segmenter or detector
             return repr(variant)
         if not shapes.items() >= bare.items():
             continue
@@ -159,9 +159,9 @@ def _shapes_of(variant: str, num_classes: int | None) -> dict[str, tuple[int, ..
 
 
 def weights_file(model_name: str, pretrained: bool | str, overlay: dict | None) -> str | None:
-    """The file or URL that a model is to start from, where there is one; None for published weights, or for none.
+    """The file or URL that a model starts from, if there is one; None for published weights, or for none.
 
-    InputError where published weights are asked for and there are none.
+    InputError if published weights are requested and there are none.
     """
     if pretrained is not True:
         return pretrained or None
@@ -174,9 +174,9 @@ def weights_file(model_name: str, pretrained: bool | str, overlay: dict | None) 
 def create_model(
     model_name: str, *args, pretrained: bool | str = False, pretrained_cfg_overlay: dict | None = None, **kwargs
 ) -> nn.Module:
-    """`timm.create_model`, whose `pretrained` may also be a file or URL of weights, of any trainer and layout.
+    """`timm.create_model`, whose `pretrained` may also be a file or URL of weights, from any trainer, in any layout.
 
-    A classifier of another number of classes begins anew. timm's `pretrained_cfg_overlay=dict(file=...)` is the same.
+    A classifier with another number of classes starts anew. timm's `pretrained_cfg_overlay=dict(file=...)` works alike.
 
     Raises:
         InputError: the file is missing or another model's; there are no published weights.
@@ -186,7 +186,7 @@ def create_model(
         kwargs["pretrained_cfg_overlay"] = overlay
     try:
         model = timm.create_model(model_name, *args, pretrained=pretrained is True and file is None, **kwargs)
-    except FileNotFoundError as e:  # of weights in a package that is not installed
+    except FileNotFoundError as e:  # weights in a package that is not installed
         raise InputError(str(e)) from e
     if file is not None:
         load_start(model, file)
