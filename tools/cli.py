@@ -5,7 +5,7 @@ import importlib.metadata
 import sys
 
 COMMANDS = {
-    "doctor": "versions, the backend of each operator and why, a self-check of the kernels",
+    "doctor": "versions, which backend each operator uses and why, a self-check of the kernels",
     "models": "the zoo: measured parameters and MACs beside the published ones",
     "configs": "the shipped training configs",
     "finetune": "train a model on a folder of your own, and report what it does",
@@ -14,19 +14,19 @@ COMMANDS = {
     "predict": "label, segment, restore or find objects in files",
     "sample": "make images of classes",
     "export": "write a model for ONNX Runtime or torch.export",
-    "quantize": "round a classifier's weights and inputs to 8 or 4 bits, simulated",
+    "quantize": "round a classifier's weights and inputs to 8 or 4 bits, in simulation",
     "prune": "set a classifier's weights or channels to 0, in one shot",
-    "outliers": "methods of quantisation side by side, on planted outliers",
-    "look": "into a model: heat maps, receptive field, features, scan orders, states, attention, dynamics",
+    "outliers": "compare methods of quantisation on planted outliers",
+    "look": "a model's heat maps, receptive field, features, scan orders, states, attention, dynamics",
     "benchmark": "time operators and models on this machine",
-    "build": "compile the CPU kernels ahead",
+    "build": "compile the CPU kernels ahead of first use",
     "make_data": "write the data sets of the examples",
     "quickstart": "train on handwritten digits and label others",
     "scenes": "segment or find digits on photographs, from the quickstart's weights",
     "denoise": "remove noise from photographs",
-    "state_tuning": "tune the states of a trained Vision-RWKV-6, beside a probe and fine-tuning",
-    "mixers": "token mixers side by side, in plain ViTs",
-    "ptd": "states of perturbed diagonal matrices, as S4 and S5 start from",
+    "state_tuning": "tune the states of a trained Vision-RWKV-6; compare with a probe and fine-tuning",
+    "mixers": "compare token mixers in plain ViTs",
+    "ptd": "state matrices by perturb-then-diagonalise, from which S4 and S5 can start",
 }
 MODULES = {"build": "linzoo.ops.compile_cpu", "sample": "linzoo.tools.predict"}  # names that differ from the command
 COMPLETION = {
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if argv[:1] == ["completion"] and argv[1:] and argv[1] in COMPLETION:
         print(COMPLETION[argv[1]].format(names=" ".join(COMMANDS)))
         return 0
+    argv = [argv[0].replace("-", "_"), *argv[1:]] if argv and not argv[0].startswith("-") else argv  # make-data, too
     if not argv or argv[0] not in COMMANDS:
         asked = bool(argv) and argv[0] not in ("-h", "--help")
         if asked:

@@ -98,6 +98,8 @@ def test_command_line(capsys):
     assert cli.main(["completion", "bash"]) == 0
     assert "finetune" in capsys.readouterr().out
     assert cli.main(["finetun"]) == 2
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["make-data", "--help"])
     for name in ("export", "finetune", "build"):
         with pytest.raises(SystemExit) as ended:
             cli.main([name, "--help"])
