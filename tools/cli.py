@@ -26,7 +26,7 @@ COMMANDS = {
     "denoise": "remove noise from photographs",
     "state_tuning": "tune the states of a trained Vision-RWKV-6; compare with a probe and fine-tuning",
     "mixers": "compare token mixers in plain ViTs",
-    "ptd": "state matrices by perturb-then-diagonalise, from which S4 and S5 can start",
+    "ptd": "compare S4D and perturb-then-diagonalise (PTD) layers with the systems they approximate",
 }
 MODULES = {"build": "linzoo.ops.compile_cpu", "sample": "linzoo.tools.predict"}  # names that differ from the command
 COMPLETION = {
