@@ -35,6 +35,7 @@ EXCEPTIONS = {
 
 SIZE = (64, 96)  # a multiple of 32, and not square: height and width must not be confused anywhere
 FEW_BLOCKS = dict(depths=(1, 1, 2, 1), depth=4, modules=(1, 1, 1))
+FEWEST_BLOCKS = dict(depths=(1, 1, 1, 1), depth=2)  # for tracers, which take long
 ODD_SIZES = [(33, 47), (65, 93), (100, 37)]
 # A C++ compiler takes up to two minutes a model: these stand for all, which test_compile traces whole, and
 # ops/test_compile.py compiles every operator.
@@ -73,7 +74,7 @@ def create_small(name, size=SIZE, **kwargs):
     few = few_blocks(name, size)
     if kwargs.get("features_only") and ("depth" in few or isinstance(few.get("routes", [[]])[0], str)):
         kwargs.setdefault("out_indices", (0, 1, 3))  # of an isotropic model's four blocks
-    return create(name, size, **few, **kwargs)
+    return create(name, size, **(few | kwargs))
 
 
 def images(batch=2, size=SIZE, in_chans=3, **kwargs):
@@ -168,6 +169,12 @@ def shared_model(family):
 def model(shared_model):
     """A copy of the family's model, in eval mode."""
     return copy.deepcopy(shared_model)
+
+
+@pytest.fixture
+def fewest(family):
+    """The family's model with a block a stage, in eval mode."""
+    return create_small(family, **{k: v for k, v in FEWEST_BLOCKS.items() if k in few_blocks(family)}).eval()
 
 
 # --- every variant, shapes and names --------------------------------------------------------------------------------
@@ -653,38 +660,38 @@ def test_autocast(model):
 
 
 @pytest.mark.slow
-def test_compile(model):
+def test_compile(fewest):
     x = images()
-    y, plain = model(x), gradients(model, x)
+    y, plain = fewest(x), gradients(fewest, x)
     torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(fewest, fullgraph=True, backend="aot_eager")
     assert_near(compiled(x), y, 1e-4)
-    model.zero_grad()
+    fewest.zero_grad()
     total(compiled(x)).backward()
-    assert_same_gradients({n: p.grad for n, p in model.named_parameters()}, plain, 1e-3)
+    assert_same_gradients({n: p.grad for n, p in fewest.named_parameters()}, plain, 1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", COMPILED_TO_CODE, indirect=True)
-def test_compile_inductor(model):
+def test_compile_inductor(fewest):
     x = images()
     torch.compiler.reset()
     with torch.inference_mode():
-        assert_near(torch.compile(model, fullgraph=True)(x), model(x), 1e-3)
+        assert_near(torch.compile(fewest, fullgraph=True)(x), fewest(x), 1e-3)
 
 
 @pytest.mark.slow
-def test_export(model, family):
+def test_export(fewest, family):
     """One exported program serves every batch size and, where the architecture allows, every image size."""
     fixed = get_pretrained_cfg_value(family, "fixed_input_size")
     auto = torch.export.Dim.AUTO
     dims = {0: auto} if fixed else {0: auto, 2: auto, 3: auto}
     size = SIZE if fixed else (128, 192)  # no map of a single row: export takes a 1 for a constant
-    program = torch.export.export(model, (images(2, size),), dynamic_shapes=(dims,)).module()
+    program = torch.export.export(fewest, (images(2, size),), dynamic_shapes=(dims,)).module()
     for batch, other in [(2, size), (3, size if fixed else (160, 128))]:
         x = images(batch, other)
         with torch.inference_mode():
-            assert_near(program(x), model(x), 1e-4)
+            assert_near(program(x), fewest(x), 1e-4)
 
 
 def test_fx_feature_extraction(model):
