@@ -50,7 +50,10 @@ def test_two_processes_shard_a_model(tmp_path):
     [script] = blocks(page, "python")
     (tmp_path / "train_fsdp.py").write_text(script)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train_fsdp.py"]
-    done = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True)
+    for _ in range(3):  # on a busy machine Gloo aborts now and then when processes end
+        done = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True)
+        if done.returncode == 0 or "exitcode: -6" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr[-2000:]
     losses, said = (
         re.findall(r"^step \d: loss (\d\.\d+)", text, re.MULTILINE) for text in (done.stdout, page.read_text())
