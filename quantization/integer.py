@@ -166,7 +166,7 @@ def qdq(file: str | Path, images: Sequence[Tensor], out: str | Path) -> int:
     [entry] = model.graph.input
     varying = {entry.name}
     for node in model.graph.node:
-        if node.op_type.startswith("Random") or varying.intersection(node.input):
+        if varying.intersection(node.input):
             varying.update(node.output)
     products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
     maps = [node.name for node in products if node.input[1] not in varying]

@@ -73,11 +73,18 @@ def load(name: str, weights: str | None) -> tuple[nn.Module, tuple[int, ...]]:
 
 def to_onnx(model: nn.Module, x: Tensor, dynamic: dict, file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
     """Write an ONNX file that uses ONNX's own scans; returns how ONNX Runtime runs it."""
-    import onnxruntime  # the optional part `export`
+    import onnxruntime  # noqa: F401  # the optional part `export`: missed before the tracer runs, not after
 
     with use_backend("export"), torch.no_grad():
         program = torch.onnx.export(model, (x,), dynamic_shapes=(dynamic,), dynamo=True, verbose=False)
     write_atomically(file, lambda partial: program.save(partial))
+    return _onnx_runtime(file)
+
+
+def _onnx_runtime(file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
+    """How ONNX Runtime runs a file."""
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(file)
     [entry] = session.get_inputs()
     return lambda x: [torch.from_numpy(y) for y in session.run(None, {entry.name: x.numpy()})]
@@ -98,15 +105,11 @@ def to_torch(model: nn.Module, x: Tensor, dynamic: dict, file: Path) -> Callable
 
 def to_qdq(model: nn.Module, batches: list[Tensor], dynamic: dict, file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
     """Write an 8-bit ONNX file, calibrated on batches ``(B, C, H, W)``; returns how ONNX Runtime runs it."""
-    import onnxruntime
-
     with TemporaryDirectory() as folder:
         plain = Path(folder, file.name)
         to_onnx(per_group(model), batches[0][:2], dynamic, plain)
         write_atomically(file, lambda partial: qdq(plain, batches, partial))
-    session = onnxruntime.InferenceSession(file)
-    [entry] = session.get_inputs()
-    return lambda x: [torch.from_numpy(y) for y in session.run(None, {entry.name: x.numpy()})]
+    return _onnx_runtime(file)
 
 
 def _as_list(y: Tensor | Sequence[Tensor]) -> list[Tensor]:

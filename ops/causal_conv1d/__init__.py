@@ -124,7 +124,7 @@ def _limit(backend, x, weight, *_):
 
 def _flops(x, weight, **_):
     """A multiply-add per tap and output."""
-    return 2 * torch.Size(x).numel() * weight[2]
+    return torch.Size(x).numel() * weight[2]
 
 
 _operator = Operator(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from linzoo.ops import causal_conv1d, scan_order, use_backend
 
@@ -86,6 +87,14 @@ def test_any_number_of_threads_gives_the_same_bits():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_counted_operations():
+    """A multiply-add per tap and output, on every backend of the operator, as the other operators count."""
+    x, weight, _ = make_inputs(dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        causal_conv1d(x, weight)
+    assert counter.get_total_flops() == x.numel() * 4
 
 
 def test_other_taps():
