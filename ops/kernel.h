@@ -47,4 +47,14 @@ void dispatch_states(const Tensor& x, F f) {
   }
 }
 
+// The tokens of a scan order, or null for 0 .. L-1.
+inline const int32_t* tokens_of(const std::optional<Tensor>& order, int64_t L) {
+  if (!order) return nullptr;
+  const auto* tokens = static_cast<const int32_t*>(order->data_ptr());
+  for (int64_t i = 0; i < order->numel(); ++i)
+    STD_TORCH_CHECK(tokens[i] >= 0 && tokens[i] < L, "order: every entry must lie in [0, ", L, "), got ", tokens[i],
+                    " at flat index ", i);
+  return tokens;
+}
+
 }  // namespace linzoo

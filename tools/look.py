@@ -189,60 +189,6 @@ class Ways(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def orders(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
-    """The scan orders of the first image over token maps, without class tokens; other steps are left out."""
-    with torch.no_grad():
-        grids = {math.prod(y.shape[2:]): y.shape[2:] for y in maps_of(model, images[:1])}
-        with Ways() as ways:
-            model(images[:1])
-    token = 1 if getattr(model, "cls_token", None) is not None else 0
-    pictures = []
-    for (name, length, _), way in ways.found.items():
-        if length - token in grids:
-            height, width = grids[length - token]
-            if token:
-                place = token_place(length, model.token_first)
-                way = way[way != place]
-                way = way - (way > place).to(way.dtype)
-            steps = np.stack(np.divmod(way.numpy(), width), 1)
-            pictures.append(Picture(f"{name}, {height} x {width}", way=steps))
-    if not pictures:
-        raise InputError(f"--what orders: {type(model).__name__} walks along no order over a map of tokens")
-    return pictures
-
-
-def states(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
-    """For each operator's last call ``|d sum_c y_c(middle) / d x(token)|``, summed over the channels of its values x.
-
-    The middle's own part is cut to the largest of the others; the fourth root of values from 0 to 1 is drawn. Effects
-    of tokens on decays and gates do not count. Tokens lie as the operator gets them: ViL reverses every second layer's.
-    """
-    with torch.no_grad():
-        grids = {math.prod(y.shape[2:]): y.shape[2:] for y in maps_of(model, images[:1])}
-        with Ways() as ways:
-            model(images[:1])
-    token = 1 if getattr(model, "cls_token", None) is not None else 0
-    pictures = []
-    for (name, length), (func, named) in ways.calls.items():
-        values = next((key for key in ("v", "u") if isinstance(named.get(key), Tensor)), "")
-        if not values or length - token not in grids:
-            continue
-        height, width = grids[length - token]
-        tokens = [i for i in range(length) if not token or i != token_place(length, model.token_first)]
-        x = named[values].detach().requires_grad_(True)
-        given = func(**(named | {values: x}))
-        y = given[0] if isinstance(given, (tuple, list)) else given
-        middle = height // 2 * width + width // 2
-        (grad,) = torch.autograd.grad(y[0, tokens[middle]].sum(), x)
-        reach = grad[0, tokens].abs().flatten(1).sum(1)
-        others = torch.cat([reach[:middle], reach[middle + 1 :]]).max()
-        reach = (reach / others.clamp(min=1e-30)).clamp(max=1).view(height, width).numpy()
-        pictures.append(Picture(f"{name}, {height} x {width}", reach**0.25))
-    if not pictures:
-        raise InputError(f"--what states: {type(model).__name__} carries no state over a map of tokens")
-    return pictures
-
-
 class Queries(TorchFunctionMode):
     """Records the queries and keys ``(B, heads, N, d)``, and the scale, of each softmax attention."""
 
@@ -259,24 +205,79 @@ class Queries(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class TokenMap(NamedTuple):
+    """A map as a sequence of tokens: which of them lie on it, row by row; a class token does not."""
+
+    height: int
+    width: int
+    tokens: list[int]
+
+
+def token_maps(model: nn.Module, images: Tensor, recorder: Ways | Queries) -> dict[int, TokenMap]:
+    """The maps of the first image, by the length of their sequences, after a pass under a recorder."""
+    with torch.no_grad():
+        found = maps_of(model, images[:1])
+        with recorder:
+            model(images[:1])
+    token, maps = getattr(model, "cls_token", None) is not None, {}
+    for height, width in (y.shape[2:] for y in found):
+        length = height * width + token
+        place = token_place(length, getattr(model, "token_first", True)) if token else None
+        maps[length] = TokenMap(height, width, [i for i in range(length) if i != place])
+    return maps
+
+
+def orders(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
+    """The scan orders of the first image over token maps, without class tokens; other steps are left out."""
+    maps, pictures = token_maps(model, images, ways := Ways()), []
+    for (name, length, _), way in ways.found.items():
+        if length in maps:
+            height, width, tokens = maps[length]
+            place = {token: i for i, token in enumerate(tokens)}
+            steps = np.array([divmod(place[token], width) for token in way.tolist() if token in place])
+            pictures.append(Picture(f"{name}, {height} x {width}", way=steps))
+    if not pictures:
+        raise InputError(f"--what orders: {type(model).__name__} walks along no order over a map of tokens")
+    return pictures
+
+
+def states(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
+    """For each operator's last call ``|d sum_c y_c(middle) / d x(token)|``, summed over the channels of its values x.
+
+    The middle's own part is cut to the largest of the others; the fourth root of values from 0 to 1 is drawn. Effects
+    of tokens on decays and gates do not count. Tokens lie as the operator gets them: ViL reverses every second layer's.
+    """
+    maps, pictures = token_maps(model, images, ways := Ways()), []
+    for (name, length), (func, named) in ways.calls.items():
+        values = next((key for key in ("v", "u") if isinstance(named.get(key), Tensor)), "")
+        if not values or length not in maps:
+            continue
+        height, width, tokens = maps[length]
+        x = named[values].detach().requires_grad_(True)
+        given = func(**(named | {values: x}))
+        y = given[0] if isinstance(given, (tuple, list)) else given
+        middle = height // 2 * width + width // 2
+        (grad,) = torch.autograd.grad(y[0, tokens[middle]].sum(), x)
+        reach = grad[0, tokens].abs().flatten(1).sum(1)
+        others = torch.cat([reach[:middle], reach[middle + 1 :]]).max()
+        reach = (reach / others.clamp(min=1e-30)).clamp(max=1).view(height, width).numpy()
+        pictures.append(Picture(f"{name}, {height} x {width}", reach**0.25))
+    if not pictures:
+        raise InputError(f"--what states: {type(model).__name__} carries no state over a map of tokens")
+    return pictures
+
+
 def attention(model: nn.Module, images: Tensor, target: int | None) -> list[Picture]:
     """``mean over heads of softmax(scale q(middle) k^T)`` of each layer, over the tokens of its map.
 
     Window attention is drawn if one window covers the map. Causal and masked attention is left out.
     """
-    with torch.no_grad():
-        grids = {math.prod(y.shape[2:]): y.shape[2:] for y in maps_of(model, images[:1])}
-        with Queries() as queries:
-            model(images[:1])
-    token = 1 if getattr(model, "cls_token", None) is not None else 0
-    pictures = []
+    maps, pictures = token_maps(model, images, queries := Queries()), []
     for q, k, scale in queries.found:
         length = q.shape[-2]
-        if q.dim() != 4 or len(q) != 1 or k.shape[-2] != length or length - token not in grids:
+        if q.dim() != 4 or len(q) != 1 or k.shape[-2] != length or length not in maps:
             continue
-        height, width = grids[length - token]
-        place = token_place(length, getattr(model, "token_first", True)) if token else None
-        tokens = [i for i in range(length) if i != place]
+        height, width, tokens = maps[length]
         middle = tokens[height // 2 * width + width // 2]
         weights = (q[0, :, middle, None] @ k[0].transpose(-2, -1) * scale).float().softmax(-1).mean(0)[0, tokens]
         pictures.append(Picture(f"attention, {height} x {width}", weights.view(height, width).numpy()))

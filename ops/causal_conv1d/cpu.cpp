@@ -162,14 +162,9 @@ Problem<S, T> problem(const Tensor& x, const Tensor& weight, const std::optional
   p.weight = static_cast<const T*>(weight.data_ptr());
   p.bias = bias ? static_cast<const T*>(bias->data_ptr()) : nullptr;
   p.B = x.size(0), p.L = x.size(1), p.G = x.size(2), p.C = x.size(3);
-  p.order = order ? static_cast<const int32_t*>(order->data_ptr()) : nullptr;
+  p.order = tokens_of(order, p.L);
   p.order_batch = order && order->dim() == 3 ? p.G * p.L : 0;
   p.segment_steps = segment_steps, p.segments = (p.L + segment_steps - 1) / segment_steps;
-  if (order) {
-    for (int64_t i = 0; i < order->numel(); ++i)
-      STD_TORCH_CHECK(p.order[i] >= 0 && p.order[i] < p.L, "order: every entry must lie in [0, ", p.L, "), got ",
-                      p.order[i], " at flat index ", i);
-  }
   return p;
 }
 

@@ -386,14 +386,9 @@ Problem<S, T> problem(const Tensor& u, const Tensor& dt, const Tensor& A, const 
   p.skip = D ? static_cast<const T*>(D->data_ptr()) : nullptr;
   p.dt_weight = dt_weight ? static_cast<const T*>(dt_weight->data_ptr()) : nullptr;
   p.dt_bias = dt_bias ? static_cast<const T*>(dt_bias->data_ptr()) : nullptr;
-  p.order = order ? static_cast<const int32_t*>(order->data_ptr()) : nullptr;
+  p.order = tokens_of(order, p.L);
   p.order_batch = order && order->dim() == 3 ? p.G * p.steps : 0;
   p.states = states.numel() ? static_cast<T*>(states.data_ptr()) : nullptr;
-  if (order) {
-    for (int64_t i = 0; i < order->numel(); ++i)
-      STD_TORCH_CHECK(p.order[i] >= 0 && p.order[i] < p.L, "order: every entry must lie in [0, ", p.L, "), got ",
-                      p.order[i], " at flat index ", i);
-  }
   return p;
 }
 

@@ -13,12 +13,9 @@ struct Order {
   int64_t steps, batch = 0;
   Order(const std::optional<Tensor>& order, int64_t L) : steps(L) {
     if (!order) return;
-    tokens = data<int32_t>(*order);
+    tokens = tokens_of(order, L);
     steps = order->size(order->dim() - 1);
     batch = order->dim() == 2 ? steps : 0;
-    for (int64_t i = 0; i < order->numel(); ++i)
-      STD_TORCH_CHECK(tokens[i] >= 0 && tokens[i] < L, "order: every entry must lie in [0, ", L, "), got ", tokens[i],
-                      " at flat index ", i);
   }
   int64_t token(int64_t b, int64_t t) const { return tokens ? tokens[b * batch + t] : t; }
 };
