@@ -1,9 +1,11 @@
-"""Long convolution by the fast Fourier transform: causal, or bidirectional, along one axis or several."""
+"""Long convolution, causal or bidirectional: by the fast Fourier transform, or along several axes by matrix products."""
 
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .tensors import check, state_dtype
@@ -51,20 +53,54 @@ def fft_conv(
     check(u=(u, f"B{'XYZVW'[: len(kernels)]}H"))
     if backward is not None and [k.shape for k in backward] != [k.shape for k in kernels]:
         raise ValueError("backward_kernels: expected the shapes of kernels")
+    dtype = state_dtype(u.dtype)
+    kernels = [_ranked(k, dtype) for k in kernels]
+    backward = None if backward is None else [_ranked(k, dtype) for k in backward]
+    if len(kernels) > 1 and out_channels is None:
+        y = _by_matrices(u.to(dtype), kernels, backward)
+    else:
+        y = _by_spectra(u.to(dtype), kernels, backward, out_channels)
+    return y.to(u.dtype)
+
+
+def _by_matrices(u, kernels, backward):
+    """``y = sum_r T_r1 ... T_rD u``, where T_ra[t, s] along axis a is k_ra[t - s], or k'_ra[s - t - 1] where s > t.
+
+    The sides of a map are short: products with these Toeplitz matrices take less time than transforms.
+    """
+    y = u.movedim(-1, 0).unsqueeze(0).contiguous()  # (R, H, B, L_1, ..., L_D)
+    with nullcontext() if u.is_meta else torch.autocast(u.device.type, enabled=False):
+        for axis in reversed(range(len(kernels))):
+            length, k = u.shape[1 + axis], kernels[axis]
+            ahead = torch.zeros_like(k) if backward is None else backward[axis]
+            taps = torch.cat([_fit(k, length).flip(-1), _fit(ahead, length - 1)], -1)  # lags L - 1 to 1 - L
+            matrix = taps.unfold(-1, length, 1).flip(-2)  # (R, H, L, L)
+            # The finished axis moves to the front, so that the next one is last.
+            y = (matrix @ y.flatten(2, -2).mT).unflatten(-1, y.shape[2:-1])
+        return y.sum(0).movedim((0, -1), (-1, 0)).contiguous()
+
+
+def _fit(k, length):
+    """`k` cut off, or with zeros, to `length`."""
+    return F.pad(k, (0, length - k.shape[-1]))
+
+
+def _by_spectra(u, kernels, backward, out_channels):
+    """By the convolution theorem; both zero-padded, so that nothing comes round the end."""
     if u.shape[0] == 0:  # PyTorch's transforms reject an empty batch
-        return fft_conv(torch.cat([u, u.new_zeros(1, *u.shape[1:])]), kernels, backward, out_channels=out_channels)[:0]
-    dtype, axes = state_dtype(u.dtype), tuple(range(-len(kernels), 0))
+        return _by_spectra(torch.cat([u, u.new_zeros(1, *u.shape[1:])]), kernels, backward, out_channels)[:0]
+    axes = tuple(range(-len(kernels), 0))
     sizes = [length + k.shape[-1] for length, k in zip(u.shape[1:-1], kernels, strict=True)]
     spectra = []
     for i, (k, size) in enumerate(zip(kernels, sizes, strict=True)):
         zeros = size - k.shape[-1]
-        k = torch.nn.functional.pad(_ranked(k, dtype), (0, zeros))
+        k = F.pad(k, (0, zeros))
         if backward is not None:
-            k = k + torch.nn.functional.pad(_ranked(backward[i], dtype).flip(-1), (zeros, 0))
+            k = k + F.pad(backward[i].flip(-1), (zeros, 0))
         f = torch.fft.rfft(k) if axes[i] == -1 else torch.fft.fft(k)  # the last axis has the real transform
         spectra.append(f.view(*f.shape[:2], *(-1 if axis == axes[i] else 1 for axis in axes)))
     # Channels go in front: transforms then run along contiguous memory, and compiled programs expect that.
-    transformed = torch.fft.rfftn(u.to(dtype).movedim(-1, 1).contiguous(), s=sizes, dim=axes)
+    transformed = torch.fft.rfftn(u.movedim(-1, 1).contiguous(), s=sizes, dim=axes)
     spectrum = functools.reduce(torch.mul, spectra).sum(0)
     if out_channels is None:
         transformed = transformed * spectrum
@@ -73,7 +109,7 @@ def fft_conv(
     y = torch.fft.irfftn(transformed, s=sizes, dim=axes)
     for axis in axes:
         y = y.narrow(axis, 0, u.shape[axis - 1])
-    return y.movedim(1, -1).contiguous().to(u.dtype)
+    return y.movedim(1, -1).contiguous()
 
 
 def _ranked(k, dtype):

@@ -82,6 +82,10 @@ CASES = {
         dict(x=normal(2, 6, 2, 3), weight=normal(2, 3, 4), bias=normal(2, 3)),
     ),
     "fft_conv": lambda: (fft_conv, dict(u=normal(2, 5, 3), kernels=normal(3, 4))),
+    "fft_conv_map": lambda: (
+        lambda u, rows, columns: fft_conv(u, [rows, columns], [rows, columns]),
+        dict(u=normal(2, 3, 2, 3), rows=normal(3, 3), columns=normal(3, 2)),
+    ),
     "ssd": lambda: (
         lambda **x: ssd(**x, chunk_size=2),
         dict(
