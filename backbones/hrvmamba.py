@@ -65,7 +65,7 @@ class DCNv4(nn.Module):
 
 
 class Gate(SqueezeExcite):
-    """Squeeze and excite of a map ``(B, H, W, C)``: linear maps of the means, since 1x1 convolutions of a point are slow."""
+    """Squeeze and excite of a map ``(B, H, W, C)``, by linear maps: 1x1 convolutions of one point are slow."""
 
     def forward(self, x):
         squeezed = self.act(F.linear(x.mean((1, 2)), self.fc1.weight.flatten(1)))

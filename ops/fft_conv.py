@@ -1,4 +1,4 @@
-"""Long convolution, causal or bidirectional: by the fast Fourier transform, or along several axes by matrix products."""
+"""Long convolution, causal or bidirectional: by Fourier transforms, or along several axes by matrix products."""
 
 import functools
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ def _by_matrices(u, kernels, backward):
 
 def _fit(k, length):
     """`k` cut off, or with zeros, to `length`."""
-    return F.pad(k, (0, length - k.shape[-1]))
+    return F.pad(k, (0, length))[..., :length]
 
 
 def _by_spectra(u, kernels, backward, out_channels):
