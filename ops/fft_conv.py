@@ -73,8 +73,10 @@ def _by_matrices(u, kernels, backward):
         for axis in reversed(range(len(kernels))):
             length, k = u.shape[1 + axis], kernels[axis]
             ahead = torch.zeros_like(k) if backward is None else backward[axis]
-            taps = torch.cat([_fit(k, length).flip(-1), _fit(ahead, length - 1)], -1)  # lags L - 1 to 1 - L
-            matrix = taps.unfold(-1, length, 1).flip(-2)  # (R, H, L, L)
+            taps = torch.cat([k[..., :1], _fit(ahead, length), _fit(k, length)[..., 1:].flip(-1)], -1)
+            # Row t holds taps[(s - t) mod 2 L]: copies one behind the other, read with a period that is one less.
+            rows = taps.unsqueeze(-2).expand(*taps.shape[:-1], length, -1).flatten(-2)[..., : length * (2 * length - 1)]
+            matrix = rows.unflatten(-1, (length, 2 * length - 1))[..., :length]  # (R, H, L, L)
             # The finished axis moves to the front, so that the next one is last.
             y = (matrix @ y.flatten(2, -2).mT).unflatten(-1, y.shape[2:-1])
         return y.sum(0).movedim((0, -1), (-1, 0)).contiguous()
