@@ -112,8 +112,9 @@ class Operator:
 
     def __call__(self, *inputs: Any) -> Tensor:
         """The first result; `inputs` are the arguments before `save`."""
-        if forced_backend() == "export":
-            return _first(self.export(*inputs, *([False] if self.saves else [])))
+        if forced_backend() in ("export", "aoti"):
+            run = self.export if forced_backend() == "export" else self._run
+            return _first(run(*inputs, *([False] if self.saves else [])))
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if torch.compiler.is_compiling():
             transformed = False

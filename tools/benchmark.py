@@ -931,7 +931,7 @@ def parse(argv):
     quantized.add_argument("--compile", action="store_true", help="also time float32 under torch.compile")
     exports = parts.add_parser("exports", help="files of `linzoo export`: axes, errors and times beside the networks")
     exports.add_argument("--models", nargs="+", metavar="NAME", help="default: each family's smallest")
-    exports.add_argument("--formats", nargs="+", choices=["onnx", "torch"], default=["onnx", "torch"])
+    exports.add_argument("--formats", nargs="+", choices=["onnx", "torch", "aoti"], default=["onnx", "torch"])
     exports.add_argument("--size", type=int, default=64, help="side of the square images")
     quantized.set_defaults(device="cpu")
     exports.set_defaults(device="cpu")

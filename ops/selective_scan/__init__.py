@@ -202,7 +202,7 @@ def _empty(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, sav
 def _split_channels(u, tasks):
     """Channels per task of the CPU kernel, from the problem's shape only, so that threads do not change results."""
     blocks = -(-u.shape[3] // LANES)
-    splits = min(max(PARALLEL_TASKS // max(tasks, 1), 1), blocks)
+    splits = torch.sym_min(torch.sym_max(PARALLEL_TASKS // torch.sym_max(tasks, 1), 1), blocks)
     return -(-blocks // splits) * LANES
 
 
