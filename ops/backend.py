@@ -16,7 +16,7 @@ from . import compile_cuda
 from .compile_cpu import BuildError, build, kernels, prebuilt, sources
 from .kernel_cache import cache_dir, temporary_dir
 
-BACKENDS = ("cpu", "cuda", "reference", "export", "aoti")
+BACKENDS = ("cpu", "cuda", "reference", "export", "export_chunked", "aoti")
 
 
 def _checked(name, argument):
@@ -33,6 +33,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Forces every operator of the process onto one backend inside the block; None restores the choice by device.
 
     ``export`` evaluates operators by `torch._higher_order_ops.scan`, which ``torch.onnx.export`` turns into ONNX Scan.
+    ``export_chunked`` walks all chunks of a sequence together, where an operator has such a form: for fixed lengths.
     ``aoti`` lets `torch.export` see the CPU kernels that operators call, see `linzoo.ops.aoti`.
 
     Raises:
@@ -105,7 +106,7 @@ def resolve(op, device):
     Raises:
         RuntimeError: a forced backend cannot run it; or, under ``LINZOO_STRICT=1``, only the reference can.
     """
-    if _forced in ("reference", "export"):
+    if _forced in ("reference", "export", "export_chunked"):
         return "reference"
     if _forced and ("cpu" if _forced == "aoti" else _forced) != device.type:
         raise RuntimeError(f"backend {_forced!r} is forced, but {op} was given tensors on {device}")

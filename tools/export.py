@@ -46,6 +46,7 @@ from linzoo.tools.outliers import logit_error
 AXES = ("batch", "depth", "height", "width")  # depth only for volumes
 KINDS = (None, "backbone", "adopted", "pyramid", "segmentation", "restoration", "fixed", "volume")  # take images alone
 VOLUME = 64  # default side of exported volumes
+SCANS = {"loop": "export", "chunked": "export_chunked"}  # backends, by --scan
 TOLERANCE = 1e-3  # relative to the outputs' standard deviation
 
 
@@ -74,21 +75,25 @@ def load(name: str, weights: str | None) -> tuple[nn.Module, dict]:
     return model.eval(), resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg))
 
 
-def to_onnx(model: nn.Module, x: Tensor, dynamic: dict, file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Write an ONNX file that uses ONNX's own scans; returns how ONNX Runtime runs it."""
+def to_onnx(
+    model: nn.Module, x: Tensor, dynamic: dict, file: Path, scan: str = "loop"
+) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Write an ONNX file with scans of a form in `SCANS`; returns how ONNX Runtime runs it."""
     import onnxruntime  # noqa: F401  # the optional part `export`: missed before the tracer runs, not after
 
-    with use_backend("export"), torch.no_grad():
+    with use_backend(SCANS[scan]), torch.no_grad():
         program = torch.onnx.export(model, (x,), dynamic_shapes=(dynamic,), dynamo=True, verbose=False)
     write_atomically(file, lambda partial: program.save(partial))
     return _onnx_runtime(file)
 
 
 def _onnx_runtime(file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
-    """How ONNX Runtime runs a file."""
+    """How ONNX Runtime runs a file, on as many threads as torch."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(file)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options)
     [entry] = session.get_inputs()
     return lambda x: [torch.from_numpy(y) for y in session.run(None, {entry.name: x.numpy()})]
 
@@ -169,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--dynamic", default="batch", help="dynamic axes, from batch,depth,height,width; default: batch"
     )
+    parser.add_argument("--scan", choices=SCANS, default="loop", help="onnx: form of scans; chunked: for a fixed size")
     parser.add_argument("--calib", metavar="DIR", help="qdq: folder of images to calibrate on")
     parser.add_argument("--images", type=int, default=32, metavar="N", help="qdq: how many of them; default: 32")
     parser.add_argument("--out", required=True, help="folder")
@@ -194,6 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     size = args.size or own
     if len(size) != len(own) or min(size) < 1:
         raise InputError(f"--size {' '.join(map(str, size))}: expected {len(own)} positive numbers")
+    if args.scan == "chunked" and (args.format != "onnx" or set(asked) - {"batch"}):
+        raise InputError("--scan chunked: expected --format onnx, with --dynamic batch or none, as the size is fixed")
     fixed = model.pretrained_cfg.get("fixed_input_size")
     if fixed and (size != own or {"height", "width"} & set(asked)):
         raise InputError(
@@ -215,7 +223,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            run = write(model, batches or x, {axes[axis]: torch.export.Dim.AUTO for axis in asked}, file)
+            form = {"scan": args.scan} if args.format == "onnx" else {}
+            run = write(model, batches or x, {axes[axis]: torch.export.Dim.AUTO for axis in asked}, file, **form)
     except ImportError as e:
         raise InputError(f"--format {args.format} needs the export part: `pip install 'linzoo[export]'` ({e})") from e
     except Exception as e:  # a tracer may raise anything

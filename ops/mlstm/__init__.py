@@ -128,6 +128,7 @@ _operator = Operator(
     devices=("cpu",),
     reference=_chunked,
     export=_export,
+    chunked=_chunked,
     forward=_forward,
     backward=_backward,
     fake=lambda q, k, v, i, f, chunk_size, save: (q.new_empty(q.shape), *_kept(q, save)),

@@ -191,6 +191,12 @@ def _reference(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge,
     return y, kept
 
 
+def _chunked(*inputs):
+    """Faster than the loop for one state per channel; with more, products of decays take too much memory."""
+    A = inputs[2]
+    return (reference.chunked(*inputs[:-1]), A.new_empty(0)) if A.shape[2] == 1 else _reference(*inputs, use_scan=True)
+
+
 def _empty(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, save):
     batch, length, groups, channels = u.shape
     chunk, steps = _chunk(u, A), length if order is None else order.shape[-1]
@@ -292,6 +298,7 @@ _operator = Operator(
     kernel="selective_scan",
     reference=_reference,
     export=functools.partial(_reference, use_scan=True),
+    chunked=_chunked,
     forward=_forward,
     backward=_backward,
     fake=_empty,

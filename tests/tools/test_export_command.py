@@ -206,6 +206,7 @@ def test_a_wrong_file_is_said(tmp_path, capsys, monkeypatch):
         (["vim2_t.untrained"], "no weights of 'vim2_t.untrained' are published"),
         (["test_byobnet", "--format", "qdq"], "--calib None: expected a folder with --format qdq"),
         (["test_byobnet", "--calib", "."], "--calib .: expected a folder with --format qdq, and with it alone"),
+        (["test_byobnet", "--scan", "chunked", "--dynamic", "batch,height"], "--scan chunked: expected --format onnx"),
         (["vfimamba"], "MODEL 'vfimamba' is of kind 'interpolation'; expected one that takes images or volumes alone"),
         (["rwkvsam"], "MODEL 'rwkvsam' is of kind 'promptable'; expected one that takes images or volumes alone"),
         (["cls/groupmamba_t_digits"], "is a config: WEIGHTS is missing; expected its checkpoint"),
