@@ -115,7 +115,7 @@ class Operator:
 
     def __call__(self, *inputs: Any) -> Tensor:
         """The first result; `inputs` are the arguments before `save`."""
-        if run := self._exports.get(forced_backend()):
+        if run := self._exports.get(forced_backend() or ""):
             return _first(run(*inputs, *([False] if self.saves else [])))
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if torch.compiler.is_compiling():
