@@ -128,10 +128,10 @@ def selective_scan_state(
     dt = F.softplus(dt) if dt_softplus else dt
 
     length, front = u.shape[1], 0 if initial is None else states
-    one_hot = torch.eye(states, dtype=u.dtype, device=u.device)[None, :, None].expand(len(u), -1, u.shape[2], -1)
+    one_hot = torch.eye(states, dtype=u.dtype, device=u.device)[None, :, None].expand(u.shape[0], -1, u.shape[2], -1)
 
     def constant(x: Tensor, steps: int, value: float) -> Tensor:
-        return x.new_full((len(x), steps, *x.shape[2:]), value)
+        return x.new_full((x.shape[0], steps, *x.shape[2:]), value)
 
     written = constant(u, 0, 0) if initial is None else initial.to(u.dtype).movedim(3, 1)
     u = torch.cat([written, u, constant(u, states, 0)], 1)

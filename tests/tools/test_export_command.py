@@ -209,6 +209,7 @@ def test_a_wrong_file_is_said(tmp_path, capsys, monkeypatch):
         (["test_byobnet", "--scan", "chunked", "--dynamic", "batch,height"], "--scan chunked: expected --format onnx"),
         (["vfimamba"], "MODEL 'vfimamba' is of kind 'interpolation'; expected one that takes images or volumes alone"),
         (["rwkvsam"], "MODEL 'rwkvsam' is of kind 'promptable'; expected one that takes images or volumes alone"),
+        (["det/mask-rcnn_groupmamba_t_scenes", "w.pth"], "'MaskRCNN' cannot be exported: it chooses regions; expected"),
         (["cls/groupmamba_t_digits"], "is a config: WEIGHTS is missing; expected its checkpoint"),
     ],
 )
