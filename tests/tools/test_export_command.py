@@ -74,14 +74,17 @@ def test_package_runs_without_linzoo(tmp_path):
     model = timm.create_model("vim_t", depth=1, img_size=32).eval()
     package, given, found = (str(tmp_path / name) for name in ("model_aoti.pt2", "x.pt", "y.pt"))
     run = export.to_aoti(model, torch.randn(2, 3, 32, 32), {0: torch.export.Dim.AUTO}, Path(package))
-    x = torch.randn(3, 3, 32, 32)
+    x = torch.randn(1, 3, 32, 32)
     torch.save(x, given)
     alone = subprocess.run([sys.executable, "-c", ALONE, package, given, found], cwd=tmp_path, env=_without_linzoo())
     assert alone.returncode == 0
     with torch.inference_mode():
         expected = model(x)
-    for y in (torch.load(found), *run(x)):
+    for y in (torch.load(found), *run(x), run(x.expand(3, -1, -1, -1).contiguous())[0][2:]):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    for wrong in (torch.randn(3, 3, 32, 64), x.double()):
+        with pytest.raises(RuntimeError):
+            run(wrong)
 
 
 def _without_linzoo():
