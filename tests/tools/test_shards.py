@@ -162,6 +162,31 @@ def test_hugging_face_stream(tmp_path, config, data, monkeypatch, length):
     assert (tmp_path / "w/export/model.safetensors").exists()
 
 
+def test_tensorflow_stream(tmp_path, config, data):
+    """The order follows from the epoch; validation reads each image once; a model trains."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    parts = {"train": sorted(data.glob("train/*/*.png")), "validation": sorted(data.glob("val/*/*.png"))}
+    rows = {
+        part: [(i, dict(image=str(f), label=f.parent.name)) for i, f in enumerate(files)]
+        for part, files in parts.items()
+    }
+    features = dict(image=tfds.features.Image(encoding_format="jpeg"), label=tfds.features.ClassLabel(names=CLASSES))
+    tfds.dataset_builders.store_as_tfds_dataset(
+        "levels", "1.0.0", data_dir=tmp_path, features=tfds.features.FeaturesDict(features), split_datasets=rows
+    )
+    read = TimmShards("tfds/levels", "train", str(tmp_path), LOAD, batch_size=5, num_workers=0)
+    orders = []
+    for epoch in (0, 1, 0):
+        read.set_epoch(epoch)
+        orders.append(seen(read))
+    assert len(read) == 15 and orders[0] == orders[2] != orders[1] and read.metainfo["classes"] == tuple(CLASSES)
+    read = TimmShards("tfds/levels", "validation", str(tmp_path), LOAD, test_mode=True, batch_size=4, num_workers=0)
+    assert len(read) == 6 and sorted(label for label, _ in seen(read)) == [0, 0, 1, 1, 2, 2]
+    train.main(
+        [config(lines("tfds/levels", tmp_path) + "train_cfg.update(max_epochs=1)\n"), "--work-dir", str(tmp_path / "w")]
+    )
+
+
 @pytest.mark.parametrize("kind", ["wds", "hfds"])
 def test_fine_tuning(tmp_path, data, kind, capsys, monkeypatch):
     """Classes, sizes and the recipe are found; what is missing is said before anything is written."""
