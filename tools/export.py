@@ -256,7 +256,8 @@ def main(argv: list[str] | None = None) -> None:
         print(same if found.dim() == 2 else "")
     if kind != "volume":
         mean, std = (" ".join(f"{x:.4g}" for x in data[key]) for key in ("mean", "std"))
-        print(f"images: pixels from 0 to 1, less the mean {mean}, divided by {std}")
+        order = model.pretrained_cfg.get("order", "RGB")
+        print(f"images: {order} pixels from 0 to 1, less the mean {mean}, divided by {std}")
     print(f"{file}: written in {seconds:.0f} s" + ("" if integers else f"; tolerance {TOLERANCE:g}"))
     if wrong:
         print(f"error: {str(file)!r} is off by {max(wrong):.1e} of the outputs' deviation", file=sys.stderr)

@@ -131,7 +131,9 @@ def test_segmenter_of_mmseg(tmp_path, capsys, form):
         pytest.importorskip("onnxruntime")
     model, *argv = dense("seg/upernet_groupmamba_t_scenes", tmp_path)
     export.main([*argv, "--format", form, "--size", "96", "128", "--out", str(tmp_path)])
-    assert "images: pixels from 0 to 1, less the mean 0.5 0.5 0.5, divided by 0.5 0.5 0.5" in capsys.readouterr().out
+    assert (
+        "images: RGB pixels from 0 to 1, less the mean 0.5 0.5 0.5, divided by 0.5 0.5 0.5" in capsys.readouterr().out
+    )
     torch.manual_seed(0)
     x = torch.randn(3, 3, 96, 128)
     with torch.inference_mode():
@@ -212,7 +214,10 @@ def test_a_wrong_file_is_said(tmp_path, capsys, monkeypatch):
         (["test_byobnet", "--scan", "chunked", "--dynamic", "batch,height"], "--scan chunked: expected --format onnx"),
         (["vfimamba"], "MODEL 'vfimamba' is of kind 'interpolation'; expected one that takes images or volumes alone"),
         (["rwkvsam"], "MODEL 'rwkvsam' is of kind 'promptable'; expected one that takes images or volumes alone"),
-        (["det/mask-rcnn_groupmamba_t_scenes", "w.pth"], "'MaskRCNN' cannot be exported: it chooses regions; expected"),
+        (
+            ["det/mask-rcnn_groupmamba_t_scenes", "w.pth"],
+            "'MaskRCNN' cannot be exported; expected a detector of one stage",
+        ),
         (["cls/groupmamba_t_digits"], "is a config: WEIGHTS is missing; expected its checkpoint"),
     ],
 )

@@ -137,12 +137,16 @@ class _OfImages(nn.Module):
     def __init__(self, model: Any, cfg: Config):
         super().__init__()
         self.model, given = model, model.data_preprocessor
-        scales = [step.scale for step in cfg.test_dataloader.dataset.pipeline if step.type.endswith("Resize")]
-        sides = getattr(given, "size", None) or scales[0][::-1]
+        scales = [step.scale for step in cfg.test_dataloader.dataset.pipeline if step.get("scale")]
+        sides = getattr(given, "size", None) or next(iter(scales), (512, 512))[::-1]
         step = getattr(given, "pad_size_divisor", None) or getattr(given, "size_divisor", None) or 1
         size = [-(-side // step) * step for side in sides]
-        mean, std = ((x.flatten() / 255).tolist() for x in (given.mean, given.std))
-        self.pretrained_cfg = dict(architecture=type(model).__name__, input_size=(3, *size), mean=mean, std=std)
+        mean, std = [0.0] * 3, [1 / 255] * 3
+        if hasattr(given, "mean"):
+            mean, std = ((x.flatten() / 255).tolist() for x in (given.mean, given.std))
+        order = "RGB" if getattr(given, "_channel_conversion", True) else "BGR"  # what the pipeline loads is BGR
+        self.pretrained_cfg = dict(architecture=type(model).__name__, order=order)
+        self.pretrained_cfg |= dict(input_size=(3, *size), mean=mean, std=std)
 
 
 class _Logits(_OfImages):
@@ -228,10 +232,10 @@ class DetectionTask(DenseTask):
     def exported(self, cfg: Config) -> nn.Module:
         """Boxes and scores before NMS; InputError for detectors of two stages, or with another head."""
         head = type(getattr(self, "bbox_head", None)).__name__
-        if head not in ("RetinaHead", "RTMDetHead", "RTMDetSepBNHead"):
+        if head not in (known := ("RetinaHead", "RTMDetHead", "RTMDetSepBNHead")):
             raise InputError(
-                f"model.type={type(self).__name__!r} cannot be exported: it chooses regions; expected a detector that "
-                f"scores anchors (RetinaNet, RTMDet), such as 'det/retinanet_efficientvim_m4_1x_coco'"
+                f"model.type={type(self).__name__!r} cannot be exported; expected a detector of one stage with the "
+                f"head {', '.join(known)}, such as 'det/retinanet_efficientvim_m4_1x_coco'"
             )
         return _Candidates(self, cfg)
 
