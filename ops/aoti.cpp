@@ -40,8 +40,9 @@ inline StableIValue box(int32_t x) { return torch::stable::detail::from(x != 0);
 inline StableIValue box(int64_t x) { return torch::stable::detail::from(x); }
 inline StableIValue box(double x) { return torch::stable::detail::from(x); }
 
+// Static, as each operator has its own table of kernels.
 template <class... Arguments>
-AOTITorchError call(const char* name, Arguments... arguments) {
+static AOTITorchError call(const char* name, Arguments... arguments) {
   try {
     Kernels table{name};
     kernels(table);

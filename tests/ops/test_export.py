@@ -1,10 +1,16 @@
 """Programs that hold a selective scan: torch.export keeps the operator, ONNX gets one Scan node; both at any length."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from linzoo.ops import bi_wkv, mlstm, selective_scan, use_backend, wkv6
+from linzoo.ops.aoti import linked
 from linzoo.ops.selective_scan import reference
+from linzoo.ops.self_check import EXAMPLES
 
 G, D, N, R = 4, 8, 2, 1
 
@@ -101,6 +107,42 @@ def test_softplus_without_log1p():
     x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-torch.inf, torch.inf, 0.0])])
     expected = torch.nn.functional.softplus(x.double()).float()
     torch.testing.assert_close(reference._softplus(x), expected, rtol=1e-6, atol=0)
+
+
+class Examples(torch.nn.Module):
+    """Every operator that has a kernel, once."""
+
+    def forward(self, inputs):
+        return [EXAMPLES[op](torch.zeros)[0](**named) for op, named in inputs.items()]
+
+
+ALONE = """
+import sys
+import torch
+from torch._inductor import aoti_load_package
+
+package, given, found = sys.argv[1:]
+torch.save(aoti_load_package(package)(torch.load(given)), found)
+assert not [name for name in sys.modules if "linzoo" in name]
+"""
+
+
+@pytest.mark.slow
+def test_package_holds_every_kernel(tmp_path):
+    """Another process runs them without LinZoo."""
+    torch.manual_seed(0)
+    inputs = {op: make(torch.randn)[1] for op, make in EXAMPLES.items()}
+    with use_backend("aoti"), torch.no_grad():
+        program = torch.export.export(Examples(), (inputs,))
+    package, given, found = (str(tmp_path / name) for name in ("kernels.pt2", "x.pt", "y.pt"))
+    with linked(program) as configs:
+        torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=configs)
+    torch.save(inputs, given)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    alone = [sys.executable, "-c", ALONE, package, given, found]
+    subprocess.run(alone, cwd=tmp_path, env=env, check=True)
+    for op, y, expected in zip(inputs, torch.load(found), Examples()(inputs), strict=True):
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4, msg=lambda text, op=op: f"{op}: {text}")
 
 
 @pytest.mark.slow
