@@ -1,4 +1,4 @@
-"""Which implementation runs an operator: ``cpu`` (C++), ``cuda`` (NVRTC), ``reference`` (PyTorch) or ``export``.
+"""Which implementation runs an operator: ``cpu`` (C++), ``cuda`` (NVRTC), ``reference`` (PyTorch), or one for export.
 
 By default the tensor's device decides. Without a kernel, ``reference`` runs: it warns once and says what to do, or
 raises under ``LINZOO_STRICT=1``. ``LINZOO_BACKEND`` or `use_backend` force one backend.
@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 
 from . import compile_cuda
-from .compile_cpu import BuildError, build, prebuilt, sources
+from .compile_cpu import BuildError, build, kernels, prebuilt, sources
 from .kernel_cache import cache_dir, temporary_dir
 
-BACKENDS = ("cpu", "cuda", "reference", "export")
+BACKENDS = ("cpu", "cuda", "reference", "export", "export_chunked", "aoti")
 
 
 def _checked(name, argument):
@@ -33,6 +33,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Forces every operator of the process onto one backend inside the block; None restores the choice by device.
 
     ``export`` evaluates operators by `torch._higher_order_ops.scan`, which ``torch.onnx.export`` turns into ONNX Scan.
+    ``export_chunked`` walks all chunks of a sequence together, where an operator has such a form: for fixed lengths.
+    ``aoti`` lets `torch.export` see the CPU kernels that operators call, see `linzoo.ops.aoti`.
 
     Raises:
         ValueError: `name` is not a backend.
@@ -65,6 +67,8 @@ def _load(op):
                 continue
             if cause:
                 warnings.warn(f"{op}: {path} serves, since {cause}", RuntimeWarning, stacklevel=2)
+            for kernel in kernels(op):  # it writes into its arguments: nothing to do for tensors without data
+                torch.library.register_fake(f"linzoo_cpu::{kernel}", lambda *args, **kwargs: None)
             return None
     except BuildError as error:
         return f"{error}; {cause}" if cause else str(error)
@@ -102,9 +106,9 @@ def resolve(op, device):
     Raises:
         RuntimeError: a forced backend cannot run it; or, under ``LINZOO_STRICT=1``, only the reference can.
     """
-    if _forced in ("reference", "export"):
+    if _forced in ("reference", "export", "export_chunked"):
         return "reference"
-    if _forced and _forced != device.type:
+    if _forced and ("cpu" if _forced == "aoti" else _forced) != device.type:
         raise RuntimeError(f"backend {_forced!r} is forced, but {op} was given tensors on {device}")
     if device.type in ("cpu", "cuda"):
         reason = _unavailable(op, device.type)

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,11 @@ def sources():
     return {path.parent.name: path for path in sorted(OPS.glob("*/cpu.cpp"))}
 
 
+def kernels(name):
+    """Names of the forward kernels in operator `name`'s library, as in ``torch.ops.linzoo_cpu.<kernel>``."""
+    return re.findall(r'm\.impl\("(\w+_forward)"', sources()[name].read_text())
+
+
 def find_compiler():
     """The C++ compiler: ``$CXX``, else the first of c++, g++ and clang++ on PATH.
 
@@ -74,11 +80,11 @@ def _cpu_flags():
         return platform.processor()
 
 
-def library_name(name):
-    """File name of the compiled kernel of operator `name`, keyed by sources, flags, compiler, CPU and torch."""
+def library_name(name, *further, ending="so"):
+    """File name of the compiled kernel of operator `name`, keyed by sources, flags, compiler, CPU, torch, `further`."""
     compiler = find_compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    return f"{name}-cpu-{_key(name, compiler, version, _cpu_flags(), torch.__version__)}.so"
+    return f"{name}-cpu-{_key(name, compiler, version, _cpu_flags(), torch.__version__, *further)}.{ending}"
 
 
 def _key(name, *further):
@@ -120,12 +126,24 @@ def build(name, folder=None, anew=False):
 
 
 def _compile(name, target, level="native"):
-    compiler, torch_dir = find_compiler(), Path(torch.__file__).parent
-    march = "-mcpu=native" if level == "native" and not X86 else f"-march={level}"
     link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-ltorch_cpu", "-lc10"]
-    command = [compiler, *FLAGS, march, f"-I{torch_dir / 'include'}", str(sources()[name])]
-    command += ["-o", str(target), f"-L{torch_dir / 'lib'}", *link]
-    result = subprocess.run(command, capture_output=True, text=True)
+    _run_compiler(name, target, level, [str(sources()[name]), f"-L{Path(torch.__file__).parent / 'lib'}", *link])
+
+
+def compile_object(name, text, target):
+    """Compiles C++ `text`, made of operator `name`'s kernels, for this processor into the object file `target`.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+    """
+    _run_compiler(name, target, "native", ["-c", f"-I{OPS}", "-x", "c++", "-"], text)
+
+
+def _run_compiler(name, target, level, arguments, text=None):
+    compiler = find_compiler()
+    march = "-mcpu=native" if level == "native" and not X86 else f"-march={level}"
+    command = [compiler, *FLAGS, march, f"-I{Path(torch.__file__).parent / 'include'}", "-o", str(target), *arguments]
+    result = subprocess.run(command, input=text, capture_output=True, text=True)
     if result.returncode:
         raise BuildError(f"{compiler} failed on {sources()[name]}:\n{result.stderr[-2000:]}")
 

@@ -44,6 +44,7 @@ class Operator:
         drop: Arguments that the backward pass does not take, because the others and the results restore them:
             ``{"b": restore}`` with ``restore(**arguments)``.
         export: The reference in a form for `torch.onnx.export`, if it needs one.
+        chunked: Another such form, for a fixed length.
         limit: ``limit(backend, *arguments)``: why the kernels cannot take these arguments, or None.
     """
 
@@ -63,6 +64,7 @@ class Operator:
         keep_first: bool = False,
         drop: dict[str, Callable] | None = None,
         export: Callable | None = None,
+        chunked: Callable | None = None,
         limit: Callable[..., str | None] | None = None,
     ):
         parsed = torch._C.parse_schema(f"linzoo::{name}{schema}")
@@ -71,7 +73,8 @@ class Operator:
         self.devices = devices
         self.arguments = list(types)
         self.saves = "save" in types
-        self.export = export or reference
+        export = export or reference
+        self._exports = {"export": export, "export_chunked": chunked or export, "aoti": self._run}
         tensors = [n for n, kind in types.items() if "Tensor" in kind]
         self.differentiable = [n for n in tensors if n not in constants]
         results = [r.name for r in parsed.returns]
@@ -112,8 +115,8 @@ class Operator:
 
     def __call__(self, *inputs: Any) -> Tensor:
         """The first result; `inputs` are the arguments before `save`."""
-        if forced_backend() == "export":
-            return _first(self.export(*inputs, *([False] if self.saves else [])))
+        if run := self._exports.get(forced_backend() or ""):
+            return _first(run(*inputs, *([False] if self.saves else [])))
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if torch.compiler.is_compiling():
             transformed = False

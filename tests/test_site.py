@@ -36,8 +36,9 @@ def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if page.name == "export.md":
         pytest.importorskip("onnxruntime")
-        options = ["--format", "onnx", "--size", "224", "224", "--dynamic", "batch", "--out", "out"]
-        importlib.import_module("linzoo.tools.export").main(["test_byobnet", *options])
+        for form in ("onnx", "aoti"):
+            options = ["--format", form, "--size", "224", "224", "--dynamic", "batch", "--out", "out"]
+            importlib.import_module("linzoo.tools.export").main(["test_byobnet", *options])
     names: dict = {}
     for code in blocks(page, "python"):
         exec(compile(code, page.name, "exec"), names)
@@ -93,7 +94,7 @@ def test_commands_exist(line):
     if words[0] == "linzoo":
         assert words[1] in COMMANDS
         module, rest = MODULES.get(words[1], f"linzoo.tools.{words[1]}"), words[2:]
-        if words[1] in ("finetune", "export", "look") and not re.search(r"[A-Z:]", rest[0]):
+        if words[1] in ("finetune", "export", "look") and not re.search(r"[A-Z:/]", rest[0]):
             assert timm.is_model(rest[0]), rest[0]
     elif script:
         assert (ROOT / script).is_file()

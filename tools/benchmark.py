@@ -856,14 +856,15 @@ def smallest_of_families():
     return sorted(name for _, name in found.values())
 
 
-def exported(model, form, size, axes, folder, budget):
+def exported(model, form, scan, size, axes, folder, budget):
     """Writes a network and times the file. Returns what is known up to the first step that fails."""
     places = {"batch": 0, "height": 2, "width": 3}
     write, file = export.FORMATS[form]
     x, row, begin = torch.randn(2, model.in_chans, size, size), {"axes": ",".join(axes)}, time.perf_counter()
     sides = [size + 64 if axis in axes else size for axis in ("height", "width")]
     try:
-        run = write(model, x, {places[axis]: torch.export.Dim.AUTO for axis in axes}, folder / file)
+        options = {"scan": scan} if form == "onnx" else {}
+        run = write(model, x, {places[axis]: torch.export.Dim.AUTO for axis in axes}, folder / file, **options)
         row["written_s"] = time.perf_counter() - begin
         row["error"] = export.compare(run, model, x)[0]
         if axes:
@@ -879,20 +880,20 @@ def run_exports(args):
     rows = []
     for name in args.models or smallest_of_families():
         torch.manual_seed(0)
-        fixed = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
+        fixed = args.scan == "chunked" or timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
         model = create(name, args.size).eval()
         for form in args.formats:
             for axes in [["batch"], []] if fixed else [["batch", "height", "width"], ["batch"], []]:
                 with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    row = exported(model, form, args.size, axes, Path(folder), args.budget)
+                    row = exported(model, form, args.scan, args.size, axes, Path(folder), args.budget)
                 errors = [row.get(key, 0) for key in ("error", "other_error")]
                 row |= {} if max(errors) <= export.TOLERANCE else {"reason": "wrong"}
                 print(f"{name}, {form}, {row['axes']}: {row.get('reason', 'right')}", file=sys.stderr, flush=True)
                 if "reason" not in row:
                     break
             rows.append({"model": name, "format": form} | row)
-    facts = environment("cpu") | {"batch": 2, "size": args.size}
+    facts = environment("cpu") | {"batch": 2, "size": args.size, "scan": args.scan}
     print_rows("exports", facts, rows, EXPORT_COLUMNS, args.json)
 
 
@@ -931,7 +932,8 @@ def parse(argv):
     quantized.add_argument("--compile", action="store_true", help="also time float32 under torch.compile")
     exports = parts.add_parser("exports", help="files of `linzoo export`: axes, errors and times beside the networks")
     exports.add_argument("--models", nargs="+", metavar="NAME", help="default: each family's smallest")
-    exports.add_argument("--formats", nargs="+", choices=["onnx", "torch"], default=["onnx", "torch"])
+    exports.add_argument("--formats", nargs="+", choices=["onnx", "torch", "aoti"], default=["onnx", "torch"])
+    exports.add_argument("--scan", choices=list(export.SCANS), default="loop", help="form of scans in ONNX")
     exports.add_argument("--size", type=int, default=64, help="side of the square images")
     quantized.set_defaults(device="cpu")
     exports.set_defaults(device="cpu")

@@ -3,6 +3,7 @@
 --format:
 onnx: a file that ONNX Runtime and similar engines run without LinZoo or torch.
 torch: an archive of torch.export, with our operators.
+aoti: a package of AOTInductor for this processor, with our kernels: PyTorch runs it without LinZoo.
 qdq: ONNX with 8-bit weights and inputs of linear maps and convolutions, calibrated on the images of `--calib DIR`.
 
 MODEL is a model's name (`linzoo models`, or timm's), `local-dir:DIR` of a run's export, or one of our configs with its
@@ -12,6 +13,7 @@ printed.
 """
 
 import argparse
+import shutil
 import sys
 import time
 import warnings
@@ -24,37 +26,39 @@ import rich.console
 import rich.table
 import timm
 import torch
+from mmengine.model import revert_sync_batchnorm
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from linzoo.backbones import kind_of
 from linzoo.ops import use_backend
+from linzoo.ops.aoti import linked
 from linzoo.quantization.integer import per_group, qdq
 from linzoo.tools.engine.calibration import calibration, prepared_by_timm
 from linzoo.tools.engine.cli import command
-from linzoo.tools.engine.config import load_config, shipped_configs
+from linzoo.tools.engine.config import load_config, shipped_configs, task_of
 from linzoo.tools.engine.errors import InputError, did_you_mean, note
 from linzoo.tools.engine.files import write_atomically
-from linzoo.tools.engine.task import TimmModel, build
+from linzoo.tools.engine.task import build
 from linzoo.tools.engine.weights import create_model, load_weights
 from linzoo.tools.outliers import logit_error
 
 AXES = ("batch", "depth", "height", "width")  # depth only for volumes
+KINDS = (None, "backbone", "adopted", "pyramid", "segmentation", "restoration", "fixed", "volume")  # take images alone
 VOLUME = 64  # default side of exported volumes
+SCANS = {"loop": "export", "chunked": "export_chunked"}  # backends, by --scan
 TOLERANCE = 1e-3  # relative to the outputs' standard deviation
 
 
-def load(name: str, weights: str | None) -> tuple[nn.Module, tuple[int, ...]]:
-    """A model in eval mode, and the size (C, H, W) of its images."""
+def load(name: str, weights: str | None) -> tuple[nn.Module, dict]:
+    """A model in eval mode, and timm's data config: `input_size` (C, H, W), `mean` and `std` of its images."""
     if name.endswith(".py") or name.removesuffix(".py").removeprefix("configs/") in shipped_configs():
         cfg = load_config(name)
-        task = build(cfg)
-        if not isinstance(task, TimmModel):
-            raise InputError(f"MODEL {name!r} is a {type(task).__name__} of OpenMMLab's; expected a model of timm's")
         if weights is None:
             raise InputError(f"MODEL {name!r} is a config: WEIGHTS is missing; expected its checkpoint")
-        load_weights(task.model, weights)
-        model = task.model
+        task, built = task_of(cfg), revert_sync_batchnorm(build(cfg))
+        model = task.exported(built, cfg)
+        load_weights(task.weights(built), weights)
     elif ":" in name and not name.startswith("local-dir:"):
         raise InputError(f"MODEL {name!r}: expected a name, local-dir:DIR, or a config")
     else:
@@ -68,24 +72,28 @@ def load(name: str, weights: str | None) -> tuple[nn.Module, tuple[int, ...]]:
             note(f"no WEIGHTS: those of {name!r} are random")
         made = timm.create_model if ":" in name else create_model
         model = made(name, pretrained=True if own else weights or False)
-    return model.eval(), resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg))["input_size"]
+    return model.eval(), resolve_data_config(pretrained_cfg=dict(model.pretrained_cfg))
 
 
-def to_onnx(model: nn.Module, x: Tensor, dynamic: dict, file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Write an ONNX file that uses ONNX's own scans; returns how ONNX Runtime runs it."""
+def to_onnx(
+    model: nn.Module, x: Tensor, dynamic: dict, file: Path, scan: str = "loop"
+) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Write an ONNX file with scans of a form in `SCANS`; returns how ONNX Runtime runs it."""
     import onnxruntime  # noqa: F401  # the optional part `export`: missed before the tracer runs, not after
 
-    with use_backend("export"), torch.no_grad():
+    with use_backend(SCANS[scan]), torch.no_grad():
         program = torch.onnx.export(model, (x,), dynamic_shapes=(dynamic,), dynamo=True, verbose=False)
     write_atomically(file, lambda partial: program.save(partial))
     return _onnx_runtime(file)
 
 
 def _onnx_runtime(file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
-    """How ONNX Runtime runs a file."""
+    """How ONNX Runtime runs a file, on as many threads as torch."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(file)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options)
     [entry] = session.get_inputs()
     return lambda x: [torch.from_numpy(y) for y in session.run(None, {entry.name: x.numpy()})]
 
@@ -100,6 +108,19 @@ def to_torch(model: nn.Module, x: Tensor, dynamic: dict, file: Path) -> Callable
 
     write_atomically(file, write)
     made = torch.export.load(str(file)).module()
+    return lambda x: _as_list(made(x))
+
+
+def to_aoti(model: nn.Module, x: Tensor, dynamic: dict, file: Path) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Write an AOTInductor package, which holds our kernels; returns how torch runs it."""
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    with use_backend("aoti"), torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=(dynamic,))
+    with linked(program) as configs, TemporaryDirectory() as folder:
+        package = aoti_compile_and_package(program, package_path=f"{folder}/{file.name}", inductor_configs=configs)
+        write_atomically(file, lambda partial: shutil.copyfile(package, partial))
+    made = aoti_load_package(str(file))
     return lambda x: _as_list(made(x))
 
 
@@ -119,6 +140,7 @@ def _as_list(y: Tensor | Sequence[Tensor]) -> list[Tensor]:
 FORMATS: dict[str, tuple[Callable, str]] = {
     "onnx": (to_onnx, "model.onnx"),
     "torch": (to_torch, "model.pt2"),
+    "aoti": (to_aoti, "model_aoti.pt2"),
     "qdq": (to_qdq, "model_int8.onnx"),
 }
 
@@ -152,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--dynamic", default="batch", help="dynamic axes, from batch,depth,height,width; default: batch"
     )
+    parser.add_argument("--scan", choices=SCANS, default="loop", help="onnx: form of scans; chunked: for a fixed size")
     parser.add_argument("--calib", metavar="DIR", help="qdq: folder of images to calibrate on")
     parser.add_argument("--images", type=int, default=32, metavar="N", help="qdq: how many of them; default: 32")
     parser.add_argument("--out", required=True, help="folder")
@@ -161,9 +184,10 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--calib {args.calib}: expected a folder with --format qdq, and with it alone")
     if args.images < 2:
         raise InputError(f"--images {args.images}: expected at least 2")
-    model, (channels, *own) = load(args.model, args.weights)
+    model, data = load(args.model, args.weights)
+    channels, *own = data["input_size"]
     kind = kind_of(model.pretrained_cfg["architecture"])
-    if kind in ("promptable", "occupancy", "video", "forecasting", "generation"):
+    if kind not in KINDS:
         raise InputError(f"MODEL {args.model!r} is of kind {kind!r}; expected one that takes images or volumes alone")
     if kind == "volume":
         if integers:
@@ -176,6 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     size = args.size or own
     if len(size) != len(own) or min(size) < 1:
         raise InputError(f"--size {' '.join(map(str, size))}: expected {len(own)} positive numbers")
+    if args.scan == "chunked" and (args.format != "onnx" or set(asked) - {"batch"}):
+        raise InputError("--scan chunked: expected --format onnx, with --dynamic batch or none, as the size is fixed")
     fixed = model.pretrained_cfg.get("fixed_input_size")
     if fixed and (size != own or {"height", "width"} & set(asked)):
         raise InputError(
@@ -190,18 +216,19 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--size {' '.join(map(str, size))}: MODEL {args.model!r} does not take it ({reason})") from e
     batches = calibration(args.calib, args.images, prepared_by_timm(model, size)) if integers else []
     x = batches[0][:2] if batches else x
+    hint = "; try --dynamic batch" if set(asked) - {"batch"} else ""
     write, file_name = FORMATS[args.format]
     file = Path(args.out, file_name)
     begin = time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            run = write(model, batches or x, {axes[axis]: torch.export.Dim.AUTO for axis in asked}, file)
+            form = {"scan": args.scan} if args.format == "onnx" else {}
+            run = write(model, batches or x, {axes[axis]: torch.export.Dim.AUTO for axis in asked}, file, **form)
     except ImportError as e:
         raise InputError(f"--format {args.format} needs the export part: `pip install 'linzoo[export]'` ({e})") from e
     except Exception as e:  # a tracer may raise anything
         reason = (str(e).strip().splitlines() or [""])[0]
-        hint = "; try --dynamic batch" if set(asked) - {"batch"} else ""
         raise InputError(
             f"MODEL {args.model!r} cannot be written as {args.format}: {type(e).__name__}: {reason}{hint}"
         ) from e
@@ -216,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         except Exception as e:  # the runtime may raise anything
             raise InputError(
                 f"{str(file)!r} does not run on {tuple(images.shape)}, which --dynamic {args.dynamic} asks for: "
-                f"{(str(e).strip().splitlines() or [type(e).__name__])[0]}"
+                f"{(str(e).strip().splitlines() or [type(e).__name__])[0]}{hint}"
             ) from e
         table.add_row(" x ".join(map(str, images.shape)), f"{error:.1e}", f"{theirs:.3f}", f"{ours:.3f}")
         wrong += [error] if not (integers or error <= TOLERANCE) else []
@@ -227,6 +254,10 @@ def main(argv: list[str] | None = None) -> None:
         same = f", same class {100 * (found.argmax(1) == expected.argmax(1)).double().mean():.1f} %"
         print(f"over {len(found)} calibration images: error {logit_error(found, expected):.3f} of their spread", end="")
         print(same if found.dim() == 2 else "")
+    if kind != "volume":
+        mean, std = (" ".join(f"{x:.4g}" for x in data[key]) for key in ("mean", "std"))
+        order = model.pretrained_cfg.get("order", "RGB")
+        print(f"images: {order} pixels from 0 to 1, less the mean {mean}, divided by {std}")
     print(f"{file}: written in {seconds:.0f} s" + ("" if integers else f"; tolerance {TOLERANCE:g}"))
     if wrong:
         print(f"error: {str(file)!r} is off by {max(wrong):.1e} of the outputs' deviation", file=sys.stderr)

@@ -84,7 +84,7 @@ def _forward(backend, q, k, v, i, f, chunk_size, save):
     i, log_f = i.contiguous(), F.logsigmoid(f).contiguous()
     m = torch.empty_like(i) if m.dim() == 1 else m
     torch.ops.linzoo_cpu.mlstm_maximum_forward(i, log_f, m)
-    packed = q.new_empty(len(q), q.shape[1] + q.shape[3], q.shape[2], q.shape[3] + 1)  # last state at the end
+    packed = q.new_empty(q.shape[0], q.shape[1] + q.shape[3], q.shape[2], q.shape[3] + 1)  # last state at the end
     torch.ops.linzoo_cpu.mlstm_forward(**_scan_inputs(q, k, v, i, log_f, m), initial=None, packed=packed, states=states)
     y = packed[:, : q.shape[1]]
     h = reference.read(y[..., :-1], y[..., -1], m, EPS)
@@ -128,6 +128,7 @@ _operator = Operator(
     devices=("cpu",),
     reference=_chunked,
     export=_export,
+    chunked=_chunked,
     forward=_forward,
     backward=_backward,
     fake=lambda q, k, v, i, f, chunk_size, save: (q.new_empty(q.shape), *_kept(q, save)),

@@ -128,10 +128,10 @@ def selective_scan_state(
     dt = F.softplus(dt) if dt_softplus else dt
 
     length, front = u.shape[1], 0 if initial is None else states
-    one_hot = torch.eye(states, dtype=u.dtype, device=u.device)[None, :, None].expand(len(u), -1, u.shape[2], -1)
+    one_hot = torch.eye(states, dtype=u.dtype, device=u.device)[None, :, None].expand(u.shape[0], -1, u.shape[2], -1)
 
     def constant(x: Tensor, steps: int, value: float) -> Tensor:
-        return x.new_full((len(x), steps, *x.shape[2:]), value)
+        return x.new_full((x.shape[0], steps, *x.shape[2:]), value)
 
     written = constant(u, 0, 0) if initial is None else initial.to(u.dtype).movedim(3, 1)
     u = torch.cat([written, u, constant(u, states, 0)], 1)
@@ -191,6 +191,12 @@ def _reference(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge,
     return y, kept
 
 
+def _chunked(*inputs):
+    """Faster than the loop for one state per channel; with more, products of decays take too much memory."""
+    A = inputs[2]
+    return (reference.chunked(*inputs[:-1]), A.new_empty(0)) if A.shape[2] == 1 else _reference(*inputs, use_scan=True)
+
+
 def _empty(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, save):
     batch, length, groups, channels = u.shape
     chunk, steps = _chunk(u, A), length if order is None else order.shape[-1]
@@ -202,7 +208,7 @@ def _empty(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, sav
 def _split_channels(u, tasks):
     """Channels per task of the CPU kernel, from the problem's shape only, so that threads do not change results."""
     blocks = -(-u.shape[3] // LANES)
-    splits = min(max(PARALLEL_TASKS // max(tasks, 1), 1), blocks)
+    splits = torch.sym_min(torch.sym_max(PARALLEL_TASKS // torch.sym_max(tasks, 1), 1), blocks)
     return -(-blocks // splits) * LANES
 
 
@@ -292,6 +298,7 @@ _operator = Operator(
     kernel="selective_scan",
     reference=_reference,
     export=functools.partial(_reference, use_scan=True),
+    chunked=_chunked,
     forward=_forward,
     backward=_backward,
     fake=_empty,

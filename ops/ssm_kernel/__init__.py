@@ -101,7 +101,8 @@ def _dplr_kernel(A, B, C, dt, length, P):
         middle = cosine * between + torch.eye(P.shape[0], device=dt.device, dtype=r.dtype)[:, :, None, None]
         solved = torch.linalg.solve(middle.permute(2, 3, 1, 0), to_rank.permute(1, 2, 0))
         correction = torch.einsum("pchk,hkp->chk", from_rank, solved)
-    spectrum = torch.polar(torch.ones_like(angle), angle) * (from_input - cosine * correction)
+    # A sum, because packages of AOTInductor fail where complex numbers are subtracted (torch 2.11).
+    spectrum = torch.polar(torch.ones_like(angle), angle) * (from_input + -cosine * correction)
     k = torch.fft.irfft(spectrum, n=length)
     return k[0] if squeeze else k
 

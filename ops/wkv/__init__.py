@@ -208,7 +208,7 @@ def wkv7_state(
     dtype, (r, w, k, v, a, b) = _promote((r, w, k, v, a, b))
     front, back = _writes(initial, k, v), _reads(k, v)
     parts = [_joined(f, x, b) for f, x, b in zip(front, (r, k, v, w), back, strict=True)]
-    none = [x.new_zeros(len(x), 1, *x.shape[2:]) for x in (a, b)]
+    none = [x.new_zeros(x.shape[0], 1, *x.shape[2:]) for x in (a, b)]
     a, b = (
         torch.cat([zero.expand(-1, front[0].shape[1], -1, -1), x, zero.expand(-1, back[0].shape[1], -1, -1)], 1)
         for zero, x in zip(none, (a, b), strict=True)
@@ -222,7 +222,7 @@ def _of_ends(initial, r, w, order):
     """What the states at the ends add to the output of `wkv6`: ``initial (r_t * product of the decays between)``."""
     place, length = None, r.shape[1]
     if order is not None:
-        place = order.long().expand(len(r), -1)[..., None, None].expand(-1, -1, *r.shape[2:])
+        place = order.long().expand(r.shape[0], -1)[..., None, None].expand(-1, -1, *r.shape[2:])
         r, w = r.gather(1, place), w.gather(1, place)
     decay = -w.clamp(max=LARGEST).exp()
     shape = "hpn" if initial.dim() == 4 else "bhpn"
@@ -234,7 +234,7 @@ def _of_ends(initial, r, w, order):
     y = torch.stack(added).sum(0)
     if place is None:
         return y
-    return y.new_zeros(len(y), length, *y.shape[2:]).scatter(1, place[..., :1].expand_as(y), y)
+    return y.new_zeros(y.shape[0], length, *y.shape[2:]).scatter(1, place[..., :1].expand_as(y), y)
 
 
 LARGEST = 80.0  # before the exponentials: the decay is 0 in any dtype
@@ -247,17 +247,19 @@ def _named(initial):
 
 def _one_hot(k, steps):
     """Step i of N at channel i ``(B, N, H, N)``; no steps if `steps` is 0."""
-    return torch.eye(k.shape[3], dtype=k.dtype, device=k.device)[None, :steps, None].expand(len(k), -1, k.shape[2], -1)
+    return torch.eye(k.shape[3], dtype=k.dtype, device=k.device)[None, :steps, None].expand(
+        k.shape[0], -1, k.shape[2], -1
+    )
 
 
 def _writes(initial, k, v):
     """Receptances, keys, values and decays of N steps that write a state, row by row; no steps for 0."""
     at = _one_hot(k, k.shape[3] if initial is not None else 0)
     if initial is None:
-        rows = v.new_zeros(len(v), 0, *v.shape[2:])
+        rows = v.new_zeros(v.shape[0], 0, *v.shape[2:])
     else:
         state = initial.to(v.dtype)
-        state = state.expand(len(v), *state.shape) if state.dim() == 3 else state
+        state = state.expand(v.shape[0], *state.shape) if state.dim() == 3 else state
         rows = state.permute(0, 3, 1, 2)  # (B, N, H, P)
     return torch.zeros_like(at), at, rows, torch.full_like(at, STILL)
 
@@ -265,7 +267,7 @@ def _writes(initial, k, v):
 def _reads(k, v):
     """The same for N steps that read the state."""
     at = _one_hot(k, k.shape[3])
-    return at, torch.zeros_like(at), v.new_zeros(len(v), at.shape[1], *v.shape[2:]), torch.full_like(at, STILL)
+    return at, torch.zeros_like(at), v.new_zeros(v.shape[0], at.shape[1], *v.shape[2:]), torch.full_like(at, STILL)
 
 
 def _joined(front, x, back):
@@ -362,6 +364,7 @@ _bi_wkv = Operator(
     kernel="wkv",
     reference=_bi_reference,
     export=functools.partial(_bi_reference, use_scan=True),
+    chunked=lambda *x: reference.bi_wkv_chunked(*x[:-1]),
     forward=_bi_forward,
     backward=_bi_backward,
     fake=_bi_empty,
@@ -449,6 +452,7 @@ _wkv6 = Operator(
     kernel="wkv",
     reference=_wkv6_reference,
     export=functools.partial(_wkv6_reference, use_scan=True),
+    chunked=lambda *x: reference.wkv6_chunked(*x[:-1]),
     forward=_wkv6_forward,
     backward=_wkv6_backward,
     fake=lambda r, k, v, w, u, order, bidirectional, save: _empty(k, v, order, 1 + bidirectional, save),

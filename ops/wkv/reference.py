@@ -4,7 +4,10 @@ Activations are in the state's dtype here.
 """
 
 import torch
+import torch.nn.functional as F
 from torch._higher_order_ops.scan import scan
+
+CHUNK = 16  # steps in a chunk of the chunked forms
 
 
 def tokens_in_order(x, order):
@@ -87,6 +90,48 @@ def bi_wkv(k, v, w, u, order=None, use_scan=False):
     return tokens_in_place(num / den, order, length), tokens_in_place(scale, order, length)
 
 
+def bi_wkv_chunked(k, v, w, u, order=None):
+    """The output of `bi_wkv`, for a fixed length, by chunks: all pairs within one, sums over what lies on either side.
+
+    Each sum keeps its largest exponent apart, as in `bi_wkv`.
+    """
+    length = k.shape[1]
+    k, v = tokens_in_order(k, order), tokens_in_order(v, order)
+    steps, size = k.shape[1], CHUNK
+
+    def chunks(x, value=0.0):  # (B, chunks, steps, C); padding steps have no weight
+        return F.pad(x, (0, 0, 0, -steps % size), value=value).unflatten(1, (-1, size))
+
+    k, v = chunks(k, -torch.inf), chunks(v)
+    v = torch.stack([v, torch.ones_like(v)])  # numerator and denominator
+    at = torch.arange(size, device=k.device, dtype=k.dtype).unsqueeze(1)
+
+    def side(k, v):
+        """Exponent and sums of what lies before each chunk, one step before its first."""
+        exponents = k - (size - 1 - at) * w
+        peaks = exponents.amax(2)
+        sums = (torch.exp(exponents - peaks.unsqueeze(2)) * v).sum(3)
+        top, total, before = torch.full_like(peaks[:, 0], -torch.inf), torch.zeros_like(sums[:, :, 0]), []
+        for peak, add in zip(peaks.unbind(1), sums.unbind(2), strict=True):
+            before.append((top, total))
+            old = top - size * w
+            top = torch.maximum(old, peak)
+            total = torch.exp(old - top) * total + torch.exp(peak - top) * add
+        tops, totals = zip(*before, strict=True)
+        return torch.stack(tops, 1).unsqueeze(2), torch.stack(totals, 2).unsqueeze(3)
+
+    past, (tops, totals) = side(k, v), side(k.flip(1, 2), v.flip(2, 3))
+    sides = [(past[0] - at * w, past[1]), (tops.flip(1) - (size - 1 - at) * w, totals.flip(2))]
+    distance = (at - at.mT).abs().unsqueeze(2)  # (t, s, 1)
+    pairs = k.unsqueeze(2) - torch.where(distance == 0, -u, (distance - 1) * w)  # (B, chunks, t, s, C)
+    peak = torch.maximum(pairs.amax(3), torch.maximum(sides[0][0], sides[1][0]))
+    sums = (torch.exp(pairs - peak.unsqueeze(3)) * v.unsqueeze(3)).sum(4)
+    for top, total in sides:
+        sums = sums + torch.exp(top - peak) * total
+    y = (sums[0] / sums[1]).flatten(1, 2)[:, :steps]
+    return tokens_in_place(y, order, length)
+
+
 # --- wkv6 -----------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +170,45 @@ def wkv6(r, k, v, w, u, order=None, bidirectional=True, use_scan=False):
         future, *after = _wkv6_past(*(x.flip(1) for x in xs), use_scan=use_scan)
         y, states = y + future.flip(1), states + after
     return tokens_in_place(y, order, length), states
+
+
+def _wkv6_past_chunked(r, k, v, w):
+    """What each step reads from the state of the steps before it, for a fixed length, by products over chunks.
+
+    Logarithms of decays are summed separately for each pair of steps, so no factor exceeds 1 and no digits are lost.
+    """
+    steps, size = k.shape[1], CHUNK
+
+    def chunks(x):  # (B, H, chunks, steps, N); padding steps write nothing and forget nothing
+        return F.pad(x, (0, 0, 0, 0, 0, -steps % size)).unflatten(1, (-1, size)).movedim(3, 1)
+
+    r, k, v, log_decay = (chunks(x) for x in (r, k, v, -torch.exp(w.clamp(max=32))))
+    at = torch.arange(size, device=k.device)
+    t, s, j = at.view(-1, 1, 1), at.view(1, -1, 1), at.view(1, 1, -1)
+    between = ((s < j) & (j < t)).to(k.dtype).flatten(0, 1)  # which decays lie between steps s and t
+    past = (s < t).to(k.dtype)
+    decay = torch.exp(between @ log_decay).unflatten(3, (size, size)) * past  # (B, H, chunks, t, s, N)
+    y = (r.unsqueeze(4) * k.unsqueeze(3) * decay).sum(-1) @ v
+
+    total = torch.exp(log_decay.sum(3)).unsqueeze(-1)
+    left = (k * torch.exp((s < j)[0].to(k.dtype) @ log_decay)).mT @ v
+    state, before = torch.zeros_like(left[:, :, 0]), []
+    for keep, write in zip(total.unbind(2), left.unbind(2), strict=True):
+        before.append(state)
+        state = keep * state + write
+    y = y + (r * torch.exp((j < t)[:, 0].to(k.dtype) @ log_decay)) @ torch.stack(before, 2)
+    return y.movedim(1, 3).flatten(1, 2)[:, :steps]
+
+
+def wkv6_chunked(r, k, v, w, u, order=None, bidirectional=True):
+    """The output of `wkv6`, for a fixed length, by matrix products over chunks."""
+    length = k.shape[1]
+    xs = [tokens_in_order(x, order) for x in (r, k, v, w)]
+    r, k, v, _ = xs
+    y = _wkv6_past_chunked(*xs) + (r * u * k).sum(-1, keepdim=True) * v
+    if bidirectional:
+        y = y + _wkv6_past_chunked(*(x.flip(1) for x in xs)).flip(1)
+    return tokens_in_place(y, order, length)
 
 
 # --- wkv7 -----------------------------------------------------------------------------------------------------------

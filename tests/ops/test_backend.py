@@ -53,7 +53,7 @@ def test_use_backend_restores_after_an_error():
 
 
 def test_unknown_backend():
-    message = "name: expected one of cpu, cuda, reference, export, got 'gpu'"
+    message = "name: expected one of cpu, cuda, reference, export, export_chunked, aoti, got 'gpu'"
     with pytest.raises(ValueError, match=message), use_backend("gpu"):
         pass
 

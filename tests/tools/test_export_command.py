@@ -1,14 +1,26 @@
 """Models written for other programs by `linzoo export`."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
+from mmengine.config import ConfigDict
+from mmengine.model import revert_sync_batchnorm
 from PIL import Image
 
+from linzoo.ops import aoti, backend_info, compile_cpu
 from linzoo.tools import cli, export
+from linzoo.tools.engine.config import load_config
+from linzoo.tools.engine.task import build
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def refused(capsys, *argv):
@@ -43,6 +55,124 @@ def test_archive_of_torch(tmp_path, capsys):
     program = torch.export.load(tmp_path / "model.pt2")
     assert any(node.target is torch.ops.linzoo.selective_scan.default for node in program.graph.nodes)
     assert "0.0e+00" in capsys.readouterr().out
+
+
+ALONE = """
+import sys
+import torch
+from torch._inductor import aoti_load_package
+
+package, given, found = sys.argv[1:]
+torch.save(aoti_load_package(package)(torch.load(given)), found)
+assert not [name for name in sys.modules if "linzoo" in name]
+"""
+
+
+@pytest.mark.slow
+def test_package_runs_without_linzoo(tmp_path):
+    """An AOTInductor package holds our kernels: another process runs it on another size without importing LinZoo."""
+    model = timm.create_model("vim_t", depth=1, img_size=32).eval()
+    package, given, found = (str(tmp_path / name) for name in ("model_aoti.pt2", "x.pt", "y.pt"))
+    run = export.to_aoti(model, torch.randn(2, 3, 32, 32), {0: torch.export.Dim.AUTO}, Path(package))
+    x = torch.randn(1, 3, 32, 32)
+    torch.save(x, given)
+    alone = subprocess.run([sys.executable, "-c", ALONE, package, given, found], cwd=tmp_path, env=_without_linzoo())
+    assert alone.returncode == 0
+    with torch.inference_mode():
+        expected = model(x)
+    for y in (torch.load(found), *run(x), run(x.expand(3, -1, -1, -1).contiguous())[0][2:]):
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    for wrong in (torch.randn(3, 3, 32, 64), x.double()):
+        with pytest.raises(RuntimeError):
+            run(wrong)
+
+
+def _without_linzoo():
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def test_every_kernel_has_a_function_for_packages():
+    for op in compile_cpu.sources():
+        if backend_info()[op]["cpu"] is None:
+            assert [aoti._declaration(kernel) for kernel in compile_cpu.kernels(op)]
+
+
+DENSE = {
+    "seg/upernet_groupmamba_t_scenes": (
+        "depths=(1, 1, 1, 1)",
+        "decode_head=dict(channels=16), auxiliary_head=dict(channels=16)",
+    ),
+    "det/retinanet_efficientvim_m4_1x_coco": (
+        "depths=(1, 1, 1)",
+        "neck=dict(out_channels=16), bbox_head=dict(in_channels=16, feat_channels=16, num_classes=5, stacked_convs=1)",
+    ),
+}
+
+
+def dense(name, folder):
+    """A config of few blocks and narrow heads, its model, and a checkpoint."""
+    blocks, heads = DENSE[name]
+    config, weights = folder / "config.py", folder / "w.pth"
+    config.write_text(
+        f"_base_ = [{str(ROOT / 'configs' / f'{name}.py')!r}]\n"
+        f"model = dict(backbone=dict(model_kwargs=dict({blocks}), pretrained=False), {heads})\n"
+    )
+    torch.manual_seed(0)
+    model = revert_sync_batchnorm(build(load_config(str(config)))).eval()
+    torch.save(model.state_dict(), weights)
+    return model, str(config), str(weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_segmenter_of_mmseg(tmp_path, capsys, form):
+    """The file gives the logits that mmseg's `predict` gives, at the images' size."""
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+    model, *argv = dense("seg/upernet_groupmamba_t_scenes", tmp_path)
+    export.main([*argv, "--format", form, "--size", "96", "128", "--out", str(tmp_path)])
+    assert (
+        "images: RGB pixels from 0 to 1, less the mean 0.5 0.5 0.5, divided by 0.5 0.5 0.5" in capsys.readouterr().out
+    )
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 96, 128)
+    with torch.inference_mode():
+        expected = model.inference(x, [dict(img_shape=(96, 128), ori_shape=(96, 128))] * 3)
+    torch.testing.assert_close(_run(tmp_path, x)[0], expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_detector_of_one_stage(tmp_path, form):
+    """After NMS the file's boxes and scores are those of mmdet's own."""
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+    model, *argv = dense("det/retinanet_efficientvim_m4_1x_coco", tmp_path)
+    export.main([*argv, "--format", form, "--size", "96", "128", "--out", str(tmp_path)])
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 96, 128)
+    with torch.inference_mode():
+        found = _run(tmp_path, x)
+    for i, (boxes, scores) in enumerate(zip(*found, strict=True)):
+        least = float(scores.flatten().topk(200).values[-2:].mean())
+        box, label = (scores > least).nonzero(as_tuple=True)
+        kept = torchvision.ops.batched_nms(boxes[box], scores[box, label], label, 0.5)
+        post = dict(score_thr=least, nms_pre=10**6, nms=dict(type="nms", iou_threshold=0.5), max_per_img=10**6)
+        meta = dict(img_shape=(96, 128), scale_factor=(1.0, 1.0))
+        with torch.inference_mode():
+            maps = model(x[i : i + 1], mode="tensor")
+            [expected] = model.bbox_head.predict_by_feat(*maps, batch_img_metas=[meta], cfg=ConfigDict(post))
+        assert 1 < len(kept) < 199
+        torch.testing.assert_close(boxes[box][kept], expected.bboxes, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(scores[box, label][kept], expected.scores, rtol=1e-3, atol=1e-4)
+
+
+def _run(folder, x):
+    if (file := folder / "model.pt2").exists():
+        y = torch.export.load(file).module()(x)
+        return [y] if isinstance(y, torch.Tensor) else y
+    session = pytest.importorskip("onnxruntime").InferenceSession(folder / "model.onnx")
+    return [torch.from_numpy(y) for y in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
 
 
 @pytest.mark.slow
@@ -81,7 +211,13 @@ def test_a_wrong_file_is_said(tmp_path, capsys, monkeypatch):
         (["vim2_t.untrained"], "no weights of 'vim2_t.untrained' are published"),
         (["test_byobnet", "--format", "qdq"], "--calib None: expected a folder with --format qdq"),
         (["test_byobnet", "--calib", "."], "--calib .: expected a folder with --format qdq, and with it alone"),
+        (["test_byobnet", "--scan", "chunked", "--dynamic", "batch,height"], "--scan chunked: expected --format onnx"),
+        (["vfimamba"], "MODEL 'vfimamba' is of kind 'interpolation'; expected one that takes images or volumes alone"),
         (["rwkvsam"], "MODEL 'rwkvsam' is of kind 'promptable'; expected one that takes images or volumes alone"),
+        (
+            ["det/mask-rcnn_groupmamba_t_scenes", "w.pth"],
+            "'MaskRCNN' cannot be exported; expected a detector of one stage",
+        ),
         (["cls/groupmamba_t_digits"], "is a config: WEIGHTS is missing; expected its checkpoint"),
     ],
 )

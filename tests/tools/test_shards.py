@@ -53,7 +53,7 @@ def shards(tmp_path, data):
 
 
 def lines(name: str, root, train_split="train", val_split="validation", workers=0) -> str:
-    kind = "TimmShards" if name == "wds/" else "TimmImages"
+    kind = "TimmImages" if name.startswith("hfds/") else "TimmShards"
     common = f"type={kind!r}, name={name!r}, data_root={str(root) if root else None!r}"
     return f"""
 train_dataloader.update(num_workers={workers})
@@ -135,6 +135,56 @@ def test_hugging_face_folder(tmp_path, config, data, monkeypatch):
     train.main([path, "--work-dir", str(tmp_path / "w")])
     facts = json.loads((tmp_path / "w/export/config.json").read_text())
     assert facts["label_names"] == CLASSES and facts["pretrained_cfg"]["input_size"] == [3, 32, 32]
+
+
+@pytest.mark.parametrize("length", [dict(num_samples=15), dict(download=True)], ids=str)
+def test_hugging_face_stream(tmp_path, config, data, monkeypatch, length):
+    """From a folder on disk, directly or through the cache: the order follows from the epoch, and a model trains."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    name, cache = f"hfids/{data}", str(tmp_path / "cache")
+    read = TimmShards(name, "train", cache, LOAD, batch_size=5, num_workers=0, **length)
+    orders = []
+    for epoch in (0, 1, 0):
+        read.set_epoch(epoch)
+        orders.append(seen(read))
+    assert len(read) == len(set(orders[0])) == 15 and sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] == orders[2] != orders[1]
+    if "num_samples" in length:
+        with pytest.raises(InputError, match="1 shards for 2 readers; expected fewer workers"):
+            TimmShards(name, "train", cache, LOAD, batch_size=5, num_workers=2, **length)
+        with pytest.raises(InputError, match="Dataset length is unknown"):
+            TimmShards(name, "train", cache, LOAD, batch_size=5, num_workers=0)
+    more = f"train_dataloader['dataset'].update({length})\ntrain_cfg.update(max_epochs=1)\n"
+    more += "for loader in (val_dataloader, test_dataloader):\n"
+    more += f"    loader['dataset'].update({length | dict(num_samples=6)})\n"
+    train.main([config(lines(name, cache) + more), "--work-dir", str(tmp_path / "w")])
+    assert (tmp_path / "w/export/model.safetensors").exists()
+
+
+def test_tensorflow_stream(tmp_path, config, data):
+    """The order follows from the epoch; validation reads each image once; a model trains."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    parts = {"train": sorted(data.glob("train/*/*.png")), "validation": sorted(data.glob("val/*/*.png"))}
+    rows = {
+        part: [(i, dict(image=str(f), label=f.parent.name)) for i, f in enumerate(files)]
+        for part, files in parts.items()
+    }
+    features = dict(image=tfds.features.Image(encoding_format="jpeg"), label=tfds.features.ClassLabel(names=CLASSES))
+    tfds.dataset_builders.store_as_tfds_dataset(
+        "levels", "1.0.0", data_dir=tmp_path, features=tfds.features.FeaturesDict(features), split_datasets=rows
+    )
+    read = TimmShards("tfds/levels", "train", str(tmp_path), LOAD, batch_size=5, num_workers=0)
+    orders = []
+    for epoch in (0, 1, 0):
+        read.set_epoch(epoch)
+        orders.append(seen(read))
+    assert len(read) == 15 and orders[0] == orders[2] != orders[1] and read.metainfo["classes"] == tuple(CLASSES)
+    read = TimmShards("tfds/levels", "validation", str(tmp_path), LOAD, test_mode=True, batch_size=4, num_workers=0)
+    assert len(read) == 6 and sorted(label for label, _ in seen(read)) == [0, 0, 1, 1, 2, 2]
+    train.main(
+        [config(lines("tfds/levels", tmp_path) + "train_cfg.update(max_epochs=1)\n"), "--work-dir", str(tmp_path / "w")]
+    )
 
 
 @pytest.mark.parametrize("kind", ["wds", "hfds"])

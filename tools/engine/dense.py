@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import mmengine.registry
 import numpy as np
@@ -11,6 +12,8 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, VISUALIZERS, DefaultScope
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .classifier import BackboneClassifier
 from .data import CHECKS, ENOUGH, NamesImages, check_heads, existing_folder, spread
@@ -128,6 +131,50 @@ def check_label_maps(settings: dict, cfg: Config) -> None:
 CHECKS["BaseSegDataset"] = check_label_maps
 
 
+class _OfImages(nn.Module):
+    """A model of OpenMMLab's as a function of normalised images ``(B, 3, H, W)``, for `linzoo export`."""
+
+    def __init__(self, model: Any, cfg: Config):
+        super().__init__()
+        self.model, given = model, model.data_preprocessor
+        scales = [step.scale for step in cfg.test_dataloader.dataset.pipeline if step.get("scale")]
+        sides = getattr(given, "size", None) or next(iter(scales), (512, 512))[::-1]
+        step = getattr(given, "pad_size_divisor", None) or getattr(given, "size_divisor", None) or 1
+        size = [-(-side // step) * step for side in sides]
+        mean, std = [0.0] * 3, [1 / 255] * 3
+        if hasattr(given, "mean"):
+            mean, std = ((x.flatten() / 255).tolist() for x in (given.mean, given.std))
+        order = "RGB" if getattr(given, "_channel_conversion", True) else "BGR"  # what the pipeline loads is BGR
+        self.pretrained_cfg = dict(architecture=type(model).__name__, order=order)
+        self.pretrained_cfg |= dict(input_size=(3, *size), mean=mean, std=std)
+
+
+class _Logits(_OfImages):
+    """An mmseg model: logits ``(B, classes, H, W)`` at the images' size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        options = dict(mode="bilinear", align_corners=self.model.align_corners)
+        return F.interpolate(self.model(x), x.shape[2:], **options)
+
+
+class _Candidates(_OfImages):
+    """An mmdet model of one stage: boxes ``(B, N, 4)`` and scores ``(B, N, classes)`` of all N anchors, before NMS."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        head = self.model.bbox_head
+        maps = head(self.model.extract_feat(x))
+        logits, deltas = (
+            torch.cat([y.permute(0, 2, 3, 1).reshape(x.shape[0], -1, channels) for y in levels], 1)
+            for levels, channels in zip(maps, (head.cls_out_channels, head.bbox_coder.encode_size), strict=True)
+        )
+        sizes = [y.shape[2:] for y in maps[0]]
+        anchors = torch.cat(head.prior_generator.grid_priors(sizes, x.dtype, x.device))
+        with mock.patch("torch.onnx.is_in_onnx_export", return_value=False):  # mmdet's own way needs mmdeploy
+            boxes = head.bbox_coder.decode(anchors.repeat(x.shape[0], 1), deltas.flatten(0, 1), x.shape[2:])
+        scores = logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(-1)[..., :-1]
+        return boxes.view(*logits.shape[:2], 4), scores
+
+
 class DenseTask(Task):
     """Results per pixel or per object, drawn by OpenMMLab's visualizer."""
 
@@ -158,6 +205,10 @@ class SegmentationTask(DenseTask):
 
     visualizer = "SegLocalVisualizer"
 
+    def exported(self, cfg: Config) -> nn.Module:
+        """The logits of each class at the images' size."""
+        return _Logits(self, cfg)
+
     @staticmethod
     def found(sample: Any, classes: tuple[str, ...], file: Path, options: argparse.Namespace) -> dict:
         """The written label map's file, and the shares."""
@@ -177,6 +228,16 @@ class DetectionTask(DenseTask):
     """mmdet's detectors: objects with label, score, box (x1, y1, x2, y2) and, if there are masks, area in pixels."""
 
     visualizer = "DetLocalVisualizer"
+
+    def exported(self, cfg: Config) -> nn.Module:
+        """Boxes and scores before NMS; InputError for detectors of two stages, or with another head."""
+        head = type(getattr(self, "bbox_head", None)).__name__
+        if head not in (known := ("RetinaHead", "RTMDetHead", "RTMDetSepBNHead")):
+            raise InputError(
+                f"model.type={type(self).__name__!r} cannot be exported; expected a detector of one stage with the "
+                f"head {', '.join(known)}, such as 'det/retinanet_efficientvim_m4_1x_coco'"
+            )
+        return _Candidates(self, cfg)
 
     @staticmethod
     def options(parser: argparse._ArgumentGroup) -> None:

@@ -83,7 +83,8 @@ class _Images:
     @staticmethod
     def check(settings: dict, cfg: Config) -> list[str] | None:
         """The class names, if the reader has them; InputError if the model has another number of classes."""
-        asked = {key: settings[key] for key in ("name", "split", "data_root") if settings.get(key)}
+        keys = ("name", "split", "data_root", "num_samples", "download")
+        asked = {key: settings[key] for key in keys if settings.get(key)}
         if missing := {"name", "split"} - set(asked):
             raise InputError(f"config: a data set of timm's without {min(missing)!r}; expected name and split")
         asked.setdefault("data_root", None)
@@ -134,6 +135,8 @@ class TimmShards(_Images, torch.utils.data.IterableDataset):
         self.inner.set_loader_cfg(num_workers=num_workers)
         info = getattr(self.reader, "split_info", None)
         shards, readers = len(getattr(info, "filenames", ())), getattr(self.reader, "global_num_workers", 1)
+        if name.startswith("hfids/") and not self.reader.download:
+            shards = self.reader.builder.as_streaming_dataset(split=split).num_shards
         if shards and shards < readers and not self.test_mode:
             raise InputError(
                 f"data set {name!r}, split {split!r}: {shards} shards for {readers} readers; expected fewer workers"

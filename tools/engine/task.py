@@ -127,6 +127,15 @@ class Task:
         """The module whose state dict a checkpoint stores."""
         return self
 
+    def exported(self, cfg: Config) -> nn.Module:
+        """What `linzoo export` writes of this model: a function of images, with timm's `pretrained_cfg`.
+
+        InputError if there is none.
+        """
+        raise InputError(
+            f"model.type={type(self).__name__!r} cannot be exported; expected a model of images or volumes"
+        )
+
     def predict_files(self, job: Job) -> list[dict[str, Any]]:
         """Predicts for every input of a job and writes the results; returns the entries of predictions.json."""
         raise InputError(f"model.type={type(self).__name__!r} predicts nothing from the command line; expected Python")
@@ -172,6 +181,10 @@ class TimmModel(Task, BaseModel):
         """Does nothing: timm initialises or loads in `create_model`, and doing it again would undo a loading."""
 
     def weights(self) -> nn.Module:
+        """The timm model."""
+        return self.model
+
+    def exported(self, cfg: Config) -> nn.Module:
         """The timm model."""
         return self.model
 
