@@ -5,8 +5,8 @@ rounded. A method may round the inputs of scans and softmax attention.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .reparam import fold_ranges
 from .rotation import block_hadamard, klt_rotation, rotation
 from .smooth import read_maxima, smoothing
 from .taps import layers, measure, tap, tapped
-from .transforms import fold_gains, remove_online, rotate, scale
+from .transforms import Online, fold_gains, online_matrices, remove_online, rotate, scale
 
 __all__ = [
     "METHODS",
@@ -35,11 +35,13 @@ __all__ = [
     "quamba2",
     "quantize",
     "repq",
+    "simulate",
     "smooth",
 ]
 
 Images = Sequence[Tensor]
 Clusters = dict[str, Tensor]
+Rounding = tuple[Quantizer | LogQuantizer, Range]
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Quantized:
         model: The copy; hooks round the inputs of its layers.
         weight_bits: Bits of layer weights.
         activation_bits: Bits of layer inputs; None if they are not rounded.
-        ranges: Ranges of these inputs, by tap name; over all clusters if a method has some.
+        inputs: How these inputs are rounded, by tap name.
         left: Taps of scans whose mixer multiplies by `x_proj` itself; its inputs there are not rounded.
         method: The method used.
     """
@@ -84,15 +86,35 @@ class Quantized:
     model: nn.Module
     weight_bits: int
     activation_bits: int | None
-    ranges: dict[str, tuple[float, float]]
+    inputs: dict[str, Rounding]
     left: tuple[str, ...]
     method: Method
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Ranges of the inputs, by tap name; over all clusters if a method has some."""
+        return {name: (float(low.min()), float(high.max())) for name, (_, (low, high)) in self.inputs.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """An ordinary state dict of the model, with rounded weights; inputs are no longer rounded."""
         plain = copy.deepcopy(self.model)
         remove_online(plain)
         return plain.state_dict()
+
+    def simulation(self) -> dict[str, Any]:
+        """What `state_dict` lacks, as plain data for `simulate`; empty if inputs are not rounded.
+
+        ``inputs`` has the quantiser and the range of each tap. ``online`` has the matrices by which hooks multiply a
+        module's input, and its weight as rounded, since `state_dict` undoes these matrices there.
+        """
+        if not self.inputs:
+            return {}
+        online = {
+            name: (self.model.get_parameter(f"{name}.weight").detach().clone(), matrices)
+            for name, matrices in online_matrices(self.model).items()
+        }
+        inputs = {name: (asdict(quantizer), low, high) for name, (quantizer, (low, high)) in self.inputs.items()}
+        return dict(inputs=inputs, online=online, scans=self.method.scans, attention=self.method.attention)
 
     def size(self) -> int:
         """Bytes of the weights, packed: integers, and 4 bytes each for every scale and its zero point."""
@@ -341,7 +363,7 @@ def quantize(
     with torch.no_grad(), tapped(model, see, **kinds):
         for batch in images:
             model(batch)
-    found: dict[str, tuple[Quantizer | LogQuantizer, Range]] = {}
+    found: dict[str, Rounding] = {}
     unseen = []
     for name, (quantizer, observer) in rounding.items():
         try:
@@ -352,15 +374,48 @@ def quantize(
     if missed:
         raise ValueError(f"model: no image reaches {missed[0]!r} of {_name(model)}; expected all layers to be used")
 
+    _round_inputs(model, found, **kinds)
+    return Quantized(model, weight_bits, activation_bits, found, tuple(unseen), method)
+
+
+def _round_inputs(model: nn.Module, inputs: Mapping[str, Rounding], **kinds: bool) -> None:
     def rounded(name: str, x: Tensor) -> Tensor:
-        if name not in found:
+        if name not in inputs:
             return x
-        quantizer, range = found[name]
-        return quantizer(x, range)
+        quantizer, (low, high) = inputs[name]
+        return quantizer(x, (low.to(x), high.to(x)))
 
     tap(model, rounded, **kinds)
-    ranges = {name: (float(low.min()), float(high.max())) for name, (_, (low, high)) in found.items()}
-    return Quantized(model, weight_bits, activation_bits, ranges, tuple(unseen), method)
+
+
+@torch.no_grad()
+def simulate(model: nn.Module, simulation: Mapping[str, Any]) -> None:
+    """Make a model with the weights of `Quantized.state_dict` compute what the quantised one does, in place.
+
+    Args:
+        model: Of the same kind, in eval mode.
+        simulation: From `Quantized.simulation`; plain data, which `torch.load` reads with ``weights_only=True``.
+
+    Raises:
+        ValueError: it is not of this form, or belongs to another model.
+    """
+    modules = dict(model.named_modules())
+    try:
+        inputs = {
+            name: ((Quantizer if "symmetric" in settings else LogQuantizer)(**settings), (low, high))
+            for name, (settings, low, high) in simulation["inputs"].items()
+        }
+        for name in inputs:
+            if name not in modules:
+                modules[name.rpartition(".")[0]]  # a tap inside that module
+        for name, (weight, matrices) in simulation["online"].items():
+            modules[name].get_parameter("weight").copy_(weight)
+            for matrix in matrices:
+                modules[name].register_forward_pre_hook(Online(matrix))
+        kinds = {kind: bool(simulation[kind]) for kind in ("scans", "attention")}
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"simulation: expected that of {_name(model)}, got another ({type(e).__name__}: {e})") from e
+    _round_inputs(model, inputs, **kinds)
 
 
 def _name(model: nn.Module) -> str:

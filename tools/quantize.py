@@ -11,9 +11,9 @@ groups of 128.
 --bits: w8a8 and w4a8 round weights and layer inputs; w8 and w4a16 round only weights.
 
 Arithmetic is simulated in floating point. Norms, dense convolutions and scans (except quamba2's inputs) are not
-rounded. `quantized.pth` is a checkpoint of the same model with rounded weights; `linzoo test`, `predict` and `export`
-take it. They do not round layer inputs, and say so; the last row of the table shows that case. The ranges are in the
-file, under `quantization`.
+rounded. `quantized.pth` is a checkpoint of the same model with rounded weights. It also says how inputs are rounded:
+`linzoo test` and `predict` do so. Other readers, such as `linzoo export`, take the weights alone, and say so; the last
+row of the table shows that case.
 """
 
 import argparse
@@ -130,11 +130,11 @@ def main(argv: list[str] | None = None) -> None:
     results.append(logits(model, compared))
     file = Path(args.out, FILE)
     facts = {"method": args.method, "bits": args.bits, "images": args.images, "ranges": quantized.ranges}
-    write_checkpoint(file, state, classes, quantization=facts)
+    write_checkpoint(file, state, classes, quantization=facts | {"simulation": quantized.simulation()})
     table = rich.table.Table("weights", "MB", "logit error", "same class, %", box=rich.box.SIMPLE)
     if labels is not None:
         table.add_column("accuracy, %")
-    names = ("float", f"{args.bits}, simulated", FILE)
+    names = ("float", f"{args.bits}, simulated", "weights alone")
     sizes = (size, quantized.size(), quantized.size())
     for name, found, nbytes in zip(names, [expected, *results], sizes, strict=True):
         same = (found.argmax(1) == expected.argmax(1)).double().mean()
@@ -144,8 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         table.add_row(*cells)
     rich.console.Console(highlight=False).print(table)
     where = f"{len(expected)} images of {args.test}" if args.test else f"the {len(expected)} calibration images"
-    print(f"over {where}; the error is that of logits over their spread between images; MB as if packed;")
-    print(f"what {FILE} reads is not rounded")
+    print(f"over {where}; the error is that of logits over their spread between images; MB as if packed")
     print(file)
 
 

@@ -13,7 +13,17 @@ from torch import nn
 
 from linzoo.backbones.layers import S6
 from linzoo.quantization import MinMaxObserver, Quantizer, invariances, layers, tapped
-from linzoo.quantization.quantize import METHODS, mambaquant, minmax, quamba2, quantize, repq, smooth, weights_of
+from linzoo.quantization.quantize import (
+    METHODS,
+    mambaquant,
+    minmax,
+    quamba2,
+    quantize,
+    repq,
+    simulate,
+    smooth,
+    weights_of,
+)
 from linzoo.quantization.reorder import clusters, scan_axes, sort_channels
 from linzoo.quantization.taps import TappedAttention
 from linzoo.quantization.transforms import Online
@@ -46,6 +56,26 @@ def test_many_bits_change_nothing(family, method):
     assert 0 < relative(plain(x), expected) < limit
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "family, method", [("vim", "mambaquant"), ("plain_nc_ssd", "quamba2"), ("kat", "repq"), ("vrwkv", "smooth")]
+)
+def test_simulation_in_another_model(family, method, tmp_path):
+    """A file without code holds all that is rounded: an ordinary model then computes exactly the same."""
+    model, x = copy.deepcopy(built(family)).float(), images(torch.float32)
+    found = quantize(model, [x], METHODS[method])
+    torch.save((found.state_dict(), found.simulation()), tmp_path / "q.pth")
+    weights, simulation = torch.load(tmp_path / "q.pth", weights_only=True)
+    plain = timm.create_model(FAMILIES[family][0], num_classes=7, **FAMILIES[family][1]).eval()
+    plain.load_state_dict(weights)
+    assert not torch.equal(plain(x), found.model(x))
+    simulate(plain, simulation)
+    assert torch.equal(plain(x), found.model(x))
+    with pytest.raises(ValueError, match="simulation: expected that of 'Linear', got another"):
+        simulate(nn.Linear(1, 1), simulation)
+    assert not quantize(model, [x], METHODS[method], 8, None).simulation()
 
 
 @torch.no_grad()
