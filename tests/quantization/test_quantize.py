@@ -83,7 +83,7 @@ def test_simulation_in_another_model(family, method, tmp_path):
 def test_weights_and_inputs_lie_on_grids(family):
     """Every linear map: its weights take 2^4 values a row, its inputs 2^8 in all."""
     found = quantize(built(family), [images(torch.float64)], smooth, 4, 8)
-    for weight, _ in weights_of(found.model, 4, found.method):
+    for weight, _ in weights_of(found.model, 4, found.method).values():
         for row in weight.flatten(0, -2 if weight.dim() == 3 else 0).flatten(1):
             assert row.unique().numel() <= 16
     seen, quantizer = {}, Quantizer(8)
@@ -287,7 +287,7 @@ def test_quamba2_gives_clusters_ranges(family):
         assert (labels[name].view(rows.shape).diff(dim=1) >= 0).all()
     found = quantize(built(family), [x], quamba2, 4, 8)
     assert {name.rpartition(".")[2] for name in found.ranges} >= {"x", "B", "C"}
-    for weight, quantizer in weights_of(found.model, 4, quamba2):
+    for weight, quantizer in weights_of(found.model, 4, quamba2).values():
         assert quantizer.symmetric and (quantizer.granularity == "group") == (weight.shape[-1] % 128 == 0)
 
 
@@ -303,7 +303,7 @@ def test_groups_of_weights_count_as_such():
     model = nn.Sequential(nn.Linear(256, 8, bias=False))
     found = quantize(model, [torch.randn(2, 256)], replace(minmax, symmetric=True, group=128), 4, None)
     assert found.size() == 256 * 8 // 2 + 8 * 16
-    [(weight, quantizer)] = weights_of(found.model, 4, found.method)
+    [(weight, quantizer)] = weights_of(found.model, 4, found.method).values()
     assert quantizer.group == 128 and all(part.unique().numel() <= 15 for part in weight.view(16, 128))
     plain = quantize(model, [torch.randn(2, 256)], replace(minmax, group=128), 8, None)
     assert plain.size() == 256 * 8 + 8 * 8
