@@ -82,6 +82,32 @@ def test_of_a_name(folder, capsys):
     assert set(torch.load("out/quantized.pth", weights_only=True)) == {"state_dict", "meta", "quantization"}
 
 
+def test_several_are_compared(config, data, capsys):
+    """Of each method and number of bits the mean over checkpoints; what does not apply is named and left out."""
+    file = config('model = dict(type="Classifier", model_name="test_vit", num_classes=3, img_size=32)')
+    for seed in range(2):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_vit", num_classes=3, img_size=32).state_dict(), data / f"{seed}.pth")
+    checkpoints = [str(data / f"{seed}.pth") for seed in range(2)]
+    options = ("--calib", str(data / "train"), "--images", "4", "--test", str(data / "val"))
+    methods = ("--method", "minmax", "quamba2", "--bits", "w8a8", "w4a16", "--rounding", "nearest", "gptq")
+    quantize.main([file, *checkpoints, *methods, *options])
+    said, noted = capsys.readouterr()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+    found = {line[0]: line[1:] for line in lines[2:]}
+    names = [f"{bits}, minmax, {rounding}" for bits in ("w8a8", "w4a16") for rounding in ("nearest", "gptq")]
+    assert list(found) == ["float", *names] and "over 6 images of" in said and "mean of 2 checkpoints" in said
+    assert "quamba2 needs a family that declares the channels of its scans, got 'test_vit'" in noted
+    errors = {name: float(cells[1].split()[0]) for name, cells in found.items()}
+    assert 0 == errors["float"] < errors[names[0]] < errors[names[2]] and " to " in found["float"][0]
+    for argv, line in (
+        ((*options, "--out", "out"), "--out out, --test"),
+        (options[:4], "--test None: several are compared; expected only --test"),
+    ):
+        assert line in refused(capsys, quantize.main, file, *checkpoints, *argv)
+    assert "--out is missing; expected a folder" in refused(capsys, quantize.main, file, checkpoints[0], *options)
+
+
 @torch.no_grad()
 def test_simulation_of_another_model(folder, capsys):
     """A file whose `simulation` belongs to another model, or that has none, as older ones."""
