@@ -60,28 +60,27 @@ def tune(cfg: Config, pruned: Path, epochs: int, work_dir: Path) -> float:
 def compare(args: argparse.Namespace) -> None:
     """Prints every method at every ratio: the mean over the checkpoints, the least and the largest."""
     found: dict[str, list[tuple[float, ...]]] = {}
-    count = 0
-    for weights in args.checkpoint or [None]:
+    checkpoints, count = args.checkpoint or [None], 0
+    for weights in checkpoints:
         model, prepare, classes = open_model(args.model, weights, args.cfg_options)
         compared, labels = labelled(args.test, model, prepare)
         count = len(labels)
-        found.setdefault("before", []).append((accuracy(logits(model, compared), labels),))
-        for method, ratio in itertools.product(args.method, args.ratio):
+        for what in (None, *itertools.product(args.method, args.ratio)):
             pruned = copy.deepcopy(model)
-            names = run(pruned, method, ratio)
+            names = run(pruned, *what) if what else []
             row = [accuracy(logits(pruned, compared), labels)]
             if args.epochs:
                 with tempfile.TemporaryDirectory() as folder:
                     file = Path(folder, FILE)
                     write_checkpoint(file, pruned.state_dict(), classes, pruning={"names": names})
                     row.append(tune(load_config(args.model, args.cfg_options), file, args.epochs, Path(folder, "run")))
-            found.setdefault(f"{method}, {ratio:g}", []).append(tuple(row))
+            found.setdefault("{}, {:g}".format(*what) if what else "all weights", []).append(tuple(row))
     after = [f"after {args.epochs} epochs"] * bool(args.epochs)
     table = rich.table.Table("method, ratio", "accuracy, %", *after, box=rich.box.MARKDOWN)
     for name, values in found.items():
         table.add_row(name, *(spread(part, 2) for part in zip(*values, strict=True)))
     rich.console.Console(highlight=False, width=120).print(table)
-    print(f"over {count} images of {args.test}, mean of {len(found['before'])} checkpoints (least to largest)")
+    print(f"over {count} images of {args.test}; mean of {len(checkpoints)} checkpoints (least to largest)")
 
 
 def run(model: nn.Module, method: str, ratio: float) -> list[str]:
@@ -140,9 +139,8 @@ def main(argv: list[str] | None = None) -> None:
     print(file)
     if args.epochs:
         work_dir = Path(args.out, "trained")
-        print(
-            f"after {args.epochs} epochs: {tune(load_config(args.model, args.cfg_options), file, args.epochs, work_dir):.2f} %"
-        )
+        top1 = tune(load_config(args.model, args.cfg_options), file, args.epochs, work_dir)
+        print(f"after {args.epochs} epochs: {top1:.2f} %")
         print(work_dir / "export/model.safetensors")
 
 

@@ -130,8 +130,8 @@ def compare(args: argparse.Namespace) -> None:
     """Prints every method with every number of bits: the mean over the checkpoints, the least and the largest."""
     found: dict[str, list[tuple[float, float]]] = {}
     combined = list(itertools.product(args.bits, args.method, args.rounding))
-    skipped, count = {}, 0
-    for weights in args.checkpoint or [None]:
+    checkpoints, skipped, count = args.checkpoint or [None], {}, 0
+    for weights in checkpoints:
         model, prepare, _ = open_model(args.model, weights, args.cfg_options)
         batches = calibration(args.calib, args.images, prepare)
         compared, labels = labelled(args.test, model, prepare)
@@ -152,7 +152,7 @@ def compare(args: argparse.Namespace) -> None:
         accuracies, errors = zip(*values, strict=True)
         table.add_row(name, spread(accuracies, 2), spread(errors, 3))
     rich.console.Console(highlight=False, width=120).print(table)
-    print(f"over {count} images of {args.test}; mean of {len(found['float'])} checkpoints (least to largest);")
+    print(f"over {count} images of {args.test}; mean of {len(checkpoints)} checkpoints (least to largest);")
     print("the error is that of logits over their spread between images")
 
 

@@ -74,8 +74,8 @@ def test_several_are_compared_and_trained(config, data, tmp_path, capsys):
     prune.main([file, *checkpoints, "--method", "dimap", "channels", "--ratio", "0.3", *options])
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     found = {name.strip(): [float(cell.split()[0]) for cell in cells if cell.strip()] for name, *cells in lines[2:]}
-    assert list(found) == ["before", "dimap, 0.3", "channels, 0.3"]
-    assert [len(row) for row in found.values()] == [1, 2, 2]
+    assert list(found) == ["all weights", "dimap, 0.3", "channels, 0.3"]
+    assert [len(row) for row in found.values()] == [2, 2, 2]
     prune.main([file, checkpoints[0], "--ratio", "0.5", "--out", str(tmp_path / "out"), *options])
     assert "after 1 epochs: " in capsys.readouterr().out
     pruned = torch.load(tmp_path / "out/pruned.pth", weights_only=True)
