@@ -45,6 +45,7 @@ from linzoo.tools.export import load
 from linzoo.tools.outliers import logit_error, spread
 
 BITS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a16": (4, None), "w8": (8, None)}
+ROUNDINGS = get_args(Rounding)
 FILE = "quantized.pth"
 
 
@@ -166,8 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="*", help="a weights file of any trainer")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["mambaquant"], help="default: mambaquant")
     parser.add_argument("--bits", nargs="+", choices=BITS, default=["w8a8"], help="default: w8a8")
-    roundings = dict(choices=get_args(Rounding), default=[None], help="default: the method's")
-    parser.add_argument("--rounding", nargs="+", **roundings)
+    parser.add_argument("--rounding", nargs="+", choices=ROUNDINGS, default=[None], help="default: the method's own")
     parser.add_argument("--calib", required=True, metavar="DIR", help="folder of images to calibrate on")
     parser.add_argument("--images", type=int, default=32, metavar="N", help="how many of them; default: 32")
     parser.add_argument("--test", metavar="DIR", help="folder of class folders to test on; default: --calib's images")
