@@ -1,6 +1,6 @@
-"""A plain ViT of two blocks on crops of photographs (`make_data.py patches`), which are harder than digits."""
+"""A VMamba of five narrow blocks on crops of photographs (`make_data.py patches`), which are harder than digits."""
 
-_base_ = ["./plain_digits.py"]
+_base_ = ["./vmamba_t_digits.py"]
 
 patches = dict(data_root="data/patches", make="patches")
 train_dataloader = dict(dataset=patches)
