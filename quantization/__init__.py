@@ -1,6 +1,7 @@
 """Quantisation of the zoo: transforms that keep a model's outputs, observers, and simulated quantisers."""
 
 from .fake import LogQuantizer, Quantizer, log_sqrt2
+from .gptq import gptq, second_moments
 from .invariances import Axis, Slot, invariances
 from .observers import BestRangeObserver, ChannelObserver, MinMaxObserver, PercentileObserver, best_range
 from .reorder import clusters, sort_channels
@@ -25,6 +26,7 @@ __all__ = [
     "clusters",
     "fold_gains",
     "fold_ranges",
+    "gptq",
     "hadamard",
     "has_hadamard",
     "invariances",
@@ -38,6 +40,7 @@ __all__ = [
     "rotate",
     "rotation",
     "scale",
+    "second_moments",
     "shift",
     "smoothing",
     "sort_channels",

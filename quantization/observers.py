@@ -125,7 +125,7 @@ class ChannelObserver:
         self.groups, self.covariant = groups, covariance
         self.largest: Tensor | None = None
         self.products: Tensor | None = None
-        self.sums: Tensor | None = None
+        self.sums: Tensor | float = 0.0
         self.count = 0
 
     def see(self, x: Tensor) -> None:
@@ -136,7 +136,7 @@ class ChannelObserver:
         if self.covariant:
             products, sums = rows.mT @ rows, rows.sum(-2)
             self.products = products if self.products is None else self.products + products
-            self.sums = sums if self.sums is None else self.sums + sums
+            self.sums = self.sums + sums
             self.count += rows.shape[-2]
 
     def maxima(self) -> Tensor:
@@ -145,12 +145,16 @@ class ChannelObserver:
             raise ValueError("maxima: expected tensors to have been seen, got none")
         return self.largest
 
+    def second_moments(self) -> Tensor:
+        """``E[x^T x]``, of the shape of `covariance`; raises ValueError as that does."""
+        if self.products is None:
+            raise ValueError("covariance: expected an observer with covariance=True that saw tensors")
+        return self.products / self.count
+
     def covariance(self) -> Tensor:
         """``(n, n)`` or ``(G, n, n)``, float64; raises ValueError if it was not requested or nothing was seen."""
-        if self.products is None or self.sums is None:
-            raise ValueError("covariance: expected an observer with covariance=True that saw tensors")
-        mean = self.sums / self.count
-        return self.products / self.count - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        moments, mean = self.second_moments(), torch.as_tensor(self.sums) / self.count
+        return moments - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
 def best_range(x: Tensor, quantizer: Quantizer, shares: Sequence[float] = SHARES) -> Range:

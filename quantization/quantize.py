@@ -5,9 +5,9 @@ rounded. A method may round the inputs of scans and softmax attention.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from linzoo.backbones.layers import S6, CausalConv, GroupedLinear
 
 from .fake import LogQuantizer, Quantizer, Range
+from .gptq import gptq, second_moments
 from .invariances import Axis, invariances
 from .observers import BestRangeObserver, MinMaxObserver, Observer
 from .reorder import scan_axes, sort_channels
@@ -22,7 +23,7 @@ from .reparam import fold_ranges
 from .rotation import block_hadamard, klt_rotation, rotation
 from .smooth import read_maxima, smoothing
 from .taps import layers, measure, tap, tapped
-from .transforms import fold_gains, remove_online, rotate, scale
+from .transforms import Online, fold_gains, online_matrices, remove_online, rotate, scale
 
 __all__ = [
     "METHODS",
@@ -35,11 +36,14 @@ __all__ = [
     "quamba2",
     "quantize",
     "repq",
+    "simulate",
     "smooth",
 ]
 
 Images = Sequence[Tensor]
 Clusters = dict[str, Tensor]
+Input = tuple[Quantizer | LogQuantizer, Range]
+Rounding = Literal["nearest", "gptq"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Method:
         scans: Whether x, B and C of scans are rounded, symmetrically; B and C per scan.
         symmetric: Whether weights are rounded symmetrically.
         group: Input channels that share a scale in weights of 4 bits or fewer; None for a whole row.
+        gptq: Whether weights of 4 bits or fewer are rounded by GPTQ, not to the nearest value.
     """
 
     name: str
@@ -66,6 +71,11 @@ class Method:
     scans: bool = False
     symmetric: bool = False
     group: int | None = None
+    gptq: bool = False
+
+    def rounding(self, weight_bits: int) -> "Rounding":
+        """How it rounds weights of so many bits."""
+        return "gptq" if self.gptq and weight_bits <= 4 else "nearest"
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class Quantized:
         model: The copy; hooks round the inputs of its layers.
         weight_bits: Bits of layer weights.
         activation_bits: Bits of layer inputs; None if they are not rounded.
-        ranges: Ranges of these inputs, by tap name; over all clusters if a method has some.
+        inputs: How these inputs are rounded, by tap name.
         left: Taps of scans whose mixer multiplies by `x_proj` itself; its inputs there are not rounded.
         method: The method used.
     """
@@ -84,9 +94,14 @@ class Quantized:
     model: nn.Module
     weight_bits: int
     activation_bits: int | None
-    ranges: dict[str, tuple[float, float]]
+    inputs: dict[str, Input]
     left: tuple[str, ...]
     method: Method
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Ranges of the inputs, by tap name; over all clusters if a method has some."""
+        return {name: (float(low.min()), float(high.max())) for name, (_, (low, high)) in self.inputs.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """An ordinary state dict of the model, with rounded weights; inputs are no longer rounded."""
@@ -94,32 +109,49 @@ class Quantized:
         remove_online(plain)
         return plain.state_dict()
 
+    def simulation(self) -> dict[str, Any]:
+        """What `state_dict` lacks, as plain data for `simulate`; empty if inputs are not rounded.
+
+        ``inputs`` has the quantiser and the range of each tap. ``online`` has the matrices by which hooks multiply a
+        module's input, and its weight as rounded, since `state_dict` undoes these matrices there.
+        """
+        if not self.inputs:
+            return {}
+        online = {
+            name: (self.model.get_parameter(f"{name}.weight").detach().clone(), matrices)
+            for name, matrices in online_matrices(self.model).items()
+        }
+        inputs = {name: (asdict(quantizer), low, high) for name, (quantizer, (low, high)) in self.inputs.items()}
+        return dict(inputs=inputs, online=online, scans=self.method.scans, attention=self.method.attention)
+
     def size(self) -> int:
         """Bytes of the weights, packed: integers, and 4 bytes each for every scale and its zero point."""
         total = sum(x.numel() * x.element_size() for x in self.model.state_dict().values())
-        for weight, quantizer in weights_of(self.model, self.weight_bits, self.method):
+        for weight, quantizer in weights_of(self.model, self.weight_bits, self.method).values():
             grouped = quantizer.granularity == "group"
             scales = weight.numel() // quantizer.group if grouped else quantizer.range(weight)[0].numel()
             total += weight.numel() * self.weight_bits / 8 + 8 * scales - weight.numel() * weight.element_size()
         return round(total)
 
 
-def weights_of(model: nn.Module, bits: int, method: Method) -> list[tuple[nn.Parameter, Quantizer]]:
-    """The weights of `layers` and how they are rounded: by output channel, or by group if a method has groups."""
-    found = []
+def weights_of(model: nn.Module, bits: int, method: Method) -> dict[str, tuple[nn.Parameter, Quantizer]]:
+    """The weights of `layers` by the tap of what they read, and how they are rounded.
 
-    def quantizer(weight: Tensor, axis: int | tuple[int, ...]) -> Quantizer:
-        if method.group and bits <= 4 and weight.shape[-1] % method.group == 0:
-            return Quantizer(bits, method.symmetric, "group", group=method.group)
-        return Quantizer(bits, method.symmetric, "channel", axis)
+    Each output channel has its own grid, or each group if a method has groups.
+    """
+    found = {}
 
-    for module in layers(model).values():
+    def add(name: str, weight: nn.Parameter, axis: int | tuple[int, ...]) -> None:
+        grouped = method.group and bits <= 4 and weight.shape[-1] % method.group == 0
+        kind = "group" if grouped else "channel"
+        found[name] = weight, Quantizer(bits, method.symmetric, kind, axis, method.group or 1)
+
+    for name, module in layers(model).items():
         if isinstance(module, S6):
-            weights, axes = (module.x_proj, module.dt_weight), (0, 1)
+            add(name, module.x_proj, (0, 1))
+            add(f"{name}.step", module.dt_weight, (0, 1))
         else:
-            weights = (module.weight,)
-            axes = (0, 1) if isinstance(module, GroupedLinear | CausalConv) else 0
-        found += [(weight, quantizer(weight, axes)) for weight in weights]
+            add(name, module.weight, (0, 1) if isinstance(module, GroupedLinear | CausalConv) else 0)
     return found
 
 
@@ -219,7 +251,7 @@ def _repq(model: nn.Module, images: Images) -> None:
 def _quamba2(model: nn.Module, images: Images) -> Clusters:
     """Quamba2 (arXiv 2503.22879): scan inputs are sorted and clustered; H in the stream and before `out_proj`.
 
-    Without GPTQ. Heads keep their places, since a cluster need not be contiguous here.
+    Heads keep their places, since a cluster need not be contiguous here.
     """
     found = sort_channels(model, images)
     for axis in _axes(model, "rotate"):
@@ -252,6 +284,7 @@ quamba2 = Method(
     scans=True,
     symmetric=True,
     group=128,
+    gptq=True,
 )
 METHODS: dict[str, Method] = {method.name: method for method in (minmax, smooth, mambaquant, repq, quamba2)}
 
@@ -295,6 +328,7 @@ def quantize(
     method: Method = mambaquant,
     weight_bits: int = 8,
     activation_bits: int | None = 8,
+    rounding: Rounding | None = None,
 ) -> Quantized:
     """A quantised copy of a model; the model itself is unchanged.
 
@@ -307,11 +341,16 @@ def quantize(
         method: What happens to channels first.
         weight_bits: 2 to 16.
         activation_bits: 2 to 16; None to round only weights.
+        rounding: 'nearest', or 'gptq' for linear maps (`linzoo.quantization.gptq`, on what they read before anything
+            is rounded); None for the method's own.
 
     Raises:
         ValueError: there are no images; the method does not apply; no image reaches a linear map or convolution; bits
-            are out of range.
+            are out of range; `rounding` is neither.
     """
+    rounding = rounding or method.rounding(weight_bits)
+    if rounding not in ("nearest", "gptq"):
+        raise ValueError(f"rounding: expected nearest or gptq, got {rounding!r}")
     if not images:
         raise ValueError("images: expected at least one batch, got none")
     model = copy.deepcopy(model).eval()
@@ -322,28 +361,29 @@ def quantize(
     if activation_bits is not None:
         Quantizer(activation_bits)
     clusters = method.transform(model, images) or {}
+    moments = second_moments(model, images) if rounding == "gptq" else {}
     with torch.no_grad():
-        for weight, quantizer in weights:
-            weight.copy_(quantizer(weight))
+        for name, (weight, quantizer) in weights.items():
+            weight.copy_(gptq(weight, moments[name], quantizer) if name in moments else quantizer(weight))
     if activation_bits is None:
         return Quantized(model, weight_bits, None, {}, (), method)
 
     scans = {name for name, module in model.named_modules() if isinstance(module, S6)}
-    rounding = {name: _rounding(name, scans, activation_bits, method, clusters) for name in layers(model)}
+    observed = {name: _rounding(name, scans, activation_bits, method, clusters) for name in layers(model)}
     kinds = dict(scans=method.scans, attention=method.attention)
 
     def see(name: str, x: Tensor) -> Tensor:
-        if name not in rounding:
-            rounding[name] = _rounding(name, scans, activation_bits, method, clusters)
-        rounding[name][1].see(x)
+        if name not in observed:
+            observed[name] = _rounding(name, scans, activation_bits, method, clusters)
+        observed[name][1].see(x)
         return x
 
     with torch.no_grad(), tapped(model, see, **kinds):
         for batch in images:
             model(batch)
-    found: dict[str, tuple[Quantizer | LogQuantizer, Range]] = {}
+    found: dict[str, Input] = {}
     unseen = []
-    for name, (quantizer, observer) in rounding.items():
+    for name, (quantizer, observer) in observed.items():
         try:
             found[name] = quantizer, observer.range()
         except ValueError:
@@ -352,15 +392,48 @@ def quantize(
     if missed:
         raise ValueError(f"model: no image reaches {missed[0]!r} of {_name(model)}; expected all layers to be used")
 
+    _round_inputs(model, found, **kinds)
+    return Quantized(model, weight_bits, activation_bits, found, tuple(unseen), method)
+
+
+def _round_inputs(model: nn.Module, inputs: Mapping[str, Input], **kinds: bool) -> None:
     def rounded(name: str, x: Tensor) -> Tensor:
-        if name not in found:
+        if name not in inputs:
             return x
-        quantizer, range = found[name]
-        return quantizer(x, range)
+        quantizer, (low, high) = inputs[name]
+        return quantizer(x, (low.to(x), high.to(x)))
 
     tap(model, rounded, **kinds)
-    ranges = {name: (float(low.min()), float(high.max())) for name, (_, (low, high)) in found.items()}
-    return Quantized(model, weight_bits, activation_bits, ranges, tuple(unseen), method)
+
+
+@torch.no_grad()
+def simulate(model: nn.Module, simulation: Mapping[str, Any]) -> None:
+    """Make a model with the weights of `Quantized.state_dict` compute what the quantised one does, in place.
+
+    Args:
+        model: Of the same kind, in eval mode.
+        simulation: From `Quantized.simulation`; plain data, which `torch.load` reads with ``weights_only=True``.
+
+    Raises:
+        ValueError: it is not of this form, or belongs to another model.
+    """
+    modules = dict(model.named_modules())
+    try:
+        inputs = {
+            name: ((Quantizer if "symmetric" in settings else LogQuantizer)(**settings), (low, high))
+            for name, (settings, low, high) in simulation["inputs"].items()
+        }
+        for name in inputs:
+            if name not in modules:
+                modules[name.rpartition(".")[0]]  # a tap inside that module
+        for name, (weight, matrices) in simulation["online"].items():
+            modules[name].get_parameter("weight").copy_(weight)
+            for matrix in matrices:
+                modules[name].register_forward_pre_hook(Online(matrix))
+        kinds = {kind: bool(simulation[kind]) for kind in ("scans", "attention")}
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"simulation: expected that of {_name(model)}, got another ({type(e).__name__}: {e})") from e
+    _round_inputs(model, inputs, **kinds)
 
 
 def _name(model: nn.Module) -> str:

@@ -89,8 +89,11 @@ def rotation(n: int, seed: int = 0) -> Tensor:
     return q * r.diagonal().sign()
 
 
+@functools.cache
 def block_hadamard(n: int) -> Tensor:
     """Diagonal blocks of Hadamard matrices, of the largest order that divides `n`: for run-time rotations.
+
+    Layers of one width share the tensor, so a file stores it once. Do not write into it.
 
     Returns:
         ``(n, n)``, float64.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .invariances import Axis
 
-__all__ = ["Online", "fold_gains", "permute", "remove_online", "rotate", "scale"]
+__all__ = ["Online", "fold_gains", "online_matrices", "permute", "remove_online", "rotate", "scale"]
 
 
 class Online:
@@ -117,6 +117,15 @@ def permute(model: nn.Module, axis: Axis, order: Tensor) -> None:
     fold_gains(model, axis)
     for slot, part in _slots(model, axis):
         part.copy_(part.index_select(slot.dim, order.to(part.device)))
+
+
+def online_matrices(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The matrices of `Online` hooks by module name, in the order in which they multiply."""
+    hooks = {
+        name: [hook.matrix for hook in module._forward_pre_hooks.values() if isinstance(hook, Online)]
+        for name, module in model.named_modules()
+    }
+    return {name: matrices for name, matrices in hooks.items() if matrices}
 
 
 @torch.no_grad()

@@ -267,6 +267,44 @@ def photos(out: str | os.PathLike) -> None:
     _write_whole(Path(out), write)
 
 
+PATCH_CLASSES = ["astronaut", "brick", "camera", "chelsea", "china", "coffee", "flower", "grass", "gravel"]
+PATCH_CLASSES += ["motorcycle"]
+
+
+def patches(out: str | os.PathLike) -> None:
+    """Crops of ten photographs as `out/{train,val}/<photograph>/<index>.png`, 32x32 grey: which one is it from?
+
+    300 and 150 per photograph of scikit-learn's and scikit-image's, 24 to 48 px wide before they are resized. The
+    photographs are cut into tiles of 64 px. Every fourth is for validation alone, so no pixel is in both parts. Always
+    the same data. The folder appears whole or not at all; an existing one is left as it is.
+    """
+    import numpy as np
+    from PIL import Image
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    side = 64
+
+    def write(folder: Path) -> None:
+        rng = np.random.default_rng(0)
+        found = dict(zip(("china", "flower"), load_sample_images().images, strict=True))
+        found["motorcycle"] = data.stereo_motorcycle()[0]
+        for name in PATCH_CLASSES:
+            photo = Image.fromarray(found[name] if name in found else getattr(data, name)()).convert("L")
+            rows, columns = photo.height // side, photo.width // side
+            tiles = [(x, y) for y in range(rows) for x in range(columns)]
+            for part, count in (("train", 300), ("val", 150)):
+                mine = [tile for tile in tiles if ((tile[0] + 2 * tile[1]) % 4 == 0) == (part == "val")]
+                (folder / part / name).mkdir(parents=True)
+                for i in range(count):
+                    (x, y), width = mine[rng.integers(len(mine))], int(rng.integers(24, 49))
+                    left, top = (side * n + int(rng.integers(side - width + 1)) for n in (x, y))
+                    crop = photo.crop((left, top, left + width, top + width))
+                    crop.resize((32, 32), Image.BICUBIC).save(folder / part / name / f"{i:03d}.png")
+
+    _write_whole(Path(out), write)
+
+
 def photographs() -> "tuple[dict[str, np.ndarray], dict[str, np.ndarray]]":
     """Colour photographs (H, W, 3), uint8, from scikit-learn and scikit-image: for training, and held out."""
     from skimage import data
@@ -433,7 +471,7 @@ def _write_whole(out: Path, write: Callable[[Path], None]) -> None:
         temporary.rename(out)
 
 
-_MAKES = (beating, bouncing, digits, high_digits, inked, low_digits, lumps, moving, noisy, photos, scenes)
+_MAKES = (beating, bouncing, digits, high_digits, inked, low_digits, lumps, moving, noisy, patches, photos, scenes)
 MAKERS = {make.__name__: make for make in _MAKES}
 
 

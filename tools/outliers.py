@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 
 import rich.box
 import rich.console
@@ -70,6 +71,12 @@ def logit_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).square().mean().sqrt() / spread)
 
 
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean, and if there are several values the least and the largest in brackets."""
+    mean, *ends = (f"{x:.{digits}f}" for x in (statistics.mean(values), min(values), max(values)))
+    return f"{mean} ({' to '.join(ends)})" if len(values) > 1 else mean
+
+
 @torch.no_grad()
 def errors(seed: int, weight_bits: int, model_name: str = "vim_t", size: int = 224, **kwargs) -> dict[str, float]:
     """The error of every method, for one seed of weights, outliers and images.
@@ -109,11 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     table = rich.table.Table("method", *rows, box=rich.box.SIMPLE)
     for name in METHODS:
-        cells = []
-        for found in rows.values():
-            values = [row[name] for row in found]
-            cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-        table.add_row(name, *cells)
+        table.add_row(name, *(spread([row[name] for row in found], 3) for found in rows.values()))
     rich.console.Console(highlight=False).print(table)
     print(f"error of logits over their spread between images, mean (least to largest) of {args.seeds} seeds; ", end="")
     print(f"{time.perf_counter() - begin:.0f} s")

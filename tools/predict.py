@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg, out = load_config(args.config, args.cfg_options), Path(args.out)
     task = task_of(cfg)
     model = build(cfg)
-    classes = load_weights(task.weights(model), args.checkpoint)
+    classes = load_weights(task.weights(model), args.checkpoint, simulated=True)
     model.to(get_device()).eval()
     folder = Path(args.input or ".")
     folder = folder if folder.is_dir() else folder.parent

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     cfg = load_config(args.config, args.cfg_options)
-    read_checkpoint(args.checkpoint)
+    read_checkpoint(args.checkpoint, simulated=True)
     prepare_data(cfg)
     cfg.model = without_start(cfg.model)
     cfg.load_from, cfg.resume = None, False
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg.experiment_name = cfg.work_dir  # runs with one name share loggers and histories in mmengine
         runner = Runner.from_cfg(cfg)
         task = task_of(cfg)
-        load_weights(task.weights(runner.model), args.checkpoint)
+        load_weights(task.weights(runner.model), args.checkpoint, simulated=True)
         if task.tables:
             for handler in runner.logger.handlers:  # tables per class; training writes them only to its log file
                 handler.filters.clear()

@@ -13,7 +13,17 @@ from torch import nn
 
 from linzoo.backbones.layers import S6
 from linzoo.quantization import MinMaxObserver, Quantizer, invariances, layers, tapped
-from linzoo.quantization.quantize import METHODS, mambaquant, minmax, quamba2, quantize, repq, smooth, weights_of
+from linzoo.quantization.quantize import (
+    METHODS,
+    mambaquant,
+    minmax,
+    quamba2,
+    quantize,
+    repq,
+    simulate,
+    smooth,
+    weights_of,
+)
 from linzoo.quantization.reorder import clusters, scan_axes, sort_channels
 from linzoo.quantization.taps import TappedAttention
 from linzoo.quantization.transforms import Online
@@ -49,11 +59,31 @@ def test_many_bits_change_nothing(family, method):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "family, method", [("vim", "mambaquant"), ("plain_nc_ssd", "quamba2"), ("kat", "repq"), ("vrwkv", "smooth")]
+)
+def test_simulation_in_another_model(family, method, tmp_path):
+    """A file without code holds all that is rounded: an ordinary model then computes exactly the same."""
+    model, x = copy.deepcopy(built(family)).float(), images(torch.float32)
+    found = quantize(model, [x], METHODS[method])
+    torch.save((found.state_dict(), found.simulation()), tmp_path / "q.pth")
+    weights, simulation = torch.load(tmp_path / "q.pth", weights_only=True)
+    plain = timm.create_model(FAMILIES[family][0], num_classes=7, **FAMILIES[family][1]).eval()
+    plain.load_state_dict(weights)
+    assert not torch.equal(plain(x), found.model(x))
+    simulate(plain, simulation)
+    assert torch.equal(plain(x), found.model(x))
+    with pytest.raises(ValueError, match="simulation: expected that of 'Linear', got another"):
+        simulate(nn.Linear(1, 1), simulation)
+    assert not quantize(model, [x], METHODS[method], 8, None).simulation()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["vim", "vmamba", "vssd", "vrwkv", "groupmamba"])
 def test_weights_and_inputs_lie_on_grids(family):
     """Every linear map: its weights take 2^4 values a row, its inputs 2^8 in all."""
     found = quantize(built(family), [images(torch.float64)], smooth, 4, 8)
-    for weight, _ in weights_of(found.model, 4, found.method):
+    for weight, _ in weights_of(found.model, 4, found.method).values():
         for row in weight.flatten(0, -2 if weight.dim() == 3 else 0).flatten(1):
             assert row.unique().numel() <= 16
     seen, quantizer = {}, Quantizer(8)
@@ -257,7 +287,7 @@ def test_quamba2_gives_clusters_ranges(family):
         assert (labels[name].view(rows.shape).diff(dim=1) >= 0).all()
     found = quantize(built(family), [x], quamba2, 4, 8)
     assert {name.rpartition(".")[2] for name in found.ranges} >= {"x", "B", "C"}
-    for weight, quantizer in weights_of(found.model, 4, quamba2):
+    for weight, quantizer in weights_of(found.model, 4, quamba2).values():
         assert quantizer.symmetric and (quantizer.granularity == "group") == (weight.shape[-1] % 128 == 0)
 
 
@@ -273,7 +303,7 @@ def test_groups_of_weights_count_as_such():
     model = nn.Sequential(nn.Linear(256, 8, bias=False))
     found = quantize(model, [torch.randn(2, 256)], replace(minmax, symmetric=True, group=128), 4, None)
     assert found.size() == 256 * 8 // 2 + 8 * 16
-    [(weight, quantizer)] = weights_of(found.model, 4, found.method)
+    [(weight, quantizer)] = weights_of(found.model, 4, found.method).values()
     assert quantizer.group == 128 and all(part.unique().numel() <= 15 for part in weight.view(16, 128))
     plain = quantize(model, [torch.randn(2, 256)], replace(minmax, group=128), 8, None)
     assert plain.size() == 256 * 8 + 8 * 8

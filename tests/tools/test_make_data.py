@@ -71,6 +71,34 @@ def test_bouncing(tmp_path):
         assert (ink.max(1) / ink.min(1)).max() < 2.5, "what is hidden is hidden behind the other digit"
 
 
+def test_patches(tmp_path, monkeypatch):
+    """Ten classes of grey crops, the same every time; where a photograph is validated on, it does not train."""
+    for name in ("one", "two"):
+        make_data.main(["patches", "--out", str(tmp_path / name)])
+    for part, count in (("train", 300), ("val", 150)):
+        for name in make_data.PATCH_CLASSES:
+            files = sorted((tmp_path / "one" / part / name).iterdir())
+            assert len(files) == count
+            for file in files[:20]:
+                assert Image.open(file).size == (32, 32) and Image.open(file).mode == "L"
+                assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
+    seen, crop = {"train": np.zeros((512, 512), bool), "val": np.zeros((512, 512), bool)}, Image.Image.crop
+
+    def note(photo, box):
+        boxes.append(box)
+        return crop(photo, box)
+
+    boxes = []
+    monkeypatch.setattr(make_data, "PATCH_CLASSES", ["camera"])
+    monkeypatch.setattr(Image.Image, "crop", note)
+    make_data.patches(tmp_path / "three")
+    for part, found in (("train", boxes[:300]), ("val", boxes[300:])):
+        for left, top, right, bottom in found:
+            seen[part][top:bottom, left:right] = True
+    assert len(boxes) == 450 and not (seen["train"] & seen["val"]).any()
+    assert seen["train"].mean() > 0.5 and seen["val"].mean() > 0.15
+
+
 def test_scenes(tmp_path):
     """Label maps, boxes and masks tell the same of every image; digits stand out; the same every time."""
     for name in ("one", "two"):

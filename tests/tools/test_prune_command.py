@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from test_bad_input import refused
 from test_finetune import run as finetuned
 from test_finetune import write_classes
@@ -61,6 +62,37 @@ def test_checkpoint_serves_the_other_tools(tmp_path, monkeypatch, capsys):
     predict.main([config, "out/pruned.pth", "data/digits/val/3", "--out", "seen"])
     export.main([config, "out/pruned.pth", "--format", "torch", "--size", "32", "32", "--out", "made"])
     assert (tmp_path / "made/model.pt2").exists() and (tmp_path / "seen/predictions.json").exists()
+
+
+def test_several_are_compared_and_trained(config, data, tmp_path, capsys):
+    """Of each method and ratio the mean over checkpoints, also after training by the config, which keeps the zeros."""
+    file = config('model = dict(type="Classifier", model_name="test_vit", num_classes=3, img_size=32)')
+    checkpoints = [str(tmp_path / f"{seed}.pth") for seed in range(2)]
+    for checkpoint in checkpoints:
+        torch.save(timm.create_model("test_vit", num_classes=3, img_size=32).state_dict(), checkpoint)
+    options = ("--test", str(data / "val"), "--epochs", "1")
+    prune.main([file, *checkpoints, "--method", "dimap", "channels", "--ratio", "0.3", *options])
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    found = {name.strip(): [float(cell.split()[0]) for cell in cells if cell.strip()] for name, *cells in lines[2:]}
+    assert list(found) == ["all weights", "dimap, 0.3", "channels, 0.3"]
+    assert [len(row) for row in found.values()] == [2, 2, 2]
+    prune.main([file, checkpoints[0], "--ratio", "0.5", "--out", str(tmp_path / "out"), *options])
+    assert "after 1 epochs: " in capsys.readouterr().out
+    pruned = torch.load(tmp_path / "out/pruned.pth", weights_only=True)
+    trained = load_file(tmp_path / "out/trained/export/model.safetensors")
+    for name in pruned["pruning"]["names"]:
+        kept = pruned["state_dict"][name] != 0
+        assert not trained[name][~kept].any() and (trained[name] != pruned["state_dict"][name])[kept].any()
+    for argv, line in (
+        (
+            ("test_vit", "--ratio", "0.5", "--epochs", "1"),
+            "--epochs 1, MODEL 'test_vit': expected a positive number and",
+        ),
+        ((file, "--ratio", "0.5", "--epochs", "-1"), "--epochs -1, MODEL"),
+        ((file, "--ratio", "0.3", "0.5", "--out", "out"), "--out out, --test None: several are compared"),
+        ((file, "--ratio", "0.3"), "--out is missing; expected a folder to write to"),
+    ):
+        assert line in refused(capsys, prune.main, *argv)
 
 
 def test_bad_input(weights, capsys):

@@ -12,8 +12,10 @@ from test_bad_input import refused
 import linzoo.backbones  # noqa: F401
 from linzoo.tools import cli, export, make_data, outliers, predict, quantize
 from linzoo.tools import test as evaluate
+from linzoo.tools.engine.weights import load_weights
 
 CONFIG = "cls/groupmamba_t_digits"
+NOT_ROUNDED = "checkpoint 'out/quantized.pth' is quantised: its weights are rounded, what layers read is not"
 
 
 @pytest.fixture
@@ -46,8 +48,8 @@ def test_checkpoint_serves_the_other_tools(folder, capsys, method, bits):
     run("--method", method, "--bits", bits, "--test", "data/digits/val")
     said = capsys.readouterr().out
     found = rows(said)
-    assert list(found) == ["float", f"{bits}, simulated", "quantized.pth"]
-    (full, *zero), (packed, error, same, _), plain = found.values()
+    assert list(found) == ["float", f"{bits}, simulated", "weights alone"]
+    (full, *zero), (packed, error, same, accuracy), plain = found.values()
     assert zero[:2] == [0, 100] and packed < full / (4 if bits == "w4a8" else 3)
     assert 0 < error < (0.5 if bits != "w4a8" else 3) and plain[1] > 0
     assert "over 360 images of data/digits/val" in said
@@ -58,15 +60,15 @@ def test_checkpoint_serves_the_other_tools(folder, capsys, method, bits):
     assert content["meta"]["dataset_meta"]["classes"] == list("0123456789")
     evaluate.main([CONFIG, "out/quantized.pth"])
     said, noted = capsys.readouterr()
-    accuracy = json.loads(said.splitlines()[-1])
-    warned = "checkpoint 'out/quantized.pth' is quantised: its weights are rounded, what layers read is not"
-    assert (warned in noted) == (bits != "w8")
-    assert accuracy["accuracy/top1"] == pytest.approx(plain[3], abs=0.01)
+    metrics = json.loads(said.splitlines()[-1])
+    assert ("quantized.pth' is quantised: the inputs of " in noted) == (bits != "w8") and NOT_ROUNDED not in noted
+    assert metrics["accuracy/top1"] == pytest.approx(accuracy, abs=0.01)
     predict.main([CONFIG, "out/quantized.pth", "data/digits/val/3", "--out", "seen"])
     labels = json.loads((folder / "seen/predictions.json").read_text())
     assert len(labels) == len(list((folder / "data/digits/val/3").iterdir()))
+    capsys.readouterr()
     export.main([CONFIG, "out/quantized.pth", "--format", "torch", "--size", "32", "32", "--out", "made"])
-    assert (folder / "made/model.pt2").exists()
+    assert (folder / "made/model.pt2").exists() and (NOT_ROUNDED in capsys.readouterr().err) == (bits != "w8")
 
 
 def test_of_a_name(folder, capsys):
@@ -78,6 +80,50 @@ def test_of_a_name(folder, capsys):
     assert "over the 2 calibration images" in said and len(rows(said)) == 3
     assert "scans' x_proj read inputs that are not rounded" in noted
     assert set(torch.load("out/quantized.pth", weights_only=True)) == {"state_dict", "meta", "quantization"}
+
+
+def test_several_are_compared(config, data, capsys):
+    """Of each method and number of bits the mean over checkpoints; what does not apply is named and left out."""
+    file = config('model = dict(type="Classifier", model_name="test_vit", num_classes=3, img_size=32)')
+    for seed in range(2):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_vit", num_classes=3, img_size=32).state_dict(), data / f"{seed}.pth")
+    checkpoints = [str(data / f"{seed}.pth") for seed in range(2)]
+    options = ("--calib", str(data / "train"), "--images", "4", "--test", str(data / "val"))
+    methods = ("--method", "minmax", "quamba2", "--bits", "w8a8", "w4a16", "--rounding", "nearest", "gptq")
+    quantize.main([file, *checkpoints, *methods, *options])
+    said, noted = capsys.readouterr()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+    found = {line[0]: line[1:] for line in lines[2:]}
+    names = [f"{bits}, minmax, {rounding}" for bits in ("w8a8", "w4a16") for rounding in ("nearest", "gptq")]
+    assert list(found) == ["float", *names] and "over 6 images of" in said and "mean of 2 checkpoints" in said
+    assert "quamba2 needs a family that declares the channels of its scans, got 'test_vit'" in noted
+    errors = {name: float(cells[1].split()[0]) for name, cells in found.items()}
+    assert 0 == errors["float"] < errors[names[0]] < errors[names[2]] and " to " in found["float"][0]
+    for argv, line in (
+        ((*options, "--out", "out"), "--out out, --test"),
+        (options[:4], "--test None: several are compared; expected only --test"),
+    ):
+        assert line in refused(capsys, quantize.main, file, *checkpoints, *argv)
+    assert "--out is missing; expected a folder" in refused(capsys, quantize.main, file, checkpoints[0], *options)
+
+
+@torch.no_grad()
+def test_simulation_of_another_model(folder, capsys):
+    """A file whose `simulation` belongs to another model, or that has none, as older ones."""
+    run("--method", "minmax")
+    model = timm.create_model("groupmamba_t", num_classes=10)
+    content = torch.load("out/quantized.pth", weights_only=True)
+    state, how = content["state_dict"], content["quantization"]["simulation"]
+    how["inputs"]["gone.fc"] = how["inputs"].pop("head")
+    torch.save(content, "wrong.pth")
+    with pytest.raises(quantize.InputError, match="simulation: expected that of 'groupmamba_t', got another"):
+        load_weights(model, "wrong.pth", simulated=True)
+    del content["quantization"]["simulation"]
+    torch.save(content, "old.pth")
+    with pytest.warns(UserWarning, match="'old.pth' is quantised: its weights are rounded, what layers read is not"):
+        load_weights(model, "old.pth", simulated=True)
+    assert torch.equal(model.head.weight, state["head.weight"]) and not model.head._forward_pre_hooks
 
 
 def grey(path, value, size=8):

@@ -32,8 +32,13 @@ def config_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with CONFIG and --cfg-options."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="config file")
-    parser.add_argument("--cfg-options", nargs="+", action=_Options, metavar="KEY=VALUE", help="override the config")
+    add_cfg_options(parser)
     return parser
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --cfg-options."""
+    parser.add_argument("--cfg-options", nargs="+", action=_Options, metavar="KEY=VALUE", help="override the config")
 
 
 def command(main: Callable[[list[str] | None], None]) -> Callable[..., None]:

@@ -1,8 +1,10 @@
 """Loads checkpoints strictly, and tells which model they belong to."""
 
 import functools
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 from timm.models import PretrainedCfg, get_pretrained_cfg
@@ -12,6 +14,7 @@ from linzoo.backbones import checkpoints
 from linzoo.backbones.layers.adapters import plain_to_adapted
 from linzoo.backbones.layers.without_memory import without_memory
 from linzoo.backbones.openmmlab import LinZooBackbone
+from linzoo.quantization.quantize import simulate
 
 from .errors import InputError, note
 
@@ -23,15 +26,32 @@ class Fit(NamedTuple):
     anew: list[str]
 
 
-def read_checkpoint(path: str | Path) -> checkpoints.Checkpoint:
+def simulation(path: str | Path) -> dict[str, Any] | None:
+    """How `linzoo quantize` rounds the inputs of layers, if a file says so (see `linzoo.quantization.quantize`)."""
+    try:
+        plain = Path(path).is_file() and not str(path).endswith(".safetensors")
+        content = checkpoints.load_plain(path, mmap=True) if plain else None
+    except ValueError:  # read_checkpoint says what is wrong
+        return None
+    facts = content.get("quantization") if isinstance(content, Mapping) else None
+    return facts.get("simulation") if isinstance(facts, Mapping) else None
+
+
+def read_checkpoint(path: str | Path, simulated: bool = False) -> checkpoints.Checkpoint:
     """`linzoo.backbones.checkpoints.read_checkpoint`, with InputError for unreadable files.
 
     A model name instead of a path means its published weights.
+
+    Args:
+        simulated: The caller rounds the inputs of layers where the file says how: then there is no warning.
     """
     if not Path(path).exists() and timm.is_model(str(path).partition(".")[0]):
         return checkpoints.Checkpoint(create_model(str(path), pretrained=True).state_dict(), None)
     try:
-        return checkpoints.read_checkpoint(path)
+        with warnings.catch_warnings():
+            if simulated and simulation(path):
+                warnings.filterwarnings("ignore", "checkpoint .* is quantised")
+            return checkpoints.read_checkpoint(path)
     except FileNotFoundError as e:
         what = "a folder" if Path(path).is_dir() else "no such file"
         raise InputError(f"checkpoint {str(path)!r}: {what}; expected an existing file") from e
@@ -39,18 +59,25 @@ def read_checkpoint(path: str | Path) -> checkpoints.Checkpoint:
         raise InputError(str(e)) from e
 
 
-def load_weights(model: nn.Module, path: str | Path) -> list[str] | None:
+def load_weights(model: nn.Module, path: str | Path, simulated: bool = False) -> list[str] | None:
     """Loads every tensor of a checkpoint from any trainer, in any layout; returns the checkpoint's class names.
 
     Args:
         model: the result of `timm.create_model`, or a segmenter or detector around a backbone.
         path: see `read_checkpoint`.
+        simulated: round the inputs of layers as the file of `linzoo quantize` says; other files change nothing.
 
     Raises:
         InputError: tensors differ in name or shape; the message says which registered variant they fit.
     """
-    state, classes = read_checkpoint(path)
+    state, classes = read_checkpoint(path, simulated)
     model.load_state_dict(fit(model, state, path).state, strict=False)
+    if simulated and (how := simulation(path)):
+        try:
+            simulate(model, how)
+        except ValueError as e:
+            raise InputError(f"checkpoint {str(path)!r}: {e}") from e
+        note(f"checkpoint {str(path)!r} is quantised: the inputs of {len(how['inputs'])} layers are rounded, too")
     return classes
 
 
