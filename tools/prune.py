@@ -75,7 +75,7 @@ def compare(args: argparse.Namespace) -> None:
                     write_checkpoint(file, pruned.state_dict(), classes, pruning={"names": names})
                     row.append(tune(load_config(args.model, args.cfg_options), file, args.epochs, Path(folder, "run")))
             found.setdefault("{}, {:g}".format(*what) if what else "all weights", []).append(tuple(row))
-    after = [f"after {args.epochs} epochs"] * bool(args.epochs)
+    after = [f"after --epochs {args.epochs}"] * bool(args.epochs)
     table = rich.table.Table("method, ratio", "accuracy, %", *after, box=rich.box.MARKDOWN)
     for name, values in found.items():
         table.add_row(name, *(spread(part, 2) for part in zip(*values, strict=True)))
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.epochs:
         work_dir = Path(args.out, "trained")
         top1 = tune(load_config(args.model, args.cfg_options), file, args.epochs, work_dir)
-        print(f"after {args.epochs} epochs: {top1:.2f} %")
+        print(f"after --epochs {args.epochs}: {top1:.2f} %")
         print(work_dir / "export/model.safetensors")
 
 

@@ -77,7 +77,7 @@ def test_several_are_compared_and_trained(config, data, tmp_path, capsys):
     assert list(found) == ["all weights", "dimap, 0.3", "channels, 0.3"]
     assert [len(row) for row in found.values()] == [2, 2, 2]
     prune.main([file, checkpoints[0], "--ratio", "0.5", "--out", str(tmp_path / "out"), *options])
-    assert "after 1 epochs: " in capsys.readouterr().out
+    assert "after --epochs 1: " in capsys.readouterr().out
     pruned = torch.load(tmp_path / "out/pruned.pth", weights_only=True)
     trained = load_file(tmp_path / "out/trained/export/model.safetensors")
     for name in pruned["pruning"]["names"]:
