@@ -11,6 +11,7 @@ import contextlib
 import gc
 import logging
 import os
+import subprocess
 import sys
 
 import pytest
@@ -43,6 +44,32 @@ def forget():
         torch.compiler.reset()
     gc.collect()
     gc.freeze()
+
+
+ALONE = """
+import sys
+import torch
+from torch._inductor import aoti_load_package
+
+package, given, found = sys.argv[1:]
+torch.save(aoti_load_package(package)(torch.load(given)), found)
+assert not [name for name in sys.modules if "linzoo" in name]
+"""
+
+
+@pytest.fixture
+def run_alone(tmp_path):
+    """``run_alone(package, inputs)``: what an AOTInductor package returns in a process that does not import LinZoo."""
+
+    def run(package, inputs):
+        given, found = tmp_path / "given.pt", tmp_path / "found.pt"
+        torch.save(inputs, given)
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        argv = [sys.executable, "-c", ALONE, *map(str, (package, given, found))]
+        subprocess.run(argv, cwd=tmp_path, env=env, check=True)
+        return torch.load(found)
+
+    return run
 
 
 @pytest.fixture(autouse=True)

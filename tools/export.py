@@ -36,7 +36,7 @@ from linzoo.ops.aoti import linked
 from linzoo.quantization.integer import per_group, qdq
 from linzoo.tools.engine.calibration import calibration, prepared_by_timm
 from linzoo.tools.engine.cli import command
-from linzoo.tools.engine.config import load_config, shipped_configs, task_of
+from linzoo.tools.engine.config import is_config, load_config, task_of
 from linzoo.tools.engine.errors import InputError, did_you_mean, note
 from linzoo.tools.engine.files import write_atomically
 from linzoo.tools.engine.task import build
@@ -52,7 +52,7 @@ TOLERANCE = 1e-3  # relative to the outputs' standard deviation
 
 def load(name: str, weights: str | None) -> tuple[nn.Module, dict]:
     """A model in eval mode, and timm's data config: `input_size` (C, H, W), `mean` and `std` of its images."""
-    if name.endswith(".py") or name.removesuffix(".py").removeprefix("configs/") in shipped_configs():
+    if is_config(name):
         cfg = load_config(name)
         if weights is None:
             raise InputError(f"MODEL {name!r} is a config: WEIGHTS is missing; expected its checkpoint")

@@ -33,11 +33,11 @@ from torch import nn
 from linzoo.quantization.prune import PRUNINGS, Pruning, prune, sparsity
 from linzoo.tools import train
 from linzoo.tools.engine.cli import add_cfg_options, command
-from linzoo.tools.engine.config import TOP_LEVEL, load_config
+from linzoo.tools.engine.config import TOP_LEVEL, is_config, load_config
 from linzoo.tools.engine.errors import InputError
 from linzoo.tools.engine.task import without_start
 from linzoo.tools.outliers import logit_error, spread
-from linzoo.tools.quantize import accuracy, is_config, labelled, logits, open_model, write_checkpoint
+from linzoo.tools.quantize import accuracy, compares, labelled, logits, open_model, write_checkpoint
 
 FILE = "pruned.pth"
 
@@ -110,13 +110,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--ratio {wrong[0]:g}: expected more than 0 and less than 1")
     if args.epochs and (args.epochs < 0 or not is_config(args.model)):
         raise InputError(f"--epochs {args.epochs}, MODEL {args.model!r}: expected a positive number and a config")
-    if max(map(len, (args.checkpoint, args.method, args.ratio))) > 1:
-        if args.out or not args.test:
-            raise InputError(f"--out {args.out}, --test {args.test}: several are compared; expected only --test")
+    if compares(args, args.checkpoint, args.method, args.ratio):
         compare(args)
         return
-    if not args.out:
-        raise InputError("--out is missing; expected a folder to write to")
     [method], [ratio], weights = args.method, args.ratio, next(iter(args.checkpoint), None)
     model, prepare, classes = open_model(args.model, weights, args.cfg_options)
     compared, labels = labelled(args.test, model, prepare) if args.test else ([], None)

@@ -36,7 +36,7 @@ from linzoo.quantization.quantize import METHODS, Quantized, Rounding, quantize
 from linzoo.tools.engine.calibration import Prepare, calibration, prepared_by_timm
 from linzoo.tools.engine.classifier import Classifier, find_classes
 from linzoo.tools.engine.cli import add_cfg_options, command
-from linzoo.tools.engine.config import load_config, shipped_configs
+from linzoo.tools.engine.config import is_config, load_config
 from linzoo.tools.engine.errors import InputError, note
 from linzoo.tools.engine.files import write_atomically
 from linzoo.tools.engine.task import Job, build
@@ -47,11 +47,6 @@ from linzoo.tools.outliers import logit_error, spread
 BITS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a16": (4, None), "w8": (8, None)}
 ROUNDINGS = get_args(Rounding)
 FILE = "quantized.pth"
-
-
-def is_config(name: str) -> bool:
-    """Whether MODEL is one of our configs, shipped or a file."""
-    return name.endswith(".py") or name.removeprefix("configs/") in shipped_configs()
 
 
 def open_model(
@@ -127,6 +122,16 @@ def run(model: nn.Module, batches: list[Tensor], method: str, bits: str, roundin
         raise InputError(f"--method {method}: {e}") from e
 
 
+def compares(args: argparse.Namespace, *given: list) -> bool:
+    """Whether an argument was given several values; InputError if --out and --test do not fit that."""
+    if several := max(map(len, given)) > 1:
+        if args.out or not args.test:
+            raise InputError(f"--out {args.out}, --test {args.test}: several are compared; expected only --test")
+    elif not args.out:
+        raise InputError("--out is missing; expected a folder to write to")
+    return several
+
+
 def compare(args: argparse.Namespace) -> None:
     """Prints every method with every number of bits: the mean over the checkpoints, the least and the largest."""
     found: dict[str, list[tuple[float, float]]] = {}
@@ -176,13 +181,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.images < 2:
         raise InputError(f"--images {args.images}: expected at least 2")
-    if max(map(len, (args.checkpoint, args.method, args.bits, args.rounding))) > 1:
-        if args.out or not args.test:
-            raise InputError(f"--out {args.out}, --test {args.test}: several are compared; expected only --test")
+    if compares(args, args.checkpoint, args.method, args.bits, args.rounding):
         compare(args)
         return
-    if not args.out:
-        raise InputError("--out is missing; expected a folder to write to")
     [method], [bits], [rounding], weights = args.method, args.bits, args.rounding, next(iter(args.checkpoint), None)
     model, prepare, classes = open_model(args.model, weights, args.cfg_options)
     batches = calibration(args.calib, args.images, prepare)

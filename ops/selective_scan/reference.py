@@ -94,7 +94,7 @@ def selective_scan(
 
 
 def chunked(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge):
-    """As `selective_scan` for a fixed length T, in about 2 sqrt(T) steps: all chunks are walked together.
+    """As `selective_scan` for one state and a fixed length T, in about 2 sqrt(T) steps: all chunks are walked together.
 
     Each chunk starts from zero. Then the chunks' last states are joined, and each step adds the state before its chunk
     times the product of its decays since, which lies in [0, 1].
@@ -105,13 +105,10 @@ def chunked(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge):
     steps = u_.shape[1]
     size = math.isqrt(steps - 1) + 1
 
-    def chunks(x):  # (B, chunks, steps, G, ...); padding steps come last
-        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, -steps % size)).unflatten(1, (-1, size))
+    def chunks(x):  # (B, chunks, steps, G, D); padding steps come last
+        return F.pad(x, (0, 0, 0, 0, 0, -steps % size)).unflatten(1, (-1, size))
 
-    if A.shape[2] == 1:  # without an axis of states, which would take as long as the arithmetic
-        decay, write = torch.exp(delta * A[..., 0]), delta * u_ * B
-    else:
-        decay, write = torch.exp(delta.unsqueeze(-1) * A), (delta * u_).unsqueeze(-1) * B.unsqueeze(3)
+    decay, write = torch.exp(delta * A[..., 0]), delta * u_ * B
     h, since, states, products = None, None, [], []
     for keep, add in zip(chunks(decay).unbind(2), chunks(write).unbind(2), strict=True):
         h = add if h is None else keep * h + add
@@ -123,8 +120,7 @@ def chunked(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge):
         carried.append(before)
         before = keep * before + add
     h = torch.stack(states, 2) + torch.stack(products, 2) * torch.stack(carried, 1).unsqueeze(2)
-    h = h.flatten(1, 2)[:, :steps]
-    y = h * C if A.shape[2] == 1 else (h * C.unsqueeze(3)).sum(-1)
+    y = h.flatten(1, 2)[:, :steps] * C
     if D is not None:
         y = y + D * u_
     y = tokens_in_place(y, order, length)

@@ -1,9 +1,5 @@
 """Programs that hold a selective scan: torch.export keeps the operator, ONNX gets one Scan node; both at any length."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -116,32 +112,17 @@ class Examples(torch.nn.Module):
         return [EXAMPLES[op](torch.zeros)[0](**named) for op, named in inputs.items()]
 
 
-ALONE = """
-import sys
-import torch
-from torch._inductor import aoti_load_package
-
-package, given, found = sys.argv[1:]
-torch.save(aoti_load_package(package)(torch.load(given)), found)
-assert not [name for name in sys.modules if "linzoo" in name]
-"""
-
-
 @pytest.mark.slow
-def test_package_holds_every_kernel(tmp_path):
+def test_package_holds_every_kernel(tmp_path, run_alone):
     """Another process runs them without LinZoo."""
     torch.manual_seed(0)
     inputs = {op: make(torch.randn)[1] for op, make in EXAMPLES.items()}
     with use_backend("aoti"), torch.no_grad():
         program = torch.export.export(Examples(), (inputs,))
-    package, given, found = (str(tmp_path / name) for name in ("kernels.pt2", "x.pt", "y.pt"))
+    package = str(tmp_path / "kernels.pt2")
     with linked(program) as configs:
         torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=configs)
-    torch.save(inputs, given)
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    alone = [sys.executable, "-c", ALONE, package, given, found]
-    subprocess.run(alone, cwd=tmp_path, env=env, check=True)
-    for op, y, expected in zip(inputs, torch.load(found), Examples()(inputs), strict=True):
+    for op, y, expected in zip(inputs, run_alone(package, inputs), Examples()(inputs), strict=True):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4, msg=lambda text, op=op: f"{op}: {text}")
 
 

@@ -69,6 +69,11 @@ SECTIONS = {
 }
 
 
+def is_config(model: str) -> bool:
+    """Whether the MODEL of a command is one of our configs, a file or a shipped one, and not a model's name."""
+    return model.endswith(".py") or model.removeprefix("configs/") in shipped_configs()
+
+
 def find_config(path: str) -> str:
     """The file of a config: `path` if it exists, else the shipped config of that name, such as
     ``cls/groupmamba_t_digits``.
