@@ -81,14 +81,11 @@ class PlainMambaMixer(nn.Module):
         x = F.silu(self.conv(x.mT.unflatten(2, grid))).flatten(2).mT
         order = snakes(*grid, u.device).long()  # ONNX indexes only by int64
         place = order.argsort(dim=1)  # the step that visits each token
-        # Every path is a sequence of the batch, (B 4, L, 1, ...), because the paths share all parameters.
-        projected = F.linear(x, self.s6.x_proj[0]).unsqueeze(1)
-        projected = projected[:, 0, order] if self.consistent else projected
-        theta = self.direction[directions(order, grid[1])]
-        projected = projected + F.pad(theta, (self.s6.dt_rank, self.s6.d_state))
-        y = self.s6.scan(x[:, order].flatten(0, 1).unsqueeze(2), projected.flatten(0, 1).unsqueeze(2))
-        y = y.squeeze(2).unflatten(0, (-1, 4))
-        y = y[:, torch.arange(4, device=u.device)[:, None], place].sum(1)
+        projected = F.linear(x, self.s6.x_proj[0])
+        projected = projected.unsqueeze(1) if self.consistent else projected[:, place]
+        theta = self.direction[directions(order, grid[1]).gather(1, place)]
+        projected = projected + F.pad(theta, (self.s6.dt_rank, self.s6.d_state))  # (B, 4, L, R + 2 N)
+        y = self.s6.scan(x.unsqueeze(2).expand(-1, -1, 4, -1), projected.transpose(1, 2), order, merge=True)
         return self.out_proj(y * F.silu(z))
 
 

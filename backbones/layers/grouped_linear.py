@@ -4,18 +4,20 @@ import torch
 from torch import nn
 
 
-def grouped_linear(x, weight):
-    """``y[..., g, :] = weight[g] @ x[..., g, :]``.
+def grouped_linear(x, weight, bias=None):
+    """``y[..., g, :] = weight[g] @ x[..., g, :] + bias[g]``.
 
     Args:
         x: ``(..., G, I)``.
         weight: ``(G, O, I)``.
+        bias: ``(G, O)``.
 
     Returns:
         ``(..., G, O)``, a view of memory in which each group's rows are contiguous.
     """
     rows = x.flatten(0, -3).transpose(0, 1)
-    return torch.bmm(rows, weight.transpose(1, 2)).transpose(0, 1).unflatten(0, x.shape[:-2])
+    y = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+    return y.transpose(0, 1).unflatten(0, x.shape[:-2])
 
 
 class GroupedLinear(nn.Module):

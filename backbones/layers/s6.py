@@ -95,10 +95,14 @@ class S6(nn.Module):
         return grouped_linear(u, self.x_proj)
 
     def scan(self, u, projected, order=None, merge=False):
-        """As `forward` on ``(B, L, G, D)``, for callers who compute ``[r, B, C]`` ``(B, L, G, R + 2 N)`` themselves."""
+        """As `forward` on ``(B, L, G, D)``, for callers who compute ``[r, B, C]`` ``(B, L, G, R + 2 N)`` themselves.
+
+        A layer of one group scans any number of them with the same parameters.
+        """
         if u.dtype == torch.float16 and torch.is_autocast_enabled(u.device.type):
             u = u.float()  # scan outputs of 1e4 and more overflow in float16
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         bias = 2 * self.dt_bias if self.bias_twice else self.dt_bias
-        return selective_scan(u, dt, A, B, C, self.D, dt_weight=self.dt_weight, dt_bias=bias, order=order, merge=merge)
+        A, skip, weight, bias = (x.expand(u.shape[2], *x.shape[1:]) for x in (A, self.D, self.dt_weight, bias))
+        return selective_scan(u, dt, A, B, C, skip, dt_weight=weight, dt_bias=bias, order=order, merge=merge)

@@ -93,7 +93,7 @@ template <class T>
 struct Chunk {
   using V = typename Simd<T>::vec;
   int64_t length, tokens[kChunk];
-  V u[kChunk][kMaxVecs], delta[kChunk][kMaxVecs], input[kChunk][kMaxVecs], slope[kChunk][kMaxVecs];
+  V u[kMaxVecs][kChunk], delta[kMaxVecs][kChunk], input[kMaxVecs][kChunk], slope[kMaxVecs][kChunk];
 };
 
 template <bool kSlope, class S, class T>
@@ -108,21 +108,19 @@ void load_chunk(const Problem<S, T>& p, const Block<T>& block, int64_t k, Chunk<
     prefetch<false>(block, p.u.at(b, p.token(b, g, next), g));
     const S* u = p.u.at(b, c.tokens[t], g);
     const S* dt = p.dt.at(b, c.tokens[t], g);
-    V x[kMaxVecs];
-    for (int v = 0; v < vecs; ++v) x[v] = block.dt_bias[v] + (p.low_rank ? V{} : block.get(dt, v));
-    for (int64_t r = 0; r < p.R; ++r)
-      for (int v = 0; v < vecs; ++v) x[v] += block.dt_weight[r * vecs + v] * static_cast<T>(dt[r]);
     for (int v = 0; v < vecs; ++v) {
+      V x = block.dt_bias[v] + (p.low_rank ? V{} : block.get(dt, v));
+      for (int64_t r = 0; r < p.R; ++r) x += block.dt_weight[r * vecs + v] * static_cast<T>(dt[r]);
       if (!p.softplus) {
-        c.delta[t][v] = x[v];
-        c.slope[t][v] = broadcast<T>(1);
+        c.delta[v][t] = x;
+        c.slope[v][t] = broadcast<T>(1);
       } else if (kSlope) {
-        c.delta[t][v] = softplus<T>(x[v], c.slope[t][v]);
+        c.delta[v][t] = softplus<T>(x, c.slope[v][t]);
       } else {
-        c.delta[t][v] = softplus<T>(x[v]);
+        c.delta[v][t] = softplus<T>(x);
       }
-      c.u[t][v] = block.get(u, v);
-      c.input[t][v] = c.delta[t][v] * c.u[t][v];
+      c.u[v][t] = block.get(u, v);
+      c.input[v][t] = c.delta[v][t] * c.u[v][t];
     }
   }
 }
@@ -131,10 +129,12 @@ void load_chunk(const Problem<S, T>& p, const Block<T>& block, int64_t k, Chunk<
 template <int K, class S, class T>
 void load_projections(const Problem<S, T>& p, const Block<T>& block, const Chunk<T>& c, int64_t n, T (*B)[K],
                       T (*C)[K]) {
+  const S *b = p.Bm.at(block.batch, 0, block.group) + n, *cc = p.Cm.at(block.batch, 0, block.group) + n;
   for (int64_t t = 0; t < c.length; ++t) {
-    const S* b = p.Bm.at(block.batch, c.tokens[t], block.group) + n;
-    const S* cc = p.Cm.at(block.batch, c.tokens[t], block.group) + n;
-    for (int j = 0; j < K; ++j) B[t][j] = static_cast<T>(b[j]), C[t][j] = static_cast<T>(cc[j]);
+    for (int j = 0; j < K; ++j) {
+      B[t][j] = static_cast<T>(b[c.tokens[t] * p.Bm.token + j]);
+      C[t][j] = static_cast<T>(cc[c.tokens[t] * p.Cm.token + j]);
+    }
   }
 }
 
@@ -152,12 +152,12 @@ void forward_block(const Problem<S, T>& p, const Block<T>& block, Write write) {
   using V = typename Simd<T>::vec;
   const int vecs = block.vecs;
   std::vector<V> h(p.N * vecs, V{});
-  V y[kChunk][kMaxVecs];
+  V y[kMaxVecs][kChunk];
   Chunk<T> c;
   for (int64_t k = 0; k < p.chunks; ++k) {
     load_chunk<false>(p, block, k, c);
     for (int64_t t = 0; t < c.length; ++t)
-      for (int v = 0; v < vecs; ++v) y[t][v] = block.skip[v] * c.u[t][v];
+      for (int v = 0; v < vecs; ++v) y[v][t] = block.skip[v] * c.u[v][t];
     for_states(p.N, [&](int64_t n, auto states) {
       constexpr int K = decltype(states)::value;
       T B[kChunk][K], C[kChunk][K];
@@ -170,18 +170,18 @@ void forward_block(const Problem<S, T>& p, const Block<T>& block, Write write) {
           if (p.states) block.put(p.state(block.batch, block.group, k) + (n + j) * p.D, v, state[j]);
         }
         for (int64_t t = 0; t < c.length; ++t) {
-          V sum = y[t][v];
+          V sum = y[v][t];
           for (int j = 0; j < K; ++j) {
-            state[j] = exp2(c.delta[t][v] * A[j]) * state[j] + c.input[t][v] * B[t][j];
+            state[j] = exp2(c.delta[v][t] * A[j]) * state[j] + c.input[v][t] * B[t][j];
             sum += state[j] * C[t][j];
           }
-          y[t][v] = sum;
+          y[v][t] = sum;
         }
         for (int j = 0; j < K; ++j) h[(n + j) * vecs + v] = state[j];
       }
     });
     for (int64_t t = 0; t < c.length; ++t)
-      for (int v = 0; v < vecs; ++v) write(c.tokens[t], v, y[t][v]);
+      for (int v = 0; v < vecs; ++v) write(c.tokens[t], v, y[v][t]);
   }
 }
 
@@ -223,7 +223,7 @@ void backward_block(const Problem<S, T>& p, const Gradients<S, T>& o, const Bloc
   std::vector<V> carry(N * vecs, V{}), dA(N * vecs, V{}), dweight(R * vecs, V{});  // carry: dL/dh, decayed by one step
   ChannelSums<T> dB(N), dC(N), ddt(R);
   V dskip[kMaxVecs] = {}, dbias[kMaxVecs] = {};
-  V dy[kChunk][kMaxVecs], dinput[kChunk][kMaxVecs], ddelta[kChunk][kMaxVecs];
+  V dy[kMaxVecs][kChunk], dinput[kMaxVecs][kChunk], ddelta[kMaxVecs][kChunk];
   Chunk<T> c;
   for (int64_t k = p.chunks - 1; k >= 0; --k) {
     load_chunk<true>(p, block, k, c);
@@ -231,8 +231,8 @@ void backward_block(const Problem<S, T>& p, const Gradients<S, T>& o, const Bloc
       prefetch<true>(block, o.du.at(b, c.tokens[t], g));
       prefetch<false>(block, o.dy.at(b, p.token(b, g, std::max<int64_t>((k - 1) * kChunk + t, 0)), g));
       for (int v = 0; v < vecs; ++v) {
-        dy[t][v] = block.get(o.dy.at(b, c.tokens[t], g), v);
-        dinput[t][v] = ddelta[t][v] = V{};
+        dy[v][t] = block.get(o.dy.at(b, c.tokens[t], g), v);
+        dinput[v][t] = ddelta[v][t] = V{};
       }
     }
     for_states(N, [&](int64_t n, auto states) {
@@ -250,25 +250,25 @@ void backward_block(const Problem<S, T>& p, const Gradients<S, T>& o, const Bloc
         }
         for (int64_t t = 0; t < c.length; ++t)
           for (int j = 0; j < K; ++j) {
-            decay[t][j] = exp2(c.delta[t][v] * A[j]);
-            h[t + 1][j] = decay[t][j] * h[t][j] + c.input[t][v] * B[t][j];
+            decay[t][j] = exp2(c.delta[v][t] * A[j]);
+            h[t + 1][j] = decay[t][j] * h[t][j] + c.input[v][t] * B[t][j];
           }
         for (int64_t t = c.length - 1; t >= 0; --t) {
-          V to_input = dinput[t][v], to_delta = ddelta[t][v];
+          V to_input = dinput[v][t], to_delta = ddelta[v][t];
           for (int j = 0; j < K; ++j) {
             V& dCn = dC.at(t, n + j);
             V& dBn = dB.at(t, n + j);
-            dCn = (v ? dCn : V{}) + dy[t][v] * h[t + 1][j];
-            grad[j] += dy[t][v] * C[t][j];
-            dBn = (v ? dBn : V{}) + grad[j] * c.input[t][v];
+            dCn = (v ? dCn : V{}) + dy[v][t] * h[t + 1][j];
+            grad[j] += dy[v][t] * C[t][j];
+            dBn = (v ? dBn : V{}) + grad[j] * c.input[v][t];
             to_input += grad[j] * B[t][j];
             grad[j] *= decay[t][j];
             const V through_decay = grad[j] * h[t][j];
             to_delta += through_decay * A[j];
-            sum_A[j] += through_decay * c.delta[t][v];
+            sum_A[j] += through_decay * c.delta[v][t];
           }
-          dinput[t][v] = to_input;
-          ddelta[t][v] = to_delta;
+          dinput[v][t] = to_input;
+          ddelta[v][t] = to_delta;
         }
         for (int j = 0; j < K; ++j) {
           carry[(n + j) * vecs + v] = grad[j];
@@ -282,11 +282,11 @@ void backward_block(const Problem<S, T>& p, const Gradients<S, T>& o, const Bloc
       for (int v = 0; v < vecs; ++v) {
         const int64_t l = c.tokens[t];
         // A counts in units of log2(e)
-        ddelta[t][v] = (ddelta[t][v] * T(0.6931471805599453) + dinput[t][v] * c.u[t][v]) * c.slope[t][v];
-        dskip[v] += dy[t][v] * c.u[t][v];
-        dbias[v] += ddelta[t][v];
-        block.put(o.du.at(b, l, g), v, dinput[t][v] * c.delta[t][v] + block.skip[v] * dy[t][v]);
-        if (!p.low_rank) block.put(o.ddt.at(b, l, g), v, ddelta[t][v]);
+        ddelta[v][t] = (ddelta[v][t] * T(0.6931471805599453) + dinput[v][t] * c.u[v][t]) * c.slope[v][t];
+        dskip[v] += dy[v][t] * c.u[v][t];
+        dbias[v] += ddelta[v][t];
+        block.put(o.du.at(b, l, g), v, dinput[v][t] * c.delta[v][t] + block.skip[v] * dy[v][t]);
+        if (!p.low_rank) block.put(o.ddt.at(b, l, g), v, ddelta[v][t]);
       }
     for (int64_t r = 0; r < R; ++r) {
       V sums[kMaxVecs];
@@ -295,8 +295,8 @@ void backward_block(const Problem<S, T>& p, const Gradients<S, T>& o, const Bloc
         const T low = static_cast<T>(p.dt.at(b, c.tokens[t], g)[r]);
         V sum = {};
         for (int v = 0; v < vecs; ++v) {
-          sum += ddelta[t][v] * block.dt_weight[r * vecs + v];
-          sums[v] += ddelta[t][v] * low;
+          sum += ddelta[v][t] * block.dt_weight[r * vecs + v];
+          sums[v] += ddelta[v][t] * low;
         }
         ddt.at(t, r) = sum;
       }
