@@ -78,22 +78,24 @@ def _text(axes: str) -> str:
 
 
 def _check_shape(name: str, tensor: Tensor, axes: str, sizes: dict) -> None:
-    shape = tuple(tensor.shape)
-    front, star, back = axes.partition("*")
-    if len(shape) == len(axes) or (star and len(shape) >= len(axes) - 1):
-        end = len(shape) - len(back)
-        for axis, size in (*zip(front, shape, strict=False), *zip(back, shape[end:], strict=True)):
-            sizes.setdefault(axis, int(axis) if axis.isdigit() else size)
-        if star:
-            sizes.setdefault("*", shape[len(front) : end])
-    known = all(axis in sizes for axis in axes)
-    expected = ()
-    for axis in axes if known else "":
-        expected += sizes[axis] if axis == "*" else (sizes[axis],)
-    if not known or shape != expected:
-        raise ValueError(f"{name}: expected ({_text(axes)}){f' = {expected}' if known else ''}, got {shape}")
-    if any(sizes[axis] == 0 for axis in axes if axis not in "B*"):
-        raise ValueError(f"{name}: every size but the batch must be positive, got {shape}")
+    shape, plain = tuple(tensor.shape), axes
+    if "*" in axes and len(shape) >= len(axes) - 1:  # one axis for all that "*" stands for
+        at, count = axes.index("*"), len(shape) - len(axes) + 1
+        shape = (*shape[:at], shape[at : at + count], *shape[at + count :])
+    elif len(shape) != len(axes):
+        plain = ""
+    for axis, size in zip(plain, shape, strict=False):
+        if axis not in sizes:
+            sizes[axis] = int(axis) if axis.isdigit() else size
+        if sizes[axis] != size:
+            plain = ""
+        elif axis not in "B*" and size == 0:
+            raise ValueError(f"{name}: every size but the batch must be positive, got {tuple(tensor.shape)}")
+    if not plain:
+        known = ""
+        if all(axis in sizes for axis in axes):
+            known = f" = {tuple(x for axis in axes for x in (sizes[axis] if axis == '*' else (sizes[axis],)))}"
+        raise ValueError(f"{name}: expected ({_text(axes)}){known}, got {tuple(tensor.shape)}")
 
 
 def _check_order(order: Tensor, axes: str, sizes: dict) -> None:
