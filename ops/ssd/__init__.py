@@ -76,32 +76,29 @@ def ssd_state(
     length, dtype = x.shape[1], state_dtype(x.dtype)
     pad = -length % chunk_size  # steps with dt 0, which leave the state as it is
 
-    def chunks(t):  # (B, chunks, steps, G, heads of a group, ...)
+    def chunks(t, heads):  # (B, G, heads of a group, chunks, steps, ...)
         t = F.pad(t.to(dtype), (0, 0) * (t.dim() - 2) + (0, pad))
-        return t.unflatten(1, (-1, chunk_size))
+        return t.unflatten(1, (-1, chunk_size)).unflatten(3, (sizes["G"], heads)).movedim((3, 4), (1, 2))
 
-    group = (sizes["G"], -1)
-    u, B, C = chunks(x.to(dtype) * dt.to(dtype).unsqueeze(-1)).unflatten(3, group), chunks(B), chunks(C)
-    log_decay = (chunks(dt) * A.to(dtype)).unflatten(3, group)
-    total = log_decay.cumsum(2)  # (B, c, l, g, h)
+    heads = sizes["H"] // sizes["G"]
+    u, log_decay = chunks(x.to(dtype) * dt.to(dtype).unsqueeze(-1), heads), chunks(dt.to(dtype) * A.to(dtype), heads)
+    B, C = chunks(B, 1), chunks(C, 1)
 
-    # (B, c, l, s, g, h): the decay from step s to step l, summed separately for each pair. Differences of `total` would
+    # (..., l, s): the decay from step s to step l, summed separately for each pair. Differences of running sums would
     # lose the digits of A's gradient.
-    mask = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril()[:, :, None, None]
-    later = mask & ~mask.transpose(0, 1)
-    since = log_decay.unsqueeze(3).expand(-1, -1, -1, chunk_size, -1, -1).masked_fill(~later, 0).cumsum(2)
-    scores = torch.einsum("bclgn,bcsgn->bclsg", C, B).unsqueeze(-1)
-    y = torch.einsum("bclsgh,bcsghp->bclghp", scores * since.masked_fill(~mask, -torch.inf).exp(), u)
+    since = log_decay.unsqueeze(-1).expand(*log_decay.shape, chunk_size).tril(-1).cumsum(-2).exp().tril()
+    y = (C @ B.mT * since) @ u
 
-    final = torch.einsum("bcsgn,bcsgh,bcsghp->bcghnp", B, since[:, :, -1].exp(), u)
-    state, before = torch.zeros_like(final[:, 0]), []
+    final = (B * since[..., -1, :].unsqueeze(-1)).mT @ u  # (B, G, h, c, N, P)
+    total = log_decay.cumsum(-1).exp().unsqueeze(-1)
+    state, before = torch.zeros_like(final[:, :, :, 0]), []
     if initial is not None:
-        state = initial.to(dtype).mT.unflatten(1, group)
-    for c in range(final.shape[1]):
+        state = initial.to(dtype).mT.unflatten(1, (sizes["G"], heads))
+    for decay, written in zip(total[..., -1:, :].unbind(3), final.unbind(3), strict=True):
         before.append(state)
-        state = total[:, c, -1].exp()[..., None, None] * state + final[:, c]
-    y = y + torch.einsum("bclgn,bclgh,bcghnp->bclghp", C, total.exp(), torch.stack(before, 1))
-    y = y.flatten(3, 4).flatten(1, 2)[:, :length]
+        state = torch.addcmul(written, decay, state)
+    y = torch.addcmul(y, total, C @ torch.stack(before, 3))
+    y = y.movedim((1, 2), (3, 4)).flatten(3, 4).flatten(1, 2)[:, :length]
     y = y if D is None else y + D.to(dtype)[:, None] * x.to(dtype)
     return y.to(x.dtype), state.flatten(1, 2).mT
 
