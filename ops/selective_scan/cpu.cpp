@@ -316,7 +316,8 @@ void backward_block(const Problem<S, T>& p, const Gradients<S, T>& o, const Bloc
 // Calls f(d0, dn) for the blocks of at most kMaxVecs vectors that make up a split of the channels.
 template <class T, class F>
 void for_blocks(const Sizes& s, int64_t split, F f) {
-  const int64_t block = Simd<T>::width * (s.N > 4 ? 2 : kMaxVecs);  // many states: keep what a block holds in the L1 cache
+  const int64_t block =
+      Simd<T>::width * (s.N > 4 ? 2 : kMaxVecs);  // many states: keep what a block holds in the L1 cache
   const int64_t end = std::min(s.D, (split + 1) * s.split_channels);
   for (int64_t d = split * s.split_channels; d < end; d += block) f(d, std::min(block, end - d));
 }
