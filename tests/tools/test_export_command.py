@@ -70,6 +70,18 @@ def test_package_runs_without_linzoo(tmp_path, run_alone):
             run(wrong)
 
 
+@pytest.mark.parametrize("name", ["vrwkv_t", "vrwkv6_t", "vil_t", "vim_t"])
+def test_trace_at_the_size_of_the_positions(name):
+    """They fit the traced image as they are, and other images resized."""
+    model = timm.create_model(name, depth=2, img_size=32, global_pool="avg").eval()
+    axes = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=(axes,)).module()
+    for size in ((32, 32), (96, 64)):
+        x = torch.randn(3, 3, *size)
+        with torch.inference_mode():
+            torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_every_kernel_has_a_function_for_packages():
     for op in compile_cpu.sources():
         if backend_info()[op]["cpu"] is None:
