@@ -1,13 +1,13 @@
 """A recurrence as a Python loop, for autograd, or as one loop of the exported program."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
 
-def walk(step: Callable, state: tuple | Tensor, xs: tuple[Tensor, ...], use_scan: bool = False) -> tuple[Tensor, ...]:
+def walk(step: Callable, state: tuple | Tensor, xs: Sequence[Tensor], use_scan: bool = False) -> tuple[Tensor, ...]:
     """Outputs of ``step(state, x_t) -> (state, outputs)`` over dimension 1 of `xs`, stacked along it.
 
     With `use_scan` the loop is one `torch._higher_order_ops.scan`. Then outputs may not be parts of the state: clone
