@@ -878,6 +878,8 @@ def exported(model, form, scan, size, axes, folder, budget):
 def run_exports(args):
     """The `exports` part: the most dynamic axes for which a file is right, on random weights and images."""
     rows = []
+    if args.threads:
+        torch.set_num_threads(args.threads)
     for name in args.models or smallest_of_families():
         torch.manual_seed(0)
         fixed = args.scan == "chunked" or timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
@@ -935,6 +937,7 @@ def parse(argv):
     exports.add_argument("--formats", nargs="+", choices=["onnx", "torch", "aoti"], default=["onnx", "torch"])
     exports.add_argument("--scan", choices=list(export.SCANS), default="loop", help="form of scans in ONNX")
     exports.add_argument("--size", type=int, default=64, help="side of the square images")
+    exports.add_argument("--threads", type=int, help="of torch and ONNX Runtime; default: torch's own")
     quantized.set_defaults(device="cpu")
     exports.set_defaults(device="cpu")
     for part in (ops, models, linfusion):
@@ -978,6 +981,8 @@ def parse(argv):
             parser.error(f"--models: timm knows no {', '.join(wrong)}")
         if args.size < 1:
             parser.error("--size must be positive")
+        if args.threads is not None and args.threads < 1:
+            parser.error(f"--threads {args.threads}: expected a positive number")
     elif args.part == "linfusion":
         if importlib.util.find_spec("diffusers") is None:
             parser.error("linfusion needs diffusers: pip install 'linzoo[generate]'")

@@ -4,7 +4,8 @@ import math
 from functools import partial
 
 import torch
-from timm.layers import get_device_dtype, resample_abs_pos_embed, to_2tuple, trunc_normal_
+import torch.nn.functional as F
+from timm.layers import get_device_dtype, to_2tuple, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function
@@ -45,14 +46,15 @@ def resize_pos_embed(pos_embed, old_grid, new_grid, class_token, antialias=True,
 
     The class token is in the middle, or with `first` in front.
     """
-    if tuple(old_grid) == tuple(new_grid):
+    known = all(isinstance(side, int) for side in new_grid)  # exported for any size: resize even at the traced one
+    if known and tuple(old_grid) == tuple(new_grid):
         return pos_embed
-    sizes = dict(new_size=list(new_grid), old_size=list(old_grid), num_prefix_tokens=0, antialias=antialias)
-    if not class_token:
-        return resample_abs_pos_embed(pos_embed, **sizes)
     index = token_place(pos_embed.shape[1], first)
-    grid = resample_abs_pos_embed(without_token(pos_embed, first), **sizes)
-    return with_token(grid, pos_embed[:, index : index + 1], first)
+    rows = without_token(pos_embed, first) if class_token else pos_embed
+    image = rows.float().mT.unflatten(2, tuple(old_grid))
+    image = F.interpolate(image, tuple(new_grid), mode="bicubic", antialias=antialias)
+    rows = image.flatten(2).mT.to(pos_embed.dtype)
+    return with_token(rows, pos_embed[:, index : index + 1], first) if class_token else rows
 
 
 @register_notrace_function

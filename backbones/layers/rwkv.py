@@ -29,11 +29,12 @@ def q_shift(x, grid, heads=1):
     x = x.unflatten(1, grid).unflatten(-1, (heads, -1))
     width = x.shape[-1]
     left, right, above, below = x.tensor_split([width // 4, width // 2, width * 3 // 4], -1)
+    # Negative padding crops. A slice would leave a traced program in doubt whether the map has a second row.
     shifted = [
-        F.pad(left[:, :, :-1], (0, 0, 0, 0, 1, 0)),
-        F.pad(right[:, :, 1:], (0, 0, 0, 0, 0, 1)),
-        F.pad(above[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)),
-        F.pad(below[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1)),
+        F.pad(left, (0, 0, 0, 0, 1, -1)),
+        F.pad(right, (0, 0, 0, 0, -1, 1)),
+        F.pad(above, (0, 0, 0, 0, 0, 0, 1, -1)),
+        F.pad(below, (0, 0, 0, 0, 0, 0, -1, 1)),
     ]
     return torch.cat(shifted, -1).flatten(-2).flatten(1, 2)
 

@@ -1,5 +1,7 @@
 """mLSTM: the matrix memory of xLSTM, with exponential input gates and a normaliser."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,9 +64,9 @@ def _kept(q, save):
     return q.new_empty(batch, heads, chunks, width, width + 1), *(q.new_empty(q.shape[:3]) for _ in range(2))
 
 
-def _chunked(q, k, v, i, f, chunk_size, save):
+def _chunked(q, k, v, i, f, chunk_size, save, use_scan=False):
     with torch.autocast(q.device.type, enabled=False):  # the states stay in float32
-        return reference.chunked(q, k, v, i, f, EPS, chunk_size), *_kept(q, save)
+        return reference.chunked(q, k, v, i, f, EPS, chunk_size, use_scan), *_kept(q, save)
 
 
 def _export(q, k, v, i, f, chunk_size, save):
@@ -128,7 +130,7 @@ _operator = Operator(
     devices=("cpu",),
     reference=_chunked,
     export=_export,
-    chunked=_chunked,
+    chunked=functools.partial(_chunked, use_scan=True),
     forward=_forward,
     backward=_backward,
     fake=lambda q, k, v, i, f, chunk_size, save: (q.new_empty(q.shape), *_kept(q, save)),

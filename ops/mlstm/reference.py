@@ -4,9 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch._higher_order_ops.scan import scan
 
 from ..tensors import state_dtype
+from ..walk import walk
 
 
 def _prepare(q, k, v, i, f):
@@ -34,7 +34,7 @@ def _step(state, x, eps):
     C = keep.unsqueeze(-1) * C + (write * k).unsqueeze(-1) * v.unsqueeze(-2)
     n = keep * n + write * k
     y = read((q.unsqueeze(-1) * C).sum(-2), (q * n).sum(-1), m_new, eps)
-    return (C, n, m_new), y
+    return (C, n, m_new), (y,)
 
 
 def mlstm(q, k, v, i, f, eps, use_scan=False):
@@ -46,18 +46,11 @@ def mlstm(q, k, v, i, f, eps, use_scan=False):
         xs[0].new_zeros(batch, heads, width),
         xs[0].new_full((batch, heads), -torch.inf),
     )
-    if use_scan:
-        y = scan(lambda s, x: _step(s, x, eps), state, tuple(x.transpose(0, 1) for x in xs), dim=0)[1].transpose(0, 1)
-    else:
-        steps = []
-        for x in zip(*(x.unbind(1) for x in xs), strict=True):
-            state, y = _step(state, x, eps)
-            steps.append(y)
-        y = torch.stack(steps, 1)
+    [y] = walk(lambda state, x: _step(state, x, eps), state, xs, use_scan)
     return y.to(q.dtype)
 
 
-def chunked(q, k, v, i, f, eps, chunk_size):
+def chunked(q, k, v, i, f, eps, chunk_size, use_scan=False):
     """As `mlstm`: masked attention within a chunk, states between chunks, and one running maximum for both.
 
     m is the largest logarithm of a weight, over the steps of the chunk and the state before it. The decay between two
@@ -85,18 +78,20 @@ def chunked(q, k, v, i, f, eps, chunk_size):
     # A chunk of padding alone cannot be, so every maximum is finite.
     left = (k * torch.exp(last - peak.unsqueeze(3)).unsqueeze(4)).mT @ v
 
-    state, m = torch.zeros_like(left[:, :, 0]), torch.full_like(peak[:, :, 0], -torch.inf)
-    states, maxima = [], []
-    for c in range(left.shape[2]):
-        states.append(state)
-        maxima.append(m)
-        decayed = total[:, :, c, -1] + m
-        m = torch.maximum(decayed, peak[:, :, c])
-        keep, write = torch.exp(decayed - m), torch.exp(peak[:, :, c] - m)
-        state = keep[..., None, None] * state + write[..., None, None] * left[:, :, c]
-    before = total + torch.stack(maxima, 2).unsqueeze(3)
+    def step(state, chunk):
+        (S, m), (left, peak, total) = state, chunk
+        decayed = total + m
+        top = torch.maximum(decayed, peak)
+        keep, write = torch.exp(decayed - top), torch.exp(peak - top)
+        S_new = keep[..., None, None] * S + write[..., None, None] * left
+        return (S_new, top), (S.clone(), m.clone())
+
+    xs = tuple(x.transpose(1, 2) for x in (left, peak, total[..., -1]))
+    first = torch.zeros_like(left[:, :, 0]), torch.full_like(peak[:, :, 0], -torch.inf)
+    states, maxima = (x.transpose(1, 2) for x in walk(step, first, xs, use_scan))
+    before = total + maxima.unsqueeze(3)
     m = torch.maximum(inside, before)
     y = (q_ @ k.mT * torch.exp(weight - m.unsqueeze(4))) @ v
-    y = y + torch.exp(before - m).unsqueeze(4) * (q_ @ torch.stack(states, 2))
+    y = y + torch.exp(before - m).unsqueeze(4) * (q_ @ states)
     y = read(y[..., :-1], y[..., -1], m, eps)
     return y.movedim(1, 3).flatten(1, 2)[:, :length].to(q.dtype)

@@ -4,9 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch._higher_order_ops.scan import scan
 
 from ..tensors import state_dtype
+from ..walk import walk
 
 
 def tokens_in_order(x, order):
@@ -77,9 +77,13 @@ def selective_scan(
     delta = _steps(dt, dt_weight, dt_bias, dt_softplus, _softplus if use_scan else F.softplus)
     h, states = u_.new_zeros(u_.shape[0], *A.shape), []
     if use_scan:
-        xs = tuple(x.transpose(0, 1) for x in (delta, u_, B, C))
-        _, y = scan(lambda h, x: _step(h, x[0], x[1], A, x[2], x[3]), h, xs, dim=0)
-        y = y.transpose(0, 1)
+
+        def step(h, x):
+            delta, u, B, C = x
+            h, y = _step(h, delta, u, A, B, C)
+            return h, (y,)
+
+        [y] = walk(step, h, (delta, u_, B, C), use_scan)
     else:
         steps = []
         for delta_t, u_t, B_t, C_t in zip(*(x.unbind(1) for x in (delta, u_, B, C)), strict=True):
@@ -105,21 +109,23 @@ def chunked(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge):
     steps = u_.shape[1]
     size = math.isqrt(steps - 1) + 1
 
-    def chunks(x):  # (B, chunks, steps, G, D); padding steps come last
-        return F.pad(x, (0, 0, 0, 0, 0, -steps % size)).unflatten(1, (-1, size))
+    def chunks(x):  # (B, steps, chunks, G, D); padding steps come last
+        return F.pad(x, (0, 0, 0, 0, 0, -steps % size)).unflatten(1, (-1, size)).transpose(1, 2)
 
-    decay, write = torch.exp(delta * A[..., 0]), delta * u_ * B
-    h, since, states, products = None, None, [], []
-    for keep, add in zip(chunks(decay).unbind(2), chunks(write).unbind(2), strict=True):
-        h = add if h is None else keep * h + add
-        since = keep if since is None else since * keep
-        states.append(h)
-        products.append(since)
-    before, carried = torch.zeros_like(states[0][:, 0]), []
-    for keep, add in zip(products[-1].unbind(1), states[-1].unbind(1), strict=True):
-        carried.append(before)
-        before = keep * before + add
-    h = torch.stack(states, 2) + torch.stack(products, 2) * torch.stack(carried, 1).unsqueeze(2)
+    def step(state, x):
+        (h, since), (keep, write) = state, x
+        state = keep * h + write, since * keep
+        return state, tuple(x.clone() for x in state)
+
+    def join(h, chunk):
+        keep, write = chunk
+        return keep * h + write, (h.clone(),)
+
+    decay, write = (chunks(x) for x in (torch.exp(delta * A[..., 0]), delta * u_ * B))
+    zero = decay.new_zeros(decay[:, 0].shape)
+    h, since = walk(step, (zero, zero + 1), (decay, write), use_scan=True)
+    [before] = walk(join, zero[:, 0].clone(), (since[:, -1], h[:, -1]), use_scan=True)
+    h = (h + since * before.unsqueeze(1)).transpose(1, 2)
     y = h.flatten(1, 2)[:, :steps] * C
     if D is not None:
         y = y + D * u_

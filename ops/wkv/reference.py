@@ -5,7 +5,8 @@ Activations are in the state's dtype here.
 
 import torch
 import torch.nn.functional as F
-from torch._higher_order_ops.scan import scan
+
+from ..walk import walk
 
 CHUNK = 16  # steps in a chunk of the chunked forms
 
@@ -24,18 +25,6 @@ def tokens_in_place(y, order, length):
 
 def _index(x, order):
     return torch.arange(x.shape[0], device=x.device).unsqueeze(1), order.long().expand(x.shape[0], order.shape[-1])
-
-
-def _walk(step, state, xs, use_scan=False):
-    """Outputs of ``step(state, x_t) -> (state, outputs)`` over dimension 1 of the tensors `xs`, stacked along it."""
-    if use_scan:
-        outputs = scan(step, state, tuple(x.transpose(0, 1) for x in xs), dim=0)[1]
-        return tuple(y.transpose(0, 1) for y in outputs)
-    outputs = []
-    for x in zip(*(x.unbind(1) for x in xs), strict=True):
-        state, y = step(state, x)
-        outputs.append(y)
-    return tuple(torch.stack(y, 1) for y in zip(*outputs, strict=True))
 
 
 def _reversed(f, *xs):
@@ -62,7 +51,7 @@ def _past(k, x, y, w, use_scan=False):
         return (top, after, *near, *far), (state[0] - age * w, *(s.clone() for s in sums))
 
     zero = torch.zeros_like(k[:, 0])
-    return _walk(step, (zero - torch.inf, *[zero.clone() for _ in range(5)]), (k, x, y), use_scan)
+    return walk(step, (zero - torch.inf, *[zero.clone() for _ in range(5)]), (k, x, y), use_scan)
 
 
 def bi_wkv(k, v, w, u, order=None, use_scan=False):
@@ -111,14 +100,19 @@ def bi_wkv_chunked(k, v, w, u, order=None):
         exponents = k - (size - 1 - at) * w
         peaks = exponents.amax(2)
         sums = (torch.exp(exponents - peaks.unsqueeze(2)) * v).sum(3)
-        top, total, before = torch.full_like(peaks[:, 0], -torch.inf), torch.zeros_like(sums[:, :, 0]), []
-        for peak, add in zip(peaks.unbind(1), sums.unbind(2), strict=True):
-            before.append((top, total))
+
+        def step(state, chunk):
+            (top, *totals), (peak, *adds) = state, chunk
             old = top - size * w
             top = torch.maximum(old, peak)
-            total = torch.exp(old - top) * total + torch.exp(peak - top) * add
-        tops, totals = zip(*before, strict=True)
-        return torch.stack(tops, 1).unsqueeze(2), torch.stack(totals, 2).unsqueeze(3)
+            keep, write = torch.exp(old - top), torch.exp(peak - top)
+            return (top, *(keep * x + write * add for x, add in zip(totals, adds, strict=True))), tuple(
+                x.clone() for x in state
+            )
+
+        zero = torch.zeros_like(peaks[:, 0])
+        tops, *totals = walk(step, (zero - torch.inf, zero, zero.clone()), (peaks, *sums), use_scan=True)
+        return tops.unsqueeze(2), torch.stack(totals).unsqueeze(3)
 
     past, (tops, totals) = side(k, v), side(k.flip(1, 2), v.flip(2, 3))
     sides = [(past[0] - at * w, past[1]), (tops.flip(1) - (size - 1 - at) * w, totals.flip(2))]
@@ -152,7 +146,7 @@ def _wkv6_past(r, k, v, decay, use_scan=False):
         y = (r.unsqueeze(-1) * S).sum(-2)
         return decay.unsqueeze(-1) * S + _outer(k, v), ((y,) if use_scan else (y, S))
 
-    return _walk(step, _outer(torch.zeros_like(k[:, 0]), torch.zeros_like(v[:, 0])), (r, k, v, decay), use_scan)
+    return walk(step, _outer(torch.zeros_like(k[:, 0]), torch.zeros_like(v[:, 0])), (r, k, v, decay), use_scan)
 
 
 def wkv6(r, k, v, w, u, order=None, bidirectional=True, use_scan=False):
@@ -192,11 +186,13 @@ def _wkv6_past_chunked(r, k, v, w):
 
     total = torch.exp(log_decay.sum(3)).unsqueeze(-1)
     left = (k * torch.exp((s < j)[0].to(k.dtype) @ log_decay)).mT @ v
-    state, before = torch.zeros_like(left[:, :, 0]), []
-    for keep, write in zip(total.unbind(2), left.unbind(2), strict=True):
-        before.append(state)
-        state = keep * state + write
-    y = y + (r * torch.exp((j < t)[:, 0].to(k.dtype) @ log_decay)) @ torch.stack(before, 2)
+
+    def step(state, chunk):
+        (S,), (keep, write) = state, chunk
+        return (keep * S + write,), (S.clone(),)
+
+    [before] = walk(step, (torch.zeros_like(left[:, :, 0]),), (total.transpose(1, 2), left.transpose(1, 2)), True)
+    y = y + (r * torch.exp((j < t)[:, 0].to(k.dtype) @ log_decay)) @ before.transpose(1, 2)
     return y.movedim(1, 3).flatten(1, 2)[:, :steps]
 
 
@@ -229,5 +225,5 @@ def wkv7(r, w, k, v, a, b, order=None, use_scan=False):
         return after, ((y,) if use_scan else (y, S))
 
     xs = [tokens_in_order(x, order) for x in (r, _decay(w), k, v, a, b)]
-    y, *states = _walk(step, _outer(torch.zeros_like(k[:, 0]), torch.zeros_like(v[:, 0])), xs, use_scan)
+    y, *states = walk(step, _outer(torch.zeros_like(k[:, 0]), torch.zeros_like(v[:, 0])), xs, use_scan)
     return tokens_in_place(y, order, k.shape[1]), (None if use_scan else states[0])

@@ -70,6 +70,18 @@ def test_package_runs_without_linzoo(tmp_path, run_alone):
             run(wrong)
 
 
+@pytest.mark.parametrize("name", ["vrwkv_t", "vrwkv6_t", "vil_t", "vim_t"])
+def test_trace_at_the_size_of_the_positions(name):
+    """They fit the traced image as they are, and other images resized."""
+    model = timm.create_model(name, depth=2, img_size=32, global_pool="avg").eval()
+    axes = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=(axes,)).module()
+    for size in ((32, 32), (96, 64)):
+        x = torch.randn(3, 3, *size)
+        with torch.inference_mode():
+            torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_every_kernel_has_a_function_for_packages():
     for op in compile_cpu.sources():
         if backend_info()[op]["cpu"] is None:
@@ -123,13 +135,14 @@ def test_segmenter_of_mmseg(tmp_path, capsys, form):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["torch", "onnx"])
 def test_detector_of_one_stage(tmp_path, form):
-    """After NMS the file's boxes and scores are those of mmdet's own."""
+    """At another size, after NMS the file's boxes and scores are those of mmdet's own."""
     if form == "onnx":
         pytest.importorskip("onnxruntime")
+    axes = "batch,height,width"
     model, *argv = dense("det/retinanet_efficientvim_m4_1x_coco", tmp_path)
-    export.main([*argv, "--format", form, "--size", "96", "128", "--out", str(tmp_path)])
+    export.main([*argv, "--format", form, "--size", "160", "192", "--dynamic", axes, "--out", str(tmp_path)])
     torch.manual_seed(0)
-    x = torch.randn(3, 3, 96, 128)
+    x = torch.randn(3, 3, 192, 160)
     with torch.inference_mode():
         found = _run(tmp_path, x)
     for i, (boxes, scores) in enumerate(zip(*found, strict=True)):
@@ -137,7 +150,7 @@ def test_detector_of_one_stage(tmp_path, form):
         box, label = (scores > least).nonzero(as_tuple=True)
         kept = torchvision.ops.batched_nms(boxes[box], scores[box, label], label, 0.5)
         post = dict(score_thr=least, nms_pre=10**6, nms=dict(type="nms", iou_threshold=0.5), max_per_img=10**6)
-        meta = dict(img_shape=(96, 128), scale_factor=(1.0, 1.0))
+        meta = dict(img_shape=(192, 160), scale_factor=(1.0, 1.0))
         with torch.inference_mode():
             maps = model(x[i : i + 1], mode="tensor")
             [expected] = model.bbox_head.predict_by_feat(*maps, batch_img_metas=[meta], cfg=ConfigDict(post))

@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest import mock
 
 import mmengine.registry
 import numpy as np
@@ -169,8 +168,11 @@ class _Candidates(_OfImages):
         )
         sizes = [y.shape[2:] for y in maps[0]]
         anchors = torch.cat(head.prior_generator.grid_priors(sizes, x.dtype, x.device))
-        with mock.patch("torch.onnx.is_in_onnx_export", return_value=False):  # mmdet's own way needs mmdeploy
-            boxes = head.bbox_coder.decode(anchors.repeat(x.shape[0], 1), deltas.flatten(0, 1), x.shape[2:])
+        boxes = head.bbox_coder.decode(anchors.repeat(x.shape[0], 1), deltas.flatten(0, 1))
+        if head.bbox_coder.clip_border:  # here, as mmdet's own way writes into views and fixes the size
+            height, width = x.shape[2:]
+            clipped = [boxes[:, i].clamp(0, side) for i, side in enumerate((width, height, width, height))]
+            boxes = torch.stack(clipped, 1)
         scores = logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(-1)[..., :-1]
         return boxes.view(*logits.shape[:2], 4), scores
 
