@@ -133,11 +133,15 @@ def print_rows(title, facts, rows, columns, file):
         table.add_row(*(cell(row) for cell in columns.values()))
     console.print(table)
     if file:
-        tables = [*tables_of(file), {"title": title, "environment": facts, "rows": rows}]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{file.name}.part")
-        part.write_text(json.dumps(tables, indent=1) + "\n")
-        part.replace(file)
+        write_tables(file, [*tables_of(file), {"title": title, "environment": facts, "rows": rows}])
+
+
+def write_tables(file, tables):
+    """Replaces `file` by `tables`, at once."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(json.dumps(tables, indent=1) + "\n")
+    part.replace(file)
 
 
 def tables_of(file):
@@ -876,10 +880,14 @@ def exported(model, form, scan, size, axes, folder, budget):
 
 
 def run_exports(args):
-    """The `exports` part: the most dynamic axes for which a file is right, on random weights and images."""
-    rows = []
+    """The `exports` part: the most dynamic axes for which a file is right, on random weights and images.
+
+    The JSON file is written anew for each row: a run that is stopped keeps its rows.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
+    facts, rows = environment("cpu") | {"batch": 2, "size": args.size, "scan": args.scan}, []
+    earlier = tables_of(args.json) if args.json else []
     for name in args.models or smallest_of_families():
         torch.manual_seed(0)
         fixed = args.scan == "chunked" or timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
@@ -895,8 +903,9 @@ def run_exports(args):
                 if "reason" not in row:
                     break
             rows.append({"model": name, "format": form} | row)
-    facts = environment("cpu") | {"batch": 2, "size": args.size, "scan": args.scan}
-    print_rows("exports", facts, rows, EXPORT_COLUMNS, args.json)
+            if args.json:
+                write_tables(args.json, [*earlier, {"title": "exports", "environment": facts, "rows": rows}])
+    print_rows("exports", facts, rows, EXPORT_COLUMNS, None)
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
