@@ -6,7 +6,8 @@
 // are in base 2.
 //
 // wkv6, wkv7: a block is a direction of a head of a batch item. Four threads hold four columns of the state (value
-// channels), each a quarter of its rows (key channels), in registers.
+// channels), each a quarter of its rows (key channels), in registers. `forward6` is wkv6 on tensor cores, 16 steps at a
+// time.
 
 #include "device.cuh"
 
@@ -346,6 +347,11 @@ __device__ __forceinline__ T decay_of(T w) {
   return exp_(-exp_(smaller(w, T(32))));
 }
 
+__device__ __forceinline__ float decay_of(float w) {
+  const float log2e = static_cast<float>(kLog2e);
+  return exp2_(-log2e * exp2_(log2e * smaller(w, 32.f)));
+}
+
 // A step of the recurrence.
 template <bool kSeven, class T, int kRows>
 __device__ __forceinline__ void step(T (&S)[kRows][kQuad], const T (&d)[kRows], const T (&k)[kRows],
@@ -607,5 +613,244 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     for (int n = threadIdx.x, m = 0; n < N && !kSeven; n += blockDim.x, ++m) du[head.index * N + n] = bonus[m];
+  }
+}
+
+// --- wkv6 on tensor cores -------------------------------------------------------------------------------------------
+//
+// Heads of N = P channels, in chunks of 16 steps. Within a chunk, whose steps are 0 .. 15 and which finds the state S:
+//
+//   y_t  = (r_t d_0 .. d_{t-1}) S + sum_{s<t} m_ts v_s + (r_t . u k_t) v_t
+//   m_ts = sum over key channels of r_t k_s d_{s+1} .. d_{t-1}
+//   S    becomes d_0 .. d_15 S + sum_s (k_s d_{s+1} .. d_15) v_s
+//
+// Every factor is a product of decays, at most 1: nothing overflows, and nothing is divided. For m_ts the chunk is
+// halved again and again: s and t lie in the two halves of exactly one of its blocks of 2, 4, 8 and 16 steps. With the
+// middle c of that block,
+//
+//   m_ts = sum over key channels of (r_t d_c .. d_{t-1}) (k_s d_{s+1} .. d_{c-1}),
+//
+// which for all blocks of a size is a matrix product, its `level`. With time reversed keys are what receptances are
+// without: 0 .. 15 are then the steps 15 .. 0, and both are multiplied by the decays between them and a point before.
+
+constexpr int kLevels = 4;
+static_assert(kChunk == 1 << kLevels, "blocks of a chunk");
+
+// The i-th of the eight steps in second halves of the blocks of a level.
+__device__ __forceinline__ int second_half(int level, int i) {
+  return ((i >> level) << (level + 1)) + (1 << level) + (i & ((1 << level) - 1));
+}
+
+// Receptances, or keys with time reversed, times decays: of all before in the chunk, of those before in a second half.
+template <int N>
+struct Decayed {
+  // Steps i and i + 8 side by side, and four columns exchanged in every other two rows: as an operand of either side a
+  // thread reads what it holds in one access, and the threads of a warp meet different banks.
+  float chunk[kChunk / 2][2 * N + 16];
+  float half[kLevels][kChunk / 2][N + 8];
+
+  __device__ __forceinline__ static int column(int i, int n) { return 2 * (n ^ (i & 2) << 1); }
+  // Channel n; returns the product of all decays.
+  __device__ __forceinline__ float fill(int n, const float (&x)[kChunk], const float (&d)[kChunk]) {
+#pragma unroll
+    for (int level = 0; level < kLevels; ++level) {
+      float past = 1;
+#pragma unroll
+      for (int i = 0; i < kChunk / 2; ++i) {
+        if (i % (1 << level) == 0) past = 1;
+        half[level][i][n] = past * x[second_half(level, i)];
+        past *= d[second_half(level, i)];
+      }
+    }
+    float past = 1, product[kChunk];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      product[i] = past * x[i];
+      past *= d[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i) {
+      const float two[2] = {product[i], product[i + 8]};
+      store(&chunk[i][column(i, n)], two);
+    }
+    return past;
+  }
+  // Steps by channels c .. c + 7, terms q and q + 4 of the product being the channels c + 2q and c + 2q + 1.
+  __device__ __forceinline__ Halves<4> left(int g, int q, int c) const {
+    float a[4];
+    load(a, &chunk[g][column(g, 2 * q) + 2 * c]);
+    return Halves<4>(a);
+  }
+  // Steps by channels c .. c + 7, terms q and q + 4 of the product being the steps 4 i + q and 4 i + q + 8.
+  __device__ __forceinline__ Halves<2> right(int g, int q, int i, int c) const {
+    float b[2];
+    load(b, &chunk[4 * i + q][column(q, g) + 2 * c]);
+    return Halves<2>(b);
+  }
+};
+
+// What a thread is to a chunk: channel n of r (side 0) or of k (side 1, with time reversed); a lane of its warp's
+// fragments; and its warp has the 16 columns of the state from `first` on.
+struct Part {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, side = lane / 16, n = warp * 16 + lane % 16;
+  int g = lane / 4, q = lane % 4, first = warp * 16;
+};
+
+using Scores = float[kChunk][kChunk + 4];
+
+// m_ts of the pairs of a level.
+template <int N>
+__device__ __forceinline__ void score(Scores& m, const Decayed<N>& r, const Decayed<N>& k, int level, const Part& own) {
+  float sum[4] = {};
+#pragma unroll
+  for (int c = 2 * own.q; c < N; c += 8) {
+    float row[2], key[2];
+    load(row, &r.half[level][own.g][c]);
+    load(key, &k.half[level][own.g][c]);
+    const Halves<2> left(row), right(key);
+    const float a[4] = {left.high[0], left.low[0], left.high[1], left.low[1]};  // low halves as rows 8 .. 15
+    mma_tf32(sum, a, right.low);
+    mma_tf32(sum, a, right.high);
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int i = 2 * own.q + j;
+    const bool together = (own.g >> level) + (i >> level) == (8 >> level) - 1;
+    if (together) m[second_half(level, own.g)][15 - second_half(level, i)] = sum[j] + sum[2 + j];
+  }
+}
+
+// y: (directions, B, L, H, N), states before each chunk (directions, B, H, chunks, N, N).
+template <int N>
+__global__ void __launch_bounds__(2 * N)
+    forward6(const float* r_, i64 r_batch, i64 r_token, i64 r_head, const float* w_, i64 w_batch, i64 w_token,
+             i64 w_head, const float* k_, i64 k_batch, i64 k_token, i64 k_head, const float* v_, i64 v_batch,
+             i64 v_token, i64 v_head, const float* u, const int* order_, i64 order_batch, i64 B, i64 L, i64 H,
+             i64 steps, float* y, float* states) {
+  constexpr int kWarps = N / 16;
+  alignas(16) __shared__ Decayed<N> sides[2];
+  alignas(16) __shared__ float whole[N], bonuses[kWarps][kChunk];
+  alignas(16) __shared__ int tokens[4][2][kChunk];  // of the last chunks and the next one
+  __shared__ Scores scores;
+  const Head head(blockIdx.x, B, H, Order{order_, order_batch, steps});
+  const Part own;
+  const bool bonused = !head.direction;
+  const float bonus = bonused ? u[head.h * N + own.n] : 0.f;
+  const Tokens<const float> xs(
+      own.side ? k_ : r_,
+      own.side ? head.b * k_batch + head.h * k_head + own.n : head.b * r_batch + head.h * r_head + own.n,
+      own.side ? k_token : r_token);
+  const Tokens<const float> ws(w_, head.b * w_batch + head.h * w_head + own.n, w_token);
+  const Tokens<const float> vs(v_, head.b * v_batch + head.h * v_head + own.first + own.g, v_token);
+  const Tokens<float> ys(y, ((head.direction * B + head.b) * L * H + head.h) * N + own.first + 2 * own.q, H * N);
+  const int chunks = static_cast<int>((steps + kChunk - 1) / kChunk), last = static_cast<int>(steps) - 1;
+
+  // The token of one of 32 steps of a chunk: of its sixteen, and of them with time reversed.
+  const auto visited = [&](int chunk) {
+    const int i = own.lane % 16;
+    return static_cast<int>(head.token(smaller(chunk * kChunk + (own.side ? 15 - i : i), last)));
+  };
+  // A chunk: a channel of r or k and of w, and of v steps 15 - q - 4 i of columns g and g + 8.
+  float x[kChunk], w[kChunk], v[4][2];
+  const auto fetch = [&](int chunk) {
+    int at[kChunk], row[4];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) at[i] = tokens[chunk & 3][own.side][i];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) row[i] = tokens[chunk & 3][1][own.q + 4 * i];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) x[i] = read<1>(xs.at(at[i])).x[0], w[i] = read<1>(ws.at(at[i])).x[0];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i][0] = read<1>(vs.at(row[i])).x[0], v[i][1] = read<1>(vs.at(row[i]) + 8).x[0];
+  };
+
+  float S[N / 8][4] = {};  // columns g (twice), g + 8 (twice) of rows 8 j + 2q and 8 j + 2q + 1
+  for (int i = threadIdx.x; i < kChunk * kChunk; i += blockDim.x) scores[i / kChunk][i % kChunk] = 0;
+  if (own.warp == 0) tokens[0][own.side][own.lane % 16] = visited(0);
+  int next = visited(1);
+  __syncthreads();
+  fetch(0);
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const int start = chunk * kChunk, count = smaller(kChunk, last + 1 - start);
+    float d[kChunk], value[2][4];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) d[i] = decay_of(w[i]);
+    if (count < kChunk) {  // steps that write, read and forget nothing
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if ((own.side ? 15 - i : i) >= count) x[i] = 0, d[i] = 1;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (15 - own.q - 4 * i >= count) v[i][0] = v[i][1] = 0;
+      }
+    }
+    const float decay = sides[own.side].fill(own.n, x, d);
+    if (own.side == 0) whole[own.n] = decay;
+    if (bonused) {
+      float terms[kChunk];
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) terms[i] = bonus * x[i] * __shfl_xor_sync(0xffffffffu, x[15 - i], 16);
+      const float sum = warp_sums<kChunk, 8>(terms);
+      if (own.side == 0) bonuses[own.warp][own.lane] = sum;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) value[i / 4][i % 4] = v[i / 4 + i % 4 / 2 * 2][i % 2];
+    const Halves<4> values[2] = {Halves<4>(value[0]), Halves<4>(value[1])};  // v, transposed
+    if (own.warp == 0) {
+      tokens[(chunk + 1) & 3][own.side][own.lane % 16] = next;
+      next = visited(chunk + 2);
+    }
+    __syncthreads();
+    if (chunk + 1 < chunks) fetch(chunk + 1);
+    for (int level = own.warp; level < kLevels; level += kWarps) score(scores, sides[0], sides[1], level, own);
+    if (bonused && threadIdx.x < kChunk) {
+      float sum = 0;
+      for (int i = 0; i < kWarps; ++i) sum += bonuses[i][threadIdx.x];
+      scores[threadIdx.x][threadIdx.x] = sum;
+    }
+    float out[2][4] = {};
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const Halves<4> row = sides[0].left(own.g, own.q, 8 * j);
+      const float left[2] = {S[j][0], S[j][1]}, right[2] = {S[j][2], S[j][3]};
+      mma(out[0], row, Halves<2>(left));
+      mma(out[1], row, Halves<2>(right));
+    }
+    if (states) {
+      float* at = advance(states + (head.index * chunks + chunk) * N * N + own.first + own.g, 2 * own.q, 4 * N);
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) write_one(at + (8 * j + i % 2) * N + i / 2 * 8, S[j][i]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      float left[2];
+      load(left, &whole[8 * j + 2 * own.q]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) S[j][i] *= left[i % 2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) mma(S[j], values[i], sides[1].right(own.g, own.q, i, 8 * j));
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int s = 15 - own.q - 4 * i;
+      const float m[4] = {scores[own.g][s], scores[own.g + 8][s], scores[own.g][s - 8], scores[own.g + 8][s - 8]};
+      const Halves<4> weights(m);
+      mma(out[0], weights, values[i].columns(0));
+      mma(out[1], weights, values[i].columns(1));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int t = own.g + 8 * i;
+      if (t >= count) continue;
+      float* at = ys.at(tokens[chunk & 3][0][t]);
+      const float low[2] = {out[0][2 * i], out[0][2 * i + 1]}, high[2] = {out[1][2 * i], out[1][2 * i + 1]};
+      write(at, low);
+      write(at + 8, high);
+    }
   }
 }

@@ -1,5 +1,7 @@
 """Arguments and grids of the kernels in cuda.cu."""
 
+import torch
+
 from .. import compile_cuda as cuda
 
 NAME = "wkv"
@@ -60,12 +62,26 @@ def _threads(P):
     return -(-P // 32) * 32
 
 
+def on_tensor_cores(k, v, a):
+    """Whether the kernels for tensor cores serve a call: wkv6 in float32 with as many keys as values, 16, 32 or 64.
+
+    The others go step by step. tf32 needs sm_80.
+    """
+    fits = a is None and k.dtype == torch.float32 and k.shape[3] == v.shape[3] and k.shape[3] in (16, 32, 64)
+    return fits and cuda.has_tf32(k.device)
+
+
 def forward(*, r, w, k, v, a, b, u, order, directions, y, states):
     """Writes y ``(directions, B, L, H, P)`` and, unless it is empty, states."""
     B, L, H, P = v.shape
-    name = cuda.template("forward", k.dtype, k.shape[3], a is not None)
-    tensors = dict(r=r, w=w, k=k, v=v, a=a, b=b, u=u, y=y, states=states if states.numel() else None)
-    cuda.launch(NAME, name, directions * B * H, _threads(P), **tensors, **_steps(order, L), B=B, L=L, H=H, P=P)
+    tasks = directions * B * H
+    sizes = _steps(order, L) | dict(B=B, L=L, H=H)
+    tensors = dict(r=r, w=w, k=k, v=v, u=u, y=y, states=states if states.numel() else None)
+    if on_tensor_cores(k, v, a):
+        cuda.launch(NAME, cuda.template("forward6", P), tasks, 2 * P, **tensors, **sizes)
+    else:
+        name = cuda.template("forward", k.dtype, k.shape[3], a is not None)
+        cuda.launch(NAME, name, tasks, _threads(P), **tensors, a=a, b=b, **sizes, P=P)
 
 
 def backward(*, dy, r, w, k, v, a, b, u, order, directions, states, **grads):

@@ -2,7 +2,8 @@
 // that take turns: each runs until it meets a barrier or a shuffle, then the next one. Every thread of a block must
 // therefore meet the same barriers and shuffles, which is what the kernels promise anyway; where one does not, the run
 // aborts. Between two barriers the threads run in an order of its own, so that a missing barrier shows. Each block
-// begins with shared memory that is not a number.
+// begins with shared memory that is not a number. Tensor cores take the bits that count of their operands, and round
+// their sums towards 0.
 
 #pragma once
 
@@ -36,6 +37,7 @@ static ucontext_t scheduler, threads[kMaxThreads];
 static bool finished[kMaxThreads];
 static int meeting[kMaxThreads];  // what the thread waits at
 static double exchange[2][kMaxThreads];
+static float operands[2][kMaxThreads][6];  // of a thread for a tensor core: a, b
 static int parity[kMaxThreads], current, turn[kMaxThreads];
 static std::vector<std::pair<char*, size_t>> shared_memory;  // whoever loads the library says where it lies
 
@@ -50,6 +52,11 @@ T shuffle(T x, int source) {
   exchange[p][self] = static_cast<double>(x);
   wait_at(2);
   return static_cast<T>(exchange[p][source]);
+}
+
+inline float towards_zero(double x) {
+  const float y = static_cast<float>(x);
+  return std::abs(static_cast<double>(y)) > std::abs(x) ? std::nextafterf(y, 0.f) : y;
 }
 
 using Call = void (*)(void**);
@@ -128,6 +135,7 @@ inline void launch(Call c, long long grid, int block, void** a) {
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::wait_at(1); }
+inline void __syncwarp() { emulator::wait_at(4); }
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
   return emulator::shuffle(x, emulator::current ^ mask);
@@ -159,6 +167,29 @@ template <class S>
 S* advance(S* p, int row, unsigned bytes) {
   const auto offset = static_cast<unsigned long long>(static_cast<unsigned>(row)) * bytes;
   return reinterpret_cast<S*>(reinterpret_cast<std::uintptr_t>(p) + offset);
+}
+
+inline float as_tf32(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, 4);
+  bits &= 0xffffe000u;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  using namespace emulator;
+  const int self = current, p = parity[self] ^= 1, first = self / 32 * 32, g = self % 32 / 4, q = self % 4;
+  for (int i = 0; i < 6; ++i) operands[p][self][i] = as_tf32(i < 4 ? a[i] : b[i - 4]);
+  wait_at(3);
+  for (int i = 0; i < 4; ++i) {
+    double sum = d[i];
+    for (int k = 0; k < 8; ++k) {
+      const float* left = operands[p][first + 4 * g + k % 4];
+      const float* right = operands[p][first + 4 * (2 * q + i % 2) + k % 4];
+      sum += static_cast<double>(left[k / 4 * 2 + i / 2]) * right[4 + k / 4];
+    }
+    d[i] = towards_zero(sum);
+  }
 }
 
 inline float widen(bfloat16 x) {

@@ -5,6 +5,7 @@ same sources run on the CPU, a block's threads as coroutines, for values and eve
 """
 
 import contextlib
+import functools
 import importlib.util
 import math
 
@@ -66,6 +67,7 @@ def instances():
         for flag in (False, True):
             out += [("wkv", template(kernel, dtype, flag)) for kernel in ("bi_ends", "bi_carry", "bi_sweep")]
             out += [("wkv", template(kernel, dtype, channels, flag)) for kernel in ("forward", "backward")]
+    out += [("wkv", template("forward6", channels)) for channels in (16, 32, 64)]
     return sorted(set(out))
 
 
@@ -223,9 +225,11 @@ def bare_scan(B, L, G, D, N):
     return selective_scan, x | dict(B=normal(B, L, G, N), C=normal(B, L, G, N)), dict(dt_softplus=False)
 
 
-def wkv_case(run, B, L, H, N, P, steps=None, **options):
+def wkv_case(run, B, L, H, N, P, steps=None, decay=0.0, **options):
+    """`decay` is added to w: a number, or one for each of N channels."""
     names = dict(r=N, k=N, v=P, w=N) | (dict(a=N, b=N) if run is wkv7 else {})
     x = {name: normal(B, L, H, size) / size**0.5 for name, size in names.items()}
+    x["w"] = x["w"] + decay
     x |= dict(u=normal(H, N)) if run is wkv6 else {}
     return run, x, dict(order=order_of(steps, length=L) if steps else None, **options)
 
@@ -298,6 +302,12 @@ CASES = {
         lambda: wkv_case(wkv6, 1, 20, 1, 40, 33, bidirectional=False),
         lambda: wkv_case(wkv7, 2, 37, 2, 19, 19, steps=30),
         lambda: wkv_case(wkv7, 1, 17, 1, 33, 40),
+        # on tensor cores
+        *(functools.partial(wkv_case, wkv6, 1, L, 2, 16, 16) for L in (1, 15, 16, 17, 65)),
+        *(functools.partial(wkv_case, wkv6, 1, 35, 1, 16, 16, decay=decay) for decay in (-10.0, 2.0, 7.0)),
+        lambda: wkv_case(wkv6, 1, 50, 1, 16, 16, decay=torch.linspace(-10, 8, 16)),
+        lambda: wkv_case(wkv6, 2, 37, 2, 32, 32, steps=30),
+        lambda: wkv_case(wkv6, 1, 130, 1, 64, 64, bidirectional=False),
     ],
     "ssm_kernel": [
         lambda: kernel_case(3, 5, 75),
@@ -348,7 +358,7 @@ def assert_case(case, dtype, compute, device="cpu"):
     got = compute(run, prepare(inputs, dtype, device), options)
     for name, a, b in zip(("y", *inputs), got, expected, strict=True):
         assert a.shape == b.shape and a.dtype == dtype
-        error = (a.double().cpu() - b).abs().max() / b.abs().max()
+        error = (a.double().cpu() - b).abs().max() / b.abs().max().clamp(min=1e-30)  # what underflows may be 0
         assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
 
 
