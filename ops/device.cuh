@@ -250,7 +250,12 @@ struct Halves {
 #pragma unroll
     for (int i = 0; i < K; ++i) high[i] = as_tf32(x[i]), low[i] = x[i] - high[i];
   }
-  // Of a left operand the rows g + 8 i, transposed, as a right one.
+  // A left operand of two right ones, transposed: its rows g, and g + 8.
+  __device__ __forceinline__ Halves(const Halves<2>& x, const Halves<2>& y) {
+    high[0] = x.high[0], high[1] = y.high[0], high[2] = x.high[1], high[3] = y.high[1];
+    low[0] = x.low[0], low[1] = y.low[0], low[2] = x.low[1], low[3] = y.low[1];
+  }
+  // The reverse: its rows g + 8 i as a right operand.
   __device__ __forceinline__ Halves<2> columns(int i) const {
     Halves<2> b;
     b.high[0] = high[i], b.high[1] = high[i + 2], b.low[0] = low[i], b.low[1] = low[i + 2];

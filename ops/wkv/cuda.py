@@ -88,10 +88,15 @@ def backward(*, dy, r, w, k, v, a, b, u, order, directions, states, **grads):
     """Writes the gradients of r, w, k, v, a and b ``(directions, B, L, H, -)`` and u ``(directions, B, H, N)``."""
     B, L, H, P = v.shape
     N, tasks = k.shape[3], directions * B * H
+    sizes = _steps(order, L) | dict(B=B, L=L, H=H)
+    tensors = dict(dy=dy, r=r, w=w, k=k, v=v, u=u, states=states)
+    if on_tensor_cores(k, v, a):
+        grads = {name: grads[name] for name in ("dr", "dw", "dk", "dv", "du")}
+        cuda.launch(NAME, cuda.template("backward6", N), tasks, 2 * N, **tensors, **sizes, **grads)
+        return
     grid = min(tasks, 4 * cuda.multiprocessors(k.device))
     name = cuda.template("backward", k.dtype, N, a is not None)
     kept = 8 if k.element_size() * N > 512 else 4  # states of a chunk that `history` in cuda.cu holds
     history = k.new_empty(grid, kept, -(-N // 16) * 16, _threads(P))
-    tensors = dict(dy=dy, r=r, w=w, k=k, v=v, a=a, b=b, u=u, states=states, history=history)
-    tensors |= {name: g if g.numel() else None for name, g in grads.items()}
-    cuda.launch(NAME, name, grid, _threads(P), **tensors, **_steps(order, L), tasks=tasks, B=B, L=L, H=H, P=P)
+    grads = {name: g if g.numel() else None for name, g in grads.items()}
+    cuda.launch(NAME, name, grid, _threads(P), **tensors, a=a, b=b, **sizes, P=P, tasks=tasks, history=history, **grads)

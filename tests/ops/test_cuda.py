@@ -67,7 +67,7 @@ def instances():
         for flag in (False, True):
             out += [("wkv", template(kernel, dtype, flag)) for kernel in ("bi_ends", "bi_carry", "bi_sweep")]
             out += [("wkv", template(kernel, dtype, channels, flag)) for kernel in ("forward", "backward")]
-    out += [("wkv", template("forward6", channels)) for channels in (16, 32, 64)]
+    out += [("wkv", template(kernel, channels)) for kernel in ("forward6", "backward6") for channels in (16, 32, 64)]
     return sorted(set(out))
 
 
