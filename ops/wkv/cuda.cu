@@ -755,7 +755,7 @@ __device__ __forceinline__ void score(Scores& m, const SecondHalves<N>& r, const
 
 // y: (directions, B, L, H, N), states before each chunk (directions, B, H, chunks, N, N).
 template <int N>
-__global__ void __launch_bounds__(2 * N)
+__global__ void __launch_bounds__(2 * N, 256 / N)
     forward6(const float* r_, i64 r_batch, i64 r_token, i64 r_head, const float* w_, i64 w_batch, i64 w_token,
              i64 w_head, const float* k_, i64 k_batch, i64 k_token, i64 k_head, const float* v_, i64 v_batch,
              i64 v_token, i64 v_head, const float* u, const int* order_, i64 order_batch, i64 B, i64 L, i64 H,

@@ -28,6 +28,7 @@ from linzoo.ops import (
     wkv7,
 )
 from linzoo.ops.compile_cuda import template
+from linzoo.ops.wkv import cuda as wkv_cuda
 from linzoo.tools.sass import resources
 
 COMPILER = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.core") is not None
@@ -461,6 +462,16 @@ def test_wide_heads_fall_back_aloud(emulated_cuda):
         run(**x, **options)
 
 
+def test_tensor_cores_serve_wkv6_where_they_fit(monkeypatch):
+    def served(N, P, dtype=torch.float32, a=None):
+        return wkv_cuda.on_tensor_cores(torch.zeros(1, 1, 1, N, dtype=dtype), torch.zeros(1, 1, 1, P, dtype=dtype), a)
+
+    assert [N for N in range(1, 129) if served(N, N)] == [16, 32, 64]
+    assert not (served(64, 32) or served(64, 64, torch.float64) or served(64, 64, a=torch.zeros(1)))
+    monkeypatch.setattr(compile_cuda, "_capability", lambda index: (7, 5))
+    assert not compile_cuda.has_tf32(torch.device("cuda:0"))
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
@@ -514,7 +525,12 @@ def opcheck(op, case, device):
     torch.library.opcheck(operator, (*x.values(), *tail))
 
 
-OPCHECKS = [("wkv", 3), ("wkv", 5), *((op, 0) for op in CASES if op != "ssm_kernel")]  # that one is two operators
+OPCHECKS = [
+    ("wkv", 3),
+    ("wkv", 5),
+    ("wkv", 16),
+    *((op, 0) for op in CASES if op != "ssm_kernel"),
+]  # that one is two operators
 
 
 @pytest.mark.parametrize(("op", "case"), OPCHECKS)
