@@ -712,8 +712,9 @@ struct SecondHalves {
   }
 };
 
-// What a thread is to a chunk: channel n of r (side 0) or of k (side 1, with time reversed); a lane of its warp's
-// fragments; and its warp has the 16 columns of the state from `first` on.
+// What a thread is to a chunk: channel n of r (side 0) or of k (side 1, with time reversed); lane 4 g + q of its warp's
+// operands, see `mma_tf32`; and its warp has 16 channels of the state from `first` on, of values forward, of keys
+// backward.
 struct Part {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, side = lane / 16, n = warp * 16 + lane % 16;
   int g = lane / 4, q = lane % 4, first = warp * 16;
@@ -1133,7 +1134,7 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
     float w[kChunk / 2];  // of the first steps by either side's time
 #pragma unroll
     for (int i = 0; i < kChunk / 2; ++i) w[i] = read<1>(ws.at(token[i])).x[0];
-    // A channel of r or k and its decays. dlog: of log d_i, with what goes through products of the decays before a step
+    // Channel n of r or k, and of log d what goes through its products.
     float dx[kChunk], dlog[kChunk];
     sides[own.side].take(own.n, dx);
 #pragma unroll
