@@ -863,12 +863,12 @@ __global__ void __launch_bounds__(2 * N, 256 / N)
     }
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
-      float left[2];
+      float left[2], written[4] = {};  // added apart: tensor cores round towards 0, which would add up
       load(left, &whole[8 * j + 2 * own.q]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) S[j][i] *= left[i % 2];
+      for (int i = 0; i < 2; ++i) mma(written, values[i], sides[1].right(own.g, own.q, i, 8 * j));
 #pragma unroll
-      for (int i = 0; i < 2; ++i) mma(S[j], values[i], sides[1].right(own.g, own.q, i, 8 * j));
+      for (int i = 0; i < 4; ++i) S[j][i] = S[j][i] * left[i % 2] + written[i];
     }
     __syncthreads();
 #pragma unroll
@@ -1068,15 +1068,18 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
         const float two[2] = {part[j][2 * i], part[j][2 * i + 1]};
         store(&parts[own.warp][own.g + 8 * i][8 * j + 2 * own.q], two);
       }
-      const float left = whole[own.first + own.g + 8 * i];
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j) D[j][2 * i] *= left, D[j][2 * i + 1] *= left;
     }
+    const float left[2] = {whole[own.first + own.g], whole[own.first + own.g + 8]};
+    const Halves<4> rows[2] = {
+        Halves<4>(sides[0].right(own.g, own.q, 0, own.first), sides[0].right(own.g, own.q, 0, own.first + 8)),
+        Halves<4>(sides[0].right(own.g, own.q, 1, own.first), sides[0].right(own.g, own.q, 1, own.first + 8))};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Halves<4> rows(sides[0].right(own.g, own.q, i, own.first), sides[0].right(own.g, own.q, i, own.first + 8));
+    for (int j = 0; j < N / 8; ++j) {
+      float written[4] = {};
 #pragma unroll
-      for (int j = 0; j < N / 8; ++j) mma(D[j], rows, values[0].right(own.g, own.q, i, 8 * j));
+      for (int i = 0; i < 2; ++i) mma(written, rows[i], values[0].right(own.g, own.q, i, 8 * j));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) D[j][i] = D[j][i] * left[i / 2] + written[i];
     }
     __syncthreads();
 

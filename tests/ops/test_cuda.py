@@ -462,6 +462,20 @@ def test_wide_heads_fall_back_aloud(emulated_cuda):
         run(**x, **options)
 
 
+def test_emulated_wkv6_does_not_lose_digits_with_length(emulated_cuda):
+    """Tensor cores round towards 0: what a slow decay sums over many chunks must not be summed by them."""
+    torch.manual_seed(0)
+    emulated_cuda("wkv")
+    run, x, options = wkv_case(wkv6, 1, 1000, 1, 16, 16, decay=-10.0)
+    x = {name: t.float() for name, t in x.items()}
+    got = results(run, prepare(x, torch.float32), options)
+    with use_backend("reference"):
+        expected = results(run, prepare({n: t.double() for n, t in x.items()}, torch.float64), options, torch.float32)
+    for name, a, b in zip(("y", *x), got, expected, strict=True):
+        error = (a.double() - b).abs().max() / b.abs().max()
+        assert error <= 6e-6, f"{name}: {error:.1e}"
+
+
 def test_tensor_cores_serve_wkv6_where_they_fit(monkeypatch):
     def served(N, P, dtype=torch.float32, a=None):
         return wkv_cuda.on_tensor_cores(torch.zeros(1, 1, 1, N, dtype=dtype), torch.zeros(1, 1, 1, P, dtype=dtype), a)
