@@ -160,6 +160,11 @@ def unsupported(device, *tensors):
     return None
 
 
+def has_tf32(device):
+    """Whether a `torch.device` multiplies in tf32, from sm_80 on; devices other than CUDA count as an H100."""
+    return device.type != "cuda" or _capability(device.index) >= (8, 0)
+
+
 @functools.cache
 def multiprocessors(device):
     """Number of multiprocessors of a `torch.device`; 132, as on an H100, for devices other than CUDA."""
@@ -355,6 +360,11 @@ def scan_instances(dtype, one_state=ONE_STATE, scans=SCANS, ends=(False, True)):
     return [("selective_scan", name) for name in out]
 
 
+# wkv6 and wkv7 with heads of 64 channels, as in the published models.
+WKV = (("forward6", 64), ("backward6", 64),
+       ("forward", torch.float32, 64, True), ("backward", torch.float32, 64, True))  # fmt: skip
+
+
 def usual_instances(dtypes=(torch.float32, torch.bfloat16)):
     """(operator, template instance) pairs that are launched when the published models are trained."""
     out = []
@@ -368,7 +378,7 @@ def usual_instances(dtypes=(torch.float32, torch.bfloat16)):
     for flag in (False, True):
         out.append(("selective_scan", template("carry", torch.float32, flag)))
         out += [("wkv", template(kernel, torch.float32, flag)) for kernel in ("bi_ends", "bi_carry", "bi_sweep")]
-        out += [("wkv", template(kernel, torch.float32, 64, flag)) for kernel in ("forward", "backward")]
+    out += [("wkv", template(*kernel)) for kernel in WKV]
     return sorted(set(out))
 
 

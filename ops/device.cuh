@@ -223,6 +223,53 @@ template <class S>
 S* advance(S* p, int row, unsigned bytes);
 #endif
 
+// d += a b on a tensor core, by the 32 lanes of a warp together: a is 16 x 8, b 8 x 8, d 16 x 8. Lane 4 g + q holds
+//   a: (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4)    d: (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1)
+//   b: (q, g), (q + 4, g)
+// The lowest 13 bits of a and b do not count (tf32). From sm_80 on.
+#ifdef __CUDACC_RTC__
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+__device__ __forceinline__ float as_tf32(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+#else
+void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]);
+float as_tf32(float x);
+#endif
+
+// A float as two of tf32's: the difference is exact, and loses its last two bits at most on the tensor core.
+template <int K>
+struct Halves {
+  float high[K], low[K];
+  Halves() = default;
+  __device__ __forceinline__ explicit Halves(const float (&x)[K]) {
+#pragma unroll
+    for (int i = 0; i < K; ++i) high[i] = as_tf32(x[i]), low[i] = x[i] - high[i];
+  }
+  // A left operand of two right ones, transposed: its rows g, and g + 8.
+  __device__ __forceinline__ Halves(const Halves<2>& x, const Halves<2>& y) {
+    high[0] = x.high[0], high[1] = y.high[0], high[2] = x.high[1], high[3] = y.high[1];
+    low[0] = x.low[0], low[1] = y.low[0], low[2] = x.low[1], low[3] = y.low[1];
+  }
+  // The reverse: its rows g + 8 i as a right operand.
+  __device__ __forceinline__ Halves<2> columns(int i) const {
+    Halves<2> b;
+    b.high[0] = high[i], b.high[1] = high[i + 2], b.low[0] = low[i], b.low[1] = low[i + 2];
+    return b;
+  }
+};
+// d += a b, each product off by at most 2^-19 of itself.
+__device__ __forceinline__ void mma(float (&d)[4], const Halves<4>& a, const Halves<2>& b) {
+  mma_tf32(d, a.low, b.high);
+  mma_tf32(d, a.high, b.low);
+  mma_tf32(d, a.high, b.high);
+}
+
 template <class S, class T>
 __device__ __forceinline__ void write_one(S* p, T x) {
   const T one[1] = {x};

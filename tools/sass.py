@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Reads the machine code that NVRTC makes of the CUDA kernels, without a GPU, and says what a step costs.
 
-Each line is a template instance. `instr` (instructions), `mufu` (special functions), `lds` (shared memory) and `shfl`
-are counts in the hot loop, the largest loop that writes, per element: a step of a channel. Every branch counts, so they
-are upper bounds. Inner loops count as often as KERNELS below says, else once. `load` and `store` are the narrowest and
-widest accesses of global memory in the hot loop, in bytes. `warps` is how many fit a multiprocessor of an H100.
+Each line is a template instance. `instr` (instructions), `mufu` (special functions), `lds` (shared memory), `shfl` and
+`mma` (tensor cores) are counts in the hot loop, the largest loop that writes, per element: a step of a channel, of a
+head for wkv6 and wkv7. Every branch counts, so they are upper bounds. Inner loops count as often as KERNELS below says,
+else once. `load` and `store` are the narrowest and widest accesses of global memory in the hot loop, in bytes. `warps`
+is how many fit a multiprocessor of an H100.
 
 With --model: times predicted for an H100 from these figures, by bound. None of them is measured.
 """
@@ -208,6 +209,8 @@ KERNELS = (
     Kernel("selective_scan", template("adjoint_ends", F, F, 16, 12, True), 16),
     Kernel("wkv", template("bi_sweep", F, False), 16),
     Kernel("wkv", template("bi_sweep", F, True), 16),
+    Kernel("wkv", template("forward6", 64), 16),
+    Kernel("wkv", template("backward6", 64), 16),
     Kernel("wkv", template("forward", F, 64, False), 1, 64),
     Kernel("wkv", template("forward", F, 64, True), 1, 64),
     Kernel("wkv", template("backward", F, 64, False), 1, 64),
@@ -222,7 +225,7 @@ KERNELS = (
     Kernel("deform_conv", template("forward", F, F, 3, 4), 36),  # taps of channels: all nine, without a loop
     Kernel("deform_conv", template("backward", F, F, 3, 4, 4), 4),
 )  # fmt: skip
-COLUMNS = ("kernel", "instr", "mufu", "lds", "shfl", "load", "store", "regs", "spills", "shared", "warps")
+COLUMNS = ("kernel", "instr", "mufu", "lds", "shfl", "mma", "load", "store", "regs", "spills", "shared", "warps")
 
 
 def row(kernel: Kernel, arch: str = "sm_90") -> dict:
@@ -238,7 +241,14 @@ def row(kernel: Kernel, arch: str = "sm_90") -> dict:
         return f"{min(all_of)}-{max(all_of)}" if len(set(all_of)) > 1 else str(all_of[0]) if all_of else "-"
 
     out = dict(kernel=f"{kernel.op} {kernel.name}", instr=each(), mufu=each("MUFU"), lds=each("LDS"), shfl=each("SHFL"))
-    out |= dict(load=width("LDG"), store=width(*STORES), regs=sass.registers, spills=sass.spills, shared=sass.shared)
+    out |= dict(
+        mma=each("HMMA"),
+        load=width("LDG"),
+        store=width(*STORES),
+        regs=sass.registers,
+        spills=sass.spills,
+        shared=sass.shared,
+    )
     return out | dict(warps=resident_warps(sass.registers, sass.shared, kernel.threads))
 
 
@@ -328,22 +338,94 @@ def _pass(kernel: Kernel, x: Scan, blocks: int) -> dict:
     return {name: 1e3 * n * iterations * tail / CLOCK for name, n in out.items()}
 
 
-MODEL = """# What the selective scan should take on an H100
+# A product of 16 x 8 by 8 x 8 in tf32 takes a multiprocessor a cycle, and `mma.sync` reaches 62 % of that.
+PRODUCT = 1 / 0.62
+
+
+class Heads(NamedTuple):
+    """A shape of `wkv6` in both directions, with heads of 64 channels."""
+
+    batch: int
+    steps: int
+    heads: int
+
+
+HEADS = (Heads(32, 1024, 12), Heads(128, 196, 3), Heads(8, 3136, 12))
+
+
+def predict_heads(x: Heads, kernel: str) -> dict:
+    """Milliseconds of wkv6 on an H100, by bound, and `low`, the largest at 80 % of the peak.
+
+    Args:
+        x: The shape.
+        kernel: "forward", which stores the states, or "backward".
+    """
+    found = next(k for k in KERNELS if k.name == template(f"{kernel}6", 64))
+    sass = read(found.op, found.name)
+    executed = sass.executed()
+    heads, chunks = 2 * x.batch * x.heads, -(-x.steps // 16)
+    warps = resident_warps(sass.registers, sass.shared, found.threads)
+    slots = SMS * warps // 4
+    rounds = heads * chunks * (-(-heads // slots) * slots / heads if heads > slots else 1)  # of a block, with the tail
+    busy = min(SMS, heads)
+
+    def cycles(cost):
+        return rounds * sum(n * cost(i) for i, n in executed)
+
+    waits = 2 * ROUND_TRIP * heads * chunks + BARRIER * cycles(lambda i: _is(i, "BAR")) + 2 * cycles(lambda i: 1)
+    ms = dict(
+        issue=cycles(lambda i: 1) / busy,  # four warps for four schedulers
+        tensor=cycles(lambda i: 4 * PRODUCT * _is(i, "HMMA")) / busy,
+        shared=cycles(lambda i: 4 * max(i.bytes // 4, 1) * _is(i, "LDS", "STS")) / busy,
+        latency=waits / min(slots, heads),
+    )
+    ms = {name: 1e3 * n / CLOCK for name, n in ms.items()}
+    rows = (5 if kernel == "forward" else 9) * x.steps * 64  # r, w, k, v, y; or also dy, and four gradients
+    ms["hbm"] = 1e3 * 4 * heads * (rows + chunks * 64 * 64) / BANDWIDTH
+    return ms | dict(low=max(ms.values()) / 0.8)
+
+
+MODEL = """# What the kernels should take on an H100
 
 Predicted by `python tools/sass.py --model` from the machine code that NVRTC makes for sm_90. **Nothing here is
-measured**: the kernels have not run on a GPU yet, and their first run tests this table. Milliseconds, by bound:
-instructions issued, special functions, shared memory, latency of what a warp waits for, and HBM: `hbm` if the cache
-keeps what the four groups share, `hbm each` if every group fetches and merges for itself. `low` and `high` are the
-largest bound in either case at 80 % of what the hardware promises. The forward pass merges the groups, the backward
-pass writes du for each.
+measured**: the kernels have not run on a GPU yet, and their first run tests these tables.
+
+## The selective scan
+
+Milliseconds, by bound: instructions issued, special functions, shared memory, latency of what a warp waits for, and
+HBM: `hbm` if the cache keeps what the four groups share, `hbm each` if every group fetches and merges for itself. `low`
+and `high` are the largest bound in either case at 80 % of what the hardware promises. The forward pass merges the
+groups, the backward pass writes du for each.
 
 | pass | B | L | G | D | N | R | dtype | issue | mufu | shared | latency | hbm | hbm each | low | high |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
+MODEL_HEADS = """
+## wkv6
+
+In both directions, float32, heads of 64 channels; the forward pass stores the states for the backward pass. `tensor` is
+the time of the products on tensor cores at 62 % of their peak, what `mma.sync` reaches. `hbm`: each direction reads and
+writes for itself.
+
+| pass | B | L | H | issue | tensor | shared | latency | hbm | low |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
 def model() -> str:
-    """The performance model's table, as Markdown."""
+    """The performance model's tables, as Markdown."""
+    return MODEL + "\n".join(_lines_of_scans()) + "\n" + MODEL_HEADS + "\n".join(_lines_of_heads()) + "\n"
+
+
+def _lines_of_heads() -> list[str]:
+    cells = [(kernel, *x, *(f"{n:.3f}" for n in predict_heads(x, kernel).values()))
+             for x in HEADS for kernel in ("forward", "backward")]  # fmt: skip
+    return ["| " + " | ".join(map(str, row)) + " |" for row in cells]
+
+
+def _lines_of_scans() -> list[str]:
     lines = []
     for x in SHAPES:
         for kernel in ("forward", "backward"):
@@ -351,7 +433,7 @@ def model() -> str:
             lines.append(
                 "| " + " | ".join([*map(str, cells), *(f"{n:.3f}" for n in predict(x, kernel).values())]) + " |"
             )
-    return MODEL + "\n".join(lines) + "\n"
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:

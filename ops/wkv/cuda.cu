@@ -6,7 +6,8 @@
 // are in base 2.
 //
 // wkv6, wkv7: a block is a direction of a head of a batch item. Four threads hold four columns of the state (value
-// channels), each a quarter of its rows (key channels), in registers.
+// channels), each a quarter of its rows (key channels), in registers. `forward6` and `backward6` are wkv6 on tensor
+// cores, 16 steps at a time.
 
 #include "device.cuh"
 
@@ -346,6 +347,9 @@ __device__ __forceinline__ T decay_of(T w) {
   return exp_(-exp_(smaller(w, T(32))));
 }
 
+__device__ __forceinline__ float power_of(float w) { return exp2_(static_cast<float>(kLog2e) * smaller(w, 32.f)); }
+__device__ __forceinline__ float decay_of(float w) { return exp2_(static_cast<float>(-kLog2e) * power_of(w)); }
+
 // A step of the recurrence.
 template <bool kSeven, class T, int kRows>
 __device__ __forceinline__ void step(T (&S)[kRows][kQuad], const T (&d)[kRows], const T (&k)[kRows],
@@ -608,4 +612,587 @@ __global__ void __launch_bounds__(kThreads)
     }
     for (int n = threadIdx.x, m = 0; n < N && !kSeven; n += blockDim.x, ++m) du[head.index * N + n] = bonus[m];
   }
+}
+
+// --- wkv6 on tensor cores -------------------------------------------------------------------------------------------
+//
+// Heads of N = P channels, in chunks of 16 steps. Within a chunk, whose steps are 0 .. 15 and which finds the state S:
+//
+//   y_t  = (r_t d_0 .. d_{t-1}) S + sum_{s<t} m_ts v_s + (r_t . u k_t) v_t
+//   m_ts = sum over key channels of r_t k_s d_{s+1} .. d_{t-1}
+//   S    becomes d_0 .. d_15 S + sum_s (k_s d_{s+1} .. d_15) v_s
+//
+// Every factor is a product of decays, at most 1: nothing overflows, and nothing is divided. For m_ts the chunk is
+// halved again and again: s and t lie in the two halves of exactly one of its blocks of 2, 4, 8 and 16 steps. With the
+// middle c of that block,
+//
+//   m_ts = sum over key channels of (r_t d_c .. d_{t-1}) (k_s d_{s+1} .. d_{c-1}),
+//
+// which for all blocks of a size is a matrix product, its `level`. With time reversed keys are what receptances are
+// without: 0 .. 15 are then the steps 15 .. 0, and both are multiplied by the decays between them and a point before.
+
+constexpr int kLevels = 4;
+static_assert(kChunk == 1 << kLevels, "blocks of a chunk");
+
+// The i-th of the eight steps in second halves of the blocks of a level.
+__device__ __forceinline__ int second_half(int level, int i) {
+  return ((i >> level) << (level + 1)) + (1 << level) + (i & ((1 << level) - 1));
+}
+
+// A chunk's steps of N channels as operands. Steps i and i + 8 lie side by side, and in every other two rows four
+// columns are exchanged: a thread reads what it holds in one access, and the threads of a warp meet different banks.
+template <int N>
+struct Steps {
+  float x[kChunk / 2][2 * N + 16];
+
+  __device__ __forceinline__ static int column(int i, int n) { return 2 * (n ^ (i & 2) << 1); }
+  __device__ __forceinline__ void put(int n, const float (&values)[kChunk]) {
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i) {
+      const float two[2] = {values[i], values[i + 8]};
+      store(&x[i][column(i, n)], two);
+    }
+  }
+  __device__ __forceinline__ void take(int n, float (&values)[kChunk]) const {
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i) {
+      float two[2];
+      load(two, &x[i][column(i, n)]);
+      values[i] = two[0], values[i + 8] = two[1];
+    }
+  }
+  // Steps by channels c .. c + 7, terms q and q + 4 of the product being the channels c + 2q and c + 2q + 1.
+  __device__ __forceinline__ Halves<4> left(int g, int q, int c) const {
+    float a[4];
+    load(a, &x[g][column(g, 2 * q) + 2 * c]);
+    return Halves<4>(a);
+  }
+  // A result of that shape.
+  __device__ __forceinline__ void put(int g, int q, int c, const float (&d)[4]) {
+    const float a[4] = {d[0], d[2], d[1], d[3]};
+    store(&x[g][column(g, 2 * q) + 2 * c], a);
+  }
+  // Steps by channels c .. c + 7, terms q and q + 4 of the product being the steps 4 i + q and 4 i + q + 8.
+  __device__ __forceinline__ Halves<2> right(int g, int q, int i, int c) const {
+    float b[2];
+    load(b, &x[4 * i + q][column(q, g) + 2 * c]);
+    return Halves<2>(b);
+  }
+};
+
+// Channel n of receptances, or of keys with time reversed, times all decays before in the chunk; their product.
+template <int N>
+__device__ __forceinline__ float put_decayed(Steps<N>& out, int n, const float (&x)[kChunk], const float (&d)[kChunk]) {
+  float past = 1, product[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    product[i] = past * x[i];
+    past *= d[i];
+  }
+  out.put(n, product);
+  return past;
+}
+
+// Of each level the steps of second halves, times the decays before them there.
+template <int N>
+struct SecondHalves {
+  float x[kLevels][kChunk / 2][N + 8];
+
+  __device__ __forceinline__ void put(int n, const float (&values)[kChunk], const float (&d)[kChunk]) {
+#pragma unroll
+    for (int level = 0; level < kLevels; ++level) {
+      float past = 1;
+#pragma unroll
+      for (int i = 0; i < kChunk / 2; ++i) {
+        if (i % (1 << level) == 0) past = 1;
+        x[level][i][n] = past * values[second_half(level, i)];
+        past *= d[second_half(level, i)];
+      }
+    }
+  }
+};
+
+// What a thread is to a chunk: channel n of r (side 0) or of k (side 1, with time reversed); lane 4 g + q of its warp's
+// operands, see `mma_tf32`; and its warp has 16 channels of the state from `first` on, of values forward, of keys
+// backward.
+struct Part {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, side = lane / 16, n = warp * 16 + lane % 16;
+  int g = lane / 4, q = lane % 4, first = warp * 16;
+};
+
+using Scores = float[kChunk][kChunk + 4];  // m_ts, the second index with time reversed: 15 - s
+
+// Whether in the products of a level the rows i and j belong to one block: i's time runs forwards, j's backwards.
+__device__ __forceinline__ bool together(int level, int i, int j) {
+  return (i >> level) + (j >> level) == (8 >> level) - 1;
+}
+
+// Two columns of eight rows as a left operand of sixteen: below the rows, what tf32 leaves of them.
+__device__ __forceinline__ void stacked(float (&a)[4], const Halves<2>& x) {
+  a[0] = x.high[0], a[1] = x.low[0], a[2] = x.high[1], a[3] = x.low[1];
+}
+
+// m_ts of the pairs of a level.
+template <int N>
+__device__ __forceinline__ void score(Scores& m, const SecondHalves<N>& r, const SecondHalves<N>& k, int level,
+                                      const Part& own) {
+  float sum[4] = {};
+#pragma unroll
+  for (int c = 2 * own.q; c < N; c += 8) {
+    float row[2], key[2], a[4];
+    load(row, &r.x[level][own.g][c]);
+    load(key, &k.x[level][own.g][c]);
+    const Halves<2> right(key);
+    stacked(a, Halves<2>(row));
+    mma_tf32(sum, a, right.low);
+    mma_tf32(sum, a, right.high);
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int i = 2 * own.q + j;
+    if (together(level, own.g, i)) m[second_half(level, own.g)][second_half(level, i)] = sum[j] + sum[2 + j];
+  }
+}
+
+// y: (directions, B, L, H, N), states before each chunk (directions, B, H, chunks, N, N).
+template <int N>
+__global__ void __launch_bounds__(2 * N, 256 / N)
+    forward6(const float* r_, i64 r_batch, i64 r_token, i64 r_head, const float* w_, i64 w_batch, i64 w_token,
+             i64 w_head, const float* k_, i64 k_batch, i64 k_token, i64 k_head, const float* v_, i64 v_batch,
+             i64 v_token, i64 v_head, const float* u, const int* order_, i64 order_batch, i64 B, i64 L, i64 H,
+             i64 steps, float* y, float* states) {
+  constexpr int kWarps = N / 16;
+  alignas(16) __shared__ Steps<N> sides[2];
+  alignas(16) __shared__ SecondHalves<N> halves[2];
+  alignas(16) __shared__ float whole[N], bonuses[kWarps][kChunk];
+  alignas(16) __shared__ int tokens[4][2][kChunk];  // of the last chunks and the next one
+  __shared__ Scores scores;
+  const Head head(blockIdx.x, B, H, Order{order_, order_batch, steps});
+  const Part own;
+  const bool bonused = !head.direction;
+  const float bonus = bonused ? u[head.h * N + own.n] : 0.f;
+  const Tokens<const float> xs(
+      own.side ? k_ : r_,
+      own.side ? head.b * k_batch + head.h * k_head + own.n : head.b * r_batch + head.h * r_head + own.n,
+      own.side ? k_token : r_token);
+  const Tokens<const float> ws(w_, head.b * w_batch + head.h * w_head + own.n, w_token);
+  const Tokens<const float> vs(v_, head.b * v_batch + head.h * v_head + own.first + own.g, v_token);
+  const Tokens<float> ys(y, ((head.direction * B + head.b) * L * H + head.h) * N + own.first + 2 * own.q, H * N);
+  const int chunks = static_cast<int>((steps + kChunk - 1) / kChunk), last = static_cast<int>(steps) - 1;
+
+  // The token of one of 32 steps of a chunk: of its sixteen, and of them with time reversed.
+  const auto visited = [&](int chunk) {
+    const int i = own.lane % 16;
+    return static_cast<int>(head.token(smaller(chunk * kChunk + (own.side ? 15 - i : i), last)));
+  };
+  // A chunk: a channel of r or k and of w, and of v steps 15 - q - 4 i of columns g and g + 8.
+  float x[kChunk], w[kChunk], v[4][2];
+  const auto fetch = [&](int chunk) {
+    int at[kChunk], row[4];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) at[i] = tokens[chunk & 3][own.side][i];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) row[i] = tokens[chunk & 3][1][own.q + 4 * i];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) x[i] = read<1>(xs.at(at[i])).x[0], w[i] = read<1>(ws.at(at[i])).x[0];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i][0] = read<1>(vs.at(row[i])).x[0], v[i][1] = read<1>(vs.at(row[i]) + 8).x[0];
+  };
+
+  float S[N / 8][4] = {};  // columns g (twice), g + 8 (twice) of rows 8 j + 2q and 8 j + 2q + 1
+  for (int i = threadIdx.x; i < kChunk * kChunk; i += blockDim.x) scores[i / kChunk][i % kChunk] = 0;
+  if (own.warp == 0) tokens[0][own.side][own.lane % 16] = visited(0);
+  int next = visited(1);
+  __syncthreads();
+  fetch(0);
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const int start = chunk * kChunk, count = smaller(kChunk, last + 1 - start);
+    float d[kChunk], value[2][4];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) d[i] = decay_of(w[i]);
+    if (count < kChunk) {  // steps that write, read and forget nothing
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if ((own.side ? 15 - i : i) >= count) x[i] = 0, d[i] = 1;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (15 - own.q - 4 * i >= count) v[i][0] = v[i][1] = 0;
+      }
+    }
+    halves[own.side].put(own.n, x, d);
+    const float decay = put_decayed(sides[own.side], own.n, x, d);
+    if (own.side == 0) whole[own.n] = decay;
+    if (bonused) {
+      float terms[kChunk];
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) terms[i] = bonus * x[i] * __shfl_xor_sync(0xffffffffu, x[15 - i], 16);
+      const float sum = warp_sums<kChunk, 8>(terms);
+      if (own.side == 0) bonuses[own.warp][own.lane] = sum;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) value[i / 4][i % 4] = v[i / 4 + i % 4 / 2 * 2][i % 2];
+    const Halves<4> values[2] = {Halves<4>(value[0]), Halves<4>(value[1])};  // v, transposed
+    if (own.warp == 0) {
+      tokens[(chunk + 1) & 3][own.side][own.lane % 16] = next;
+      next = visited(chunk + 2);
+    }
+    __syncthreads();
+    if (chunk + 1 < chunks) fetch(chunk + 1);
+    for (int level = own.warp; level < kLevels; level += kWarps) score(scores, halves[0], halves[1], level, own);
+    if (bonused && threadIdx.x < kChunk) {
+      float sum = 0;
+      for (int i = 0; i < kWarps; ++i) sum += bonuses[i][threadIdx.x];
+      scores[threadIdx.x][15 - threadIdx.x] = sum;
+    }
+    float out[2][4] = {};
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const Halves<4> row = sides[0].left(own.g, own.q, 8 * j);
+      const float left[2] = {S[j][0], S[j][1]}, right[2] = {S[j][2], S[j][3]};
+      mma(out[0], row, Halves<2>(left));
+      mma(out[1], row, Halves<2>(right));
+    }
+    if (states) {
+      float* at = advance(states + (head.index * chunks + chunk) * N * N + own.first + own.g, 2 * own.q, 4 * N);
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) write_one(at + (8 * j + i % 2) * N + i / 2 * 8, S[j][i]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      float left[2], written[4] = {};  // added apart: tensor cores round towards 0, which would add up
+      load(left, &whole[8 * j + 2 * own.q]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) mma(written, values[i], sides[1].right(own.g, own.q, i, 8 * j));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) S[j][i] = S[j][i] * left[i % 2] + written[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int s = own.q + 4 * i;
+      const float m[4] = {scores[own.g][s], scores[own.g + 8][s], scores[own.g][s + 8], scores[own.g + 8][s + 8]};
+      const Halves<4> weights(m);
+      mma(out[0], weights, values[i].columns(0));
+      mma(out[1], weights, values[i].columns(1));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int t = own.g + 8 * i;
+      if (t >= count) continue;
+      float* at = ys.at(tokens[chunk & 3][0][t]);
+      const float low[2] = {out[0][2 * i], out[0][2 * i + 1]}, high[2] = {out[1][2 * i], out[1][2 * i + 1]};
+      write(at, low);
+      write(at + 8, high);
+    }
+  }
+}
+
+// What a thread needs of the gradients `parts` of m_ts, sums over warps, for the products of a level: of row g of r's
+// second halves with rows q and q + 4 of k's, and the other way round.
+template <int kWarps>
+__device__ __forceinline__ void score_gradients(float (&to_r)[2], float (&to_k)[2], const Scores (&parts)[kWarps],
+                                                int level, const Part& own) {
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int row = second_half(level, own.g), other = second_half(level, own.q + 4 * j);
+    to_r[j] = to_k[j] = 0;
+    for (int i = 0; i < kWarps; ++i) to_r[j] += parts[i][row][other], to_k[j] += parts[i][other][row];
+    if (!together(level, own.g, own.q + 4 * j)) to_r[j] = to_k[j] = 0;
+  }
+}
+
+// Puts the gradients of the second halves of a level, of r and of k, in their place.
+template <int N, int kWarps>
+__device__ __forceinline__ void differentiate(SecondHalves<N>& r, SecondHalves<N>& k, const Scores (&parts)[kWarps],
+                                              int level, const Part& own) {
+  float to_r[2], to_k[2], left_r[4], left_k[4], rows[N / 8][2], keys[N / 8][2];
+  score_gradients(to_r, to_k, parts, level, own);
+  stacked(left_r, Halves<2>(to_r));
+  stacked(left_k, Halves<2>(to_k));
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      rows[j][i] = r.x[level][own.q + 4 * i][8 * j + own.g];
+      keys[j][i] = k.x[level][own.q + 4 * i][8 * j + own.g];
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+    const Halves<2> row(rows[j]), key(keys[j]);
+    float dr[4] = {}, dk[4] = {};
+    mma_tf32(dr, left_r, key.low);
+    mma_tf32(dr, left_r, key.high);
+    mma_tf32(dk, left_k, row.low);
+    mma_tf32(dk, left_k, row.high);
+    const float r_sums[2] = {dr[0] + dr[2], dr[1] + dr[3]}, k_sums[2] = {dk[0] + dk[2], dk[1] + dk[3]};
+    store(&r.x[level][own.g][8 * j + 2 * own.q], r_sums);
+    store(&k.x[level][own.g][8 * j + 2 * own.q], k_sums);
+  }
+}
+
+// Gradients are (directions, B, L, H, N), du (directions, B, H, N). With D the adjoint of the state that a chunk leaves
+// and g_ts = dy_t . v_s, the gradient of m_ts:
+//
+//   gradient of r_t d_0 .. d_{t-1}    S dy_t           dv_s = sum_{t>=s} m_ts dy_t + (k_s d_{s+1} .. d_15) D
+//   gradient of k_s d_{s+1} .. d_15   D v_s            D becomes d_0 .. d_15 D + sum_t (r_t d_0 .. d_{t-1}) dy_t
+//
+// and of each level, of its factors of r the products of g with those of k, and the reverse. The gradient of log d_j is
+// the sum, over all such products of decays that hold d_j, of what the product and its gradient give multiplied. None
+// of its terms is without d_j, so none has to cancel.
+template <int N>
+__global__ void __launch_bounds__(2 * N, 192 / N)
+    backward6(const float* dy_, i64 dy_batch, i64 dy_token, i64 dy_head, const float* r_, i64 r_batch, i64 r_token,
+              i64 r_head, const float* w_, i64 w_batch, i64 w_token, i64 w_head, const float* k_, i64 k_batch,
+              i64 k_token, i64 k_head, const float* v_, i64 v_batch, i64 v_token, i64 v_head, const float* u,
+              const int* order_, i64 order_batch, i64 B, i64 L, i64 H, i64 steps, const float* states, float* dr,
+              float* dw, float* dk, float* dv, float* du) {
+  constexpr int kWarps = N / 16, kRow = N + 4;
+  union Work {  // first the adjoint of the state, then the levels and their gradients
+    float adjoint[N][kRow];
+    SecondHalves<N> halves[2];
+  };
+  alignas(16) __shared__ Work work;
+  alignas(16) __shared__ Steps<N> sides[2], values[2];  // of r and k, later their gradients; of dy, and v reversed
+  alignas(16) __shared__ Scores scores, parts[kWarps];
+  __shared__ float decays[kChunk][N];  // kept here: with them a thread would want more than 168 registers
+  alignas(16) __shared__ float whole[N], with_state[N], bonus_gradients[N], bonuses[kWarps][kChunk], own_scores[kChunk];
+  alignas(16) __shared__ int tokens[2][2][kChunk];  // of a chunk, and of the one after it or before it
+  const Head head(blockIdx.x, B, H, Order{order_, order_batch, steps});
+  const Part own;
+  const bool bonused = !head.direction, reversed = own.side;
+  const float bonus = bonused ? u[head.h * N + own.n] : 0.f;
+  const i64 x_at = reversed ? head.b * k_batch + head.h * k_head : head.b * r_batch + head.h * r_head;
+  const i64 z_at = reversed ? head.b * v_batch + head.h * v_head : head.b * dy_batch + head.h * dy_head;
+  const Tokens<const float> xs(reversed ? k_ : r_, x_at + own.n, reversed ? k_token : r_token);
+  const Tokens<const float> zs(reversed ? v_ : dy_, z_at + own.n, reversed ? v_token : dy_token);
+  const Tokens<const float> ws(w_, head.b * w_batch + head.h * w_head + own.n, w_token);
+  const i64 first = ((head.direction * B + head.b) * L * H + head.h) * N;
+  const Tokens<float> dxs(reversed ? dk : dr, first + own.n, H * N), dws(dw, first + own.n, H * N);
+  const Tokens<float> dvs(dv, first + own.first + 2 * own.q, H * N);
+  const int chunks = static_cast<int>((steps + kChunk - 1) / kChunk), last = static_cast<int>(steps) - 1;
+  const auto step = [&](int i) { return reversed ? 15 - i : i; };
+  const auto visited = [&](int chunk) {  // as in `forward6`
+    return static_cast<int>(head.token(smaller(larger(chunk, 0) * kChunk + step(own.lane % 16), last)));
+  };
+
+  float D[N / 8][4] = {};  // rows g (twice), g + 8 (twice) of columns 8 j + 2q and 8 j + 2q + 1
+  if (own.side == 0) bonus_gradients[own.n] = 0;
+  for (int i = threadIdx.x; i < kChunk * kChunk; i += blockDim.x) scores[i / kChunk][i % kChunk] = 0;
+  if (own.warp == 0) tokens[(chunks - 1) % 2][own.side][own.lane % 16] = visited(chunks - 1);
+  __syncthreads();
+  for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+    const int start = chunk * kChunk, count = smaller(kChunk, last + 1 - start);
+    const int (&token)[kChunk] = tokens[chunk % 2][own.side];
+
+    // Channel n of r or k, of w, and of dy or v; rows g and g + 8 of the state.
+    float x[kChunk], d[kChunk], z[kChunk], S[N / 8][4];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      x[i] = read<1>(xs.at(token[i])).x[0];
+      d[i] = read<1>(ws.at(token[i])).x[0];
+      z[i] = read<1>(zs.at(token[i])).x[0];
+    }
+    const float* state = states + (head.index * chunks + chunk) * N * N + own.first * N + 2 * own.q;
+    state = advance(state, own.g, 4 * N);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const Pack<float, 2> upper = read<2>(state + 8 * j), lower = read<2>(state + 8 * N + 8 * j);
+      S[j][0] = upper.x[0], S[j][1] = upper.x[1], S[j][2] = lower.x[0], S[j][3] = lower.x[1];
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) d[i] = decay_of(d[i]);
+    if (count < kChunk) {  // steps that write, read and forget nothing
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (step(i) >= count) x[i] = z[i] = 0, d[i] = 1;
+      }
+    }
+    const float decay = put_decayed(sides[own.side], own.n, x, d);
+    if (own.side == 0) {
+      whole[own.n] = decay;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) decays[i][own.n] = d[i];
+    }
+    values[own.side].put(own.n, z);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const float upper[2] = {D[j][0], D[j][1]}, lower[2] = {D[j][2], D[j][3]};
+      store(&work.adjoint[own.first + own.g][8 * j + 2 * own.q], upper);
+      store(&work.adjoint[own.first + own.g + 8][8 * j + 2 * own.q], lower);
+    }
+    __syncthreads();
+
+    // What goes through the states: to r and k by the warp's rows, to v by its columns; and the warp's part of g_ts.
+    float to_r[2][4] = {}, to_k[2][4] = {}, to_v[2][4] = {}, part[2][4] = {}, product[2] = {};
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const Halves<4> dy = values[0].left(own.g, own.q, 8 * j), v = values[1].left(own.g, own.q, 8 * j);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float of_state[2] = {S[j][2 * i], S[j][2 * i + 1]}, of_adjoint[2] = {D[j][2 * i], D[j][2 * i + 1]};
+        mma(to_r[i], dy, Halves<2>(of_state));
+        mma(to_k[i], v, Halves<2>(of_adjoint));
+        product[i] += of_state[0] * of_adjoint[0] + of_state[1] * of_adjoint[1];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const Halves<4> dy = values[0].left(own.g, own.q, own.first + 8 * j);
+      const Halves<4> v = values[1].left(own.g, own.q, own.first + 8 * j);
+      mma(part[0], dy, v.columns(0));
+      mma(part[1], dy, v.columns(1));
+    }
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const Halves<4> key = sides[1].left(own.g, own.q, 8 * j);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float (*rows)[kRow] = work.adjoint + 8 * j + 2 * own.q;
+        const float of_adjoint[2] = {rows[0][own.first + 8 * i + own.g], rows[1][own.first + 8 * i + own.g]};
+        mma(to_v[i], key, Halves<2>(of_adjoint));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      product[i] += __shfl_xor_sync(0xffffffffu, product[i], 1);
+      product[i] += __shfl_xor_sync(0xffffffffu, product[i], 2);
+      if (own.q == 0) with_state[own.first + own.g + 8 * i] = product[i];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float two[2] = {part[j][2 * i], part[j][2 * i + 1]};
+        store(&parts[own.warp][own.g + 8 * i][8 * j + 2 * own.q], two);
+      }
+    }
+    const float left[2] = {whole[own.first + own.g], whole[own.first + own.g + 8]};
+    const Halves<4> rows[2] = {
+        Halves<4>(sides[0].right(own.g, own.q, 0, own.first), sides[0].right(own.g, own.q, 0, own.first + 8)),
+        Halves<4>(sides[0].right(own.g, own.q, 1, own.first), sides[0].right(own.g, own.q, 1, own.first + 8))};
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      float written[4] = {};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) mma(written, rows[i], values[0].right(own.g, own.q, i, 8 * j));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) D[j][i] = D[j][i] * left[i / 2] + written[i];
+    }
+    __syncthreads();
+
+    // The levels.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sides[0].put(own.g, own.q, own.first + 8 * i, to_r[i]);
+      sides[1].put(own.g, own.q, own.first + 8 * i, to_k[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) d[i] = decays[step(i)][own.n];
+    work.halves[own.side].put(own.n, x, d);
+    if (bonused) {
+      float terms[kChunk];
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) terms[i] = bonus * x[i] * __shfl_xor_sync(0xffffffffu, x[15 - i], 16);
+      const float sum = warp_sums<kChunk, 8>(terms);
+      if (own.side == 0) bonuses[own.warp][own.lane] = sum;
+    }
+    __syncthreads();
+    const int next = visited(chunk - 1);
+    for (int level = own.warp; level < kLevels; level += kWarps) {
+      score(scores, work.halves[0], work.halves[1], level, own);
+      differentiate(work.halves[0], work.halves[1], parts, level, own);
+    }
+    if (own.warp == 0) tokens[(chunk + 1) % 2][own.side][own.lane % 16] = next;
+    if (bonused && threadIdx.x < kChunk) {
+      float sum = 0, gradient = 0;
+      for (int i = 0; i < kWarps; ++i) {
+        sum += bonuses[i][threadIdx.x];
+        gradient += parts[i][threadIdx.x][15 - threadIdx.x];
+      }
+      scores[threadIdx.x][15 - threadIdx.x] = sum;
+      own_scores[threadIdx.x] = gradient;
+    }
+    __syncthreads();
+
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int t = own.q + 4 * i;
+      const float m[4] = {scores[t][own.g], scores[t][own.g + 8], scores[t + 8][own.g], scores[t + 8][own.g + 8]};
+      const Halves<4> weights(m);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) mma(to_v[j], weights, values[0].right(own.g, own.q, i, own.first + 8 * j));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int s = own.g + 8 * i;
+      if (15 - s >= count) continue;
+      float* at = dvs.at(tokens[chunk % 2][1][s]);
+      const float low[2] = {to_v[0][2 * i], to_v[0][2 * i + 1]}, high[2] = {to_v[1][2 * i], to_v[1][2 * i + 1]};
+      write(at, low);
+      write(at + 8, high);
+    }
+    float w[kChunk / 2];  // of the first steps by either side's time
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i) w[i] = read<1>(ws.at(token[i])).x[0];
+    // Channel n of r or k, and of log d what goes through its products.
+    float dx[kChunk], dlog[kChunk];
+    sides[own.side].take(own.n, dx);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) d[i] = decays[step(i)][own.n];
+    float past = 1;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      dx[i] *= past;
+      past *= d[i];
+    }
+    float sum = own.side == 0 ? past * with_state[own.n] : 0.f;
+#pragma unroll
+    for (int i = kChunk - 1; i >= 0; --i) {
+      dlog[i] = sum;
+      sum += x[i] * dx[i];
+    }
+#pragma unroll
+    for (int level = 0; level < kLevels; ++level) {
+      float terms[kChunk / 2];
+#pragma unroll
+      for (int row = 0; row < kChunk / 2; ++row) {
+        const int i = second_half(level, row);
+        if (row % (1 << level) == 0) past = 1;
+        const float to_x = past * work.halves[own.side].x[level][row][own.n];
+        past *= d[i];
+        dx[i] += to_x;
+        terms[row] = x[i] * to_x;
+      }
+#pragma unroll
+      for (int row = kChunk / 2 - 1; row >= 0; --row) {
+        if ((row + 1) % (1 << level) == 0) sum = 0;
+        dlog[second_half(level, row)] += sum;
+        sum += terms[row];
+      }
+    }
+    if (bonused) {
+      sum = 0;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        const float to_x = own_scores[step(i)] * __shfl_xor_sync(0xffffffffu, x[15 - i], 16);
+        dx[i] += bonus * to_x;
+        sum += x[i] * to_x;
+      }
+      if (own.side == 0) bonus_gradients[own.n] += sum;
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (step(i) < count) write_one(dxs.at(token[i]), dx[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i) {
+      const float total = dlog[i] + __shfl_xor_sync(0xffffffffu, dlog[15 - i], 16);
+      if (step(i) < count) write_one(dws.at(token[i]), -power_of(w[i]) * total);
+    }
+    __syncthreads();
+  }
+  if (own.side == 0) du[head.index * N + own.n] = bonus_gradients[own.n];
 }

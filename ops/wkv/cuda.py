@@ -1,5 +1,7 @@
 """Arguments and grids of the kernels in cuda.cu."""
 
+import torch
+
 from .. import compile_cuda as cuda
 
 NAME = "wkv"
@@ -60,22 +62,41 @@ def _threads(P):
     return -(-P // 32) * 32
 
 
+def on_tensor_cores(k, v, a):
+    """Whether the kernels for tensor cores serve a call: wkv6 in float32 with as many keys as values, 16, 32 or 64.
+
+    The others go step by step. tf32 needs sm_80.
+    """
+    fits = a is None and k.dtype == torch.float32 and k.shape[3] == v.shape[3] and k.shape[3] in (16, 32, 64)
+    return fits and cuda.has_tf32(k.device)
+
+
 def forward(*, r, w, k, v, a, b, u, order, directions, y, states):
     """Writes y ``(directions, B, L, H, P)`` and, unless it is empty, states."""
     B, L, H, P = v.shape
-    name = cuda.template("forward", k.dtype, k.shape[3], a is not None)
-    tensors = dict(r=r, w=w, k=k, v=v, a=a, b=b, u=u, y=y, states=states if states.numel() else None)
-    cuda.launch(NAME, name, directions * B * H, _threads(P), **tensors, **_steps(order, L), B=B, L=L, H=H, P=P)
+    tasks = directions * B * H
+    sizes = _steps(order, L) | dict(B=B, L=L, H=H)
+    tensors = dict(r=r, w=w, k=k, v=v, u=u, y=y, states=states if states.numel() else None)
+    if on_tensor_cores(k, v, a):
+        cuda.launch(NAME, cuda.template("forward6", P), tasks, 2 * P, **tensors, **sizes)
+    else:
+        name = cuda.template("forward", k.dtype, k.shape[3], a is not None)
+        cuda.launch(NAME, name, tasks, _threads(P), **tensors, a=a, b=b, **sizes, P=P)
 
 
 def backward(*, dy, r, w, k, v, a, b, u, order, directions, states, **grads):
     """Writes the gradients of r, w, k, v, a and b ``(directions, B, L, H, -)`` and u ``(directions, B, H, N)``."""
     B, L, H, P = v.shape
     N, tasks = k.shape[3], directions * B * H
+    sizes = _steps(order, L) | dict(B=B, L=L, H=H)
+    tensors = dict(dy=dy, r=r, w=w, k=k, v=v, u=u, states=states)
+    if on_tensor_cores(k, v, a):
+        grads = {name: grads[name] for name in ("dr", "dw", "dk", "dv", "du")}
+        cuda.launch(NAME, cuda.template("backward6", N), tasks, 2 * N, **tensors, **sizes, **grads)
+        return
     grid = min(tasks, 4 * cuda.multiprocessors(k.device))
     name = cuda.template("backward", k.dtype, N, a is not None)
     kept = 8 if k.element_size() * N > 512 else 4  # states of a chunk that `history` in cuda.cu holds
     history = k.new_empty(grid, kept, -(-N // 16) * 16, _threads(P))
-    tensors = dict(dy=dy, r=r, w=w, k=k, v=v, a=a, b=b, u=u, states=states, history=history)
-    tensors |= {name: g if g.numel() else None for name, g in grads.items()}
-    cuda.launch(NAME, name, grid, _threads(P), **tensors, **_steps(order, L), tasks=tasks, B=B, L=L, H=H, P=P)
+    grads = {name: g if g.numel() else None for name, g in grads.items()}
+    cuda.launch(NAME, name, grid, _threads(P), **tensors, a=a, b=b, **sizes, P=P, tasks=tasks, history=history, **grads)

@@ -1,8 +1,10 @@
 // Runs the CUDA kernels on the CPU, to check their values where there is no GPU. The threads of a block are coroutines
-// that take turns: each runs until it meets a barrier or a shuffle, then the next one. Every thread of a block must
-// therefore meet the same barriers and shuffles, which is what the kernels promise anyway; where one does not, the run
-// aborts. Between two barriers the threads run in an order of its own, so that a missing barrier shows. Each block
-// begins with shared memory that is not a number.
+// that take turns: each runs until it meets a barrier, a shuffle or a product on tensor cores, then the next one of its
+// warp. Every thread of a warp must therefore meet the same, and every warp of a block the same barriers, which is what
+// the kernels promise anyway; where one does not, the run aborts. Between two barriers of the block one warp runs after
+// the other, and the threads of a warp between two meetings, in an order that changes: a missing barrier shows. Each
+// block begins with shared memory that is not a number. Tensor cores take the bits that count of their operands, and
+// round their sums towards 0.
 
 #pragma once
 
@@ -32,10 +34,17 @@ static Index threadIdx, blockIdx, blockDim, gridDim;
 namespace emulator {
 
 constexpr int kMaxThreads = 1024, kStack = 256 * 1024;
+enum {
+  kBlock = 1,
+  kWarp,
+  kShuffle,
+  kProduct
+};  // what a thread may wait at: barriers, then what its warp does together
 static ucontext_t scheduler, threads[kMaxThreads];
 static bool finished[kMaxThreads];
 static int meeting[kMaxThreads];  // what the thread waits at
 static double exchange[2][kMaxThreads];
+static float operands[2][kMaxThreads][6];  // of a thread for a tensor core: a, b
 static int parity[kMaxThreads], current, turn[kMaxThreads];
 static std::vector<std::pair<char*, size_t>> shared_memory;  // whoever loads the library says where it lies
 
@@ -48,8 +57,13 @@ template <class T>
 T shuffle(T x, int source) {
   const int self = current, p = parity[self] ^= 1;
   exchange[p][self] = static_cast<double>(x);
-  wait_at(2);
+  wait_at(kShuffle);
   return static_cast<T>(exchange[p][source]);
+}
+
+inline float towards_zero(double x) {
+  const float y = static_cast<float>(x);
+  return std::abs(static_cast<double>(y)) > std::abs(x) ? std::nextafterf(y, 0.f) : y;
 }
 
 using Call = void (*)(void**);
@@ -62,18 +76,36 @@ inline void body() {
   swapcontext(&threads[current], &scheduler);
 }
 
-inline void shuffle_turns(int count) {
+inline void shuffle_turns(int* turns, int begin, int end) {
   static unsigned random = 1;
-  for (int i = count - 1; i > 0; --i) {
+  for (int i = begin; i < end; ++i) turns[i] = i;
+  for (int i = end - 1; i > begin; --i) {
     random = random * 1664525u + 1013904223u;
-    std::swap(turn[i], turn[(random >> 8) % (i + 1)]);
+    std::swap(turns[i], turns[begin + (random >> 8) % (i - begin + 1)]);
   }
 }
 
+// Lets every thread of a warp run on; returns what they meet, 0 if they have left.
+inline int run_warp(int begin, int end) {
+  int met = -1;
+  shuffle_turns(turn, begin, end);
+  for (int k = begin; k < end; ++k) {
+    const int i = turn[k];
+    current = i;
+    threadIdx.x = i;
+    meeting[i] = 0;
+    if (!finished[i]) swapcontext(&scheduler, &threads[i]);
+    if (met >= 0 && met != meeting[i])
+      std::fprintf(stderr, "threads of a warp meet different barriers\n"), std::abort();
+    met = meeting[i];
+  }
+  return met;
+}
+
 inline void run_block(std::vector<char>& stacks) {
-  const int count = blockDim.x;
+  const int count = blockDim.x, warps = (count + 31) / 32;
+  int warp_turn[kMaxThreads / 32];
   for (const auto& [begin, size] : shared_memory) std::memset(begin, 0xff, size);
-  for (int i = 0; i < count; ++i) turn[i] = i;
   for (int i = 0; i < count; ++i) {
     finished[i] = false;
     parity[i] = 0;
@@ -83,23 +115,16 @@ inline void run_block(std::vector<char>& stacks) {
     threads[i].uc_link = nullptr;
     makecontext(&threads[i], body, 0);
   }
-  for (int running = count; running > 0;) {
-    running = 0;
-    int met = 0;
-    shuffle_turns(count);
-    for (int k = 0; k < count; ++k) {
-      const int i = turn[k];
-      if (finished[i]) continue;
-      current = i;
-      threadIdx.x = i;
-      meeting[i] = 0;
-      swapcontext(&scheduler, &threads[i]);
-      if (finished[i]) continue;
-      ++running;
-      if (met && met != meeting[i]) std::fprintf(stderr, "threads meet different barriers\n"), std::abort();
-      met = meeting[i];
+  for (int waiting = warps; waiting > 0;) {
+    waiting = 0;
+    shuffle_turns(warp_turn, 0, warps);
+    for (int w = 0; w < warps; ++w) {
+      const int begin = warp_turn[w] * 32, end = begin + 32 < count ? begin + 32 : count;
+      int met = kWarp;
+      while (met >= kWarp) met = run_warp(begin, end);
+      waiting += met == kBlock;
     }
-    if (running && running != count) std::fprintf(stderr, "some threads have left before a barrier\n"), std::abort();
+    if (waiting && waiting != warps) std::fprintf(stderr, "some warps have left before a barrier\n"), std::abort();
   }
 }
 
@@ -127,7 +152,8 @@ inline void launch(Call c, long long grid, int block, void** a) {
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::wait_at(1); }
+inline void __syncthreads() { emulator::wait_at(emulator::kBlock); }
+inline void __syncwarp() { emulator::wait_at(emulator::kWarp); }
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
   return emulator::shuffle(x, emulator::current ^ mask);
@@ -159,6 +185,29 @@ template <class S>
 S* advance(S* p, int row, unsigned bytes) {
   const auto offset = static_cast<unsigned long long>(static_cast<unsigned>(row)) * bytes;
   return reinterpret_cast<S*>(reinterpret_cast<std::uintptr_t>(p) + offset);
+}
+
+inline float as_tf32(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, 4);
+  bits &= 0xffffe000u;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  using namespace emulator;
+  const int self = current, p = parity[self] ^= 1, first = self / 32 * 32, g = self % 32 / 4, q = self % 4;
+  for (int i = 0; i < 6; ++i) operands[p][self][i] = as_tf32(i < 4 ? a[i] : b[i - 4]);
+  wait_at(kProduct);
+  for (int i = 0; i < 4; ++i) {
+    double sum = d[i];
+    for (int k = 0; k < 8; ++k) {
+      const float* left = operands[p][first + 4 * g + k % 4];
+      const float* right = operands[p][first + 4 * (2 * q + i % 2) + k % 4];
+      sum += static_cast<double>(left[k / 4 * 2 + i / 2]) * right[4 + k / 4];
+    }
+    d[i] = towards_zero(sum);
+  }
 }
 
 inline float widen(bfloat16 x) {

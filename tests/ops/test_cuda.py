@@ -5,6 +5,7 @@ same sources run on the CPU, a block's threads as coroutines, for values and eve
 """
 
 import contextlib
+import functools
 import importlib.util
 import math
 
@@ -27,6 +28,7 @@ from linzoo.ops import (
     wkv7,
 )
 from linzoo.ops.compile_cuda import template
+from linzoo.ops.wkv import cuda as wkv_cuda
 from linzoo.tools.sass import resources
 
 COMPILER = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.core") is not None
@@ -66,6 +68,7 @@ def instances():
         for flag in (False, True):
             out += [("wkv", template(kernel, dtype, flag)) for kernel in ("bi_ends", "bi_carry", "bi_sweep")]
             out += [("wkv", template(kernel, dtype, channels, flag)) for kernel in ("forward", "backward")]
+    out += [("wkv", template(kernel, channels)) for kernel in ("forward6", "backward6") for channels in (16, 32, 64)]
     return sorted(set(out))
 
 
@@ -223,9 +226,11 @@ def bare_scan(B, L, G, D, N):
     return selective_scan, x | dict(B=normal(B, L, G, N), C=normal(B, L, G, N)), dict(dt_softplus=False)
 
 
-def wkv_case(run, B, L, H, N, P, steps=None, **options):
+def wkv_case(run, B, L, H, N, P, steps=None, decay=0.0, **options):
+    """`decay` is added to w: a number, or one for each of N channels."""
     names = dict(r=N, k=N, v=P, w=N) | (dict(a=N, b=N) if run is wkv7 else {})
     x = {name: normal(B, L, H, size) / size**0.5 for name, size in names.items()}
+    x["w"] = x["w"] + decay
     x |= dict(u=normal(H, N)) if run is wkv6 else {}
     return run, x, dict(order=order_of(steps, length=L) if steps else None, **options)
 
@@ -298,6 +303,12 @@ CASES = {
         lambda: wkv_case(wkv6, 1, 20, 1, 40, 33, bidirectional=False),
         lambda: wkv_case(wkv7, 2, 37, 2, 19, 19, steps=30),
         lambda: wkv_case(wkv7, 1, 17, 1, 33, 40),
+        # on tensor cores
+        *(functools.partial(wkv_case, wkv6, 1, L, 2, 16, 16) for L in (1, 15, 16, 17, 65)),
+        *(functools.partial(wkv_case, wkv6, 1, 35, 1, 16, 16, decay=decay) for decay in (-10.0, 2.0, 7.0)),
+        lambda: wkv_case(wkv6, 1, 50, 1, 16, 16, decay=torch.linspace(-10, 8, 16)),
+        lambda: wkv_case(wkv6, 2, 37, 2, 32, 32, steps=30),
+        lambda: wkv_case(wkv6, 1, 130, 1, 64, 64, bidirectional=False),
     ],
     "ssm_kernel": [
         lambda: kernel_case(3, 5, 75),
@@ -348,7 +359,7 @@ def assert_case(case, dtype, compute, device="cpu"):
     got = compute(run, prepare(inputs, dtype, device), options)
     for name, a, b in zip(("y", *inputs), got, expected, strict=True):
         assert a.shape == b.shape and a.dtype == dtype
-        error = (a.double().cpu() - b).abs().max() / b.abs().max()
+        error = (a.double().cpu() - b).abs().max() / b.abs().max().clamp(min=1e-30)  # what underflows may be 0
         assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
 
 
@@ -451,6 +462,30 @@ def test_wide_heads_fall_back_aloud(emulated_cuda):
         run(**x, **options)
 
 
+def test_emulated_wkv6_does_not_lose_digits_with_length(emulated_cuda):
+    """Tensor cores round towards 0: what a slow decay sums over many chunks must not be summed by them."""
+    torch.manual_seed(0)
+    emulated_cuda("wkv")
+    run, x, options = wkv_case(wkv6, 1, 1000, 1, 16, 16, decay=-10.0)
+    x = {name: t.float() for name, t in x.items()}
+    got = results(run, prepare(x, torch.float32), options)
+    with use_backend("reference"):
+        expected = results(run, prepare({n: t.double() for n, t in x.items()}, torch.float64), options, torch.float32)
+    for name, a, b in zip(("y", *x), got, expected, strict=True):
+        error = (a.double() - b).abs().max() / b.abs().max()
+        assert error <= 6e-6, f"{name}: {error:.1e}"
+
+
+def test_tensor_cores_serve_wkv6_where_they_fit(monkeypatch):
+    def served(N, P, dtype=torch.float32, a=None):
+        return wkv_cuda.on_tensor_cores(torch.zeros(1, 1, 1, N, dtype=dtype), torch.zeros(1, 1, 1, P, dtype=dtype), a)
+
+    assert [N for N in range(1, 129) if served(N, N)] == [16, 32, 64]
+    assert not (served(64, 32) or served(64, 64, torch.float64) or served(64, 64, a=torch.zeros(1)))
+    monkeypatch.setattr(compile_cuda, "_capability", lambda index: (7, 5))
+    assert not compile_cuda.has_tf32(torch.device("cuda:0"))
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
@@ -504,7 +539,12 @@ def opcheck(op, case, device):
     torch.library.opcheck(operator, (*x.values(), *tail))
 
 
-OPCHECKS = [("wkv", 3), ("wkv", 5), *((op, 0) for op in CASES if op != "ssm_kernel")]  # that one is two operators
+OPCHECKS = [
+    ("wkv", 3),
+    ("wkv", 5),
+    ("wkv", 16),
+    *((op, 0) for op in CASES if op != "ssm_kernel"),
+]  # that one is two operators
 
 
 @pytest.mark.parametrize(("op", "case"), OPCHECKS)

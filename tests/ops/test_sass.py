@@ -126,6 +126,33 @@ def test_budget_of_other_kernels(op, name, instructions, wide):
     assert set(sass.widths(sass.read(op, name).loop(), *sass.STORES)) == {wide}
 
 
+# Channels; of a warp, products on tensor cores in 16 steps forward and backward.
+HEADS = ((16, 40, 84), (32, 68, 144), (64, 124, 264))
+
+
+@needs_tools
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+@pytest.mark.parametrize(("channels", "forward", "backward"), HEADS, ids=str)
+def test_wkv6_on_tensor_cores(channels, forward, backward, arch):
+    for name, products, registers in (("forward6", forward, 128), ("backward6", backward, 168)):
+        kernel = sass.read("wkv", template(name, channels), arch)
+        assert sass.count(kernel.loop(), "HMMA") == products
+        assert kernel.spills == 0 and kernel.registers <= registers and kernel.shared <= 48 * 1024
+
+
+@needs_tools
+def test_budget_of_wkv6():
+    """Of a step, by each of the four warps of a head of 64 channels."""
+    kernels = {k.name: k for k in sass.KERNELS if k.op == "wkv"}
+    for name, instructions, registers, loads, warps in (
+        ("forward6", 92, 128, 4.5, 16),
+        ("backward6", 200, 168, 18, 12),
+    ):
+        kernel = kernels[template(name, 64)]
+        check(kernel, instructions, registers, 0, warps)
+        assert sass.row(kernel)["lds"] <= loads
+
+
 @needs_tools
 def test_the_model_predicts_what_the_kernels_aim_at():
     """The larger of its bounds, at 80 % of the hardware; HBM if the cache keeps what groups share."""
