@@ -73,7 +73,7 @@ class DiagonalSystem(nn.Module):
         Lambda, step = torch.complex(re.clamp(max=-1e-4) if self.clip else re, im), rate * log_step.exp()
         if self.discretization == "zoh":
             gain = torch.exp(Lambda * step)
-            return gain, (gain - 1) / Lambda
+            return gain, torch.complex(gain.real - 1, gain.imag) / Lambda  # AOTInductor knows no complex number less 1
         half = 1 / (1 - step / 2 * Lambda)
         return half * (1 + step / 2 * Lambda), half * step
 
@@ -154,7 +154,8 @@ class S5(DiagonalSystem):
             for t in (self.B, self.C)
         )
         into = as_real(scale.unsqueeze(-1) * B).transpose(1, 2).flatten(0, 1)  # rows re_0, im_0, re_1, ...
-        out = as_real(C.conj() if self.init == "ptd" else 2 * C.conj()).flatten(1)  # Re(C x) = C_re x_re - C_im x_im
+        out = as_real(C.conj()).flatten(1)  # Re(C x) = C_re x_re - C_im x_im
+        out = out if self.init == "ptd" else 2 * out
         inputs = F.linear(u, into.to(u.dtype)).unflatten(-1, (-1, 2))
         gain = as_real(gain)
         states = [diagonal_scan(gain, inputs)]

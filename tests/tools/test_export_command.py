@@ -70,6 +70,15 @@ def test_package_runs_without_linzoo(tmp_path, run_alone):
             run(wrong)
 
 
+@pytest.mark.slow
+def test_package_of_complex_states(tmp_path):
+    model = timm.create_model("s5_pixel_s", depth=1).eval()
+    run = export.to_aoti(model, torch.randn(2, 1, 16, 16), {0: torch.export.Dim.AUTO}, tmp_path / "model_aoti.pt2")
+    x = torch.randn(3, 1, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(run(x)[0], model(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["vrwkv_t", "vrwkv6_t", "vil_t", "vim_t"])
 def test_trace_at_the_size_of_the_positions(name):
     """They fit the traced image as they are, and other images resized."""
