@@ -73,8 +73,8 @@ def test_package_runs_without_linzoo(tmp_path, run_alone):
 @pytest.mark.slow
 def test_package_of_complex_states(tmp_path):
     model = timm.create_model("s5_pixel_s", depth=1).eval()
-    run = export.to_aoti(model, torch.randn(2, 1, 16, 16), {0: torch.export.Dim.AUTO}, tmp_path / "model_aoti.pt2")
-    x = torch.randn(3, 1, 16, 16)
+    run = export.to_aoti(model, torch.randn(2, 3, 16, 16), {0: torch.export.Dim.AUTO}, tmp_path / "model_aoti.pt2")
+    x = torch.randn(3, 3, 16, 16)
     with torch.inference_mode():
         torch.testing.assert_close(run(x)[0], model(x), rtol=1e-4, atol=1e-5)
 
