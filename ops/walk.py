@@ -10,11 +10,15 @@ from torch._higher_order_ops.scan import scan
 def walk(step: Callable, state: tuple | Tensor, xs: Sequence[Tensor], use_scan: bool = False) -> tuple[Tensor, ...]:
     """Outputs of ``step(state, x_t) -> (state, outputs)`` over dimension 1 of `xs`, stacked along it.
 
-    With `use_scan` the loop is one `torch._higher_order_ops.scan`. Then outputs may not be parts of the state: clone
-    them.
+    With `use_scan` the loop is one `torch._higher_order_ops.scan`.
     """
     if use_scan:
-        outputs = scan(step, state, tuple(x.transpose(0, 1) for x in xs), dim=0)[1]
+
+        def apart(state, x):  # scan forbids outputs that are parts of the state
+            state, outputs = step(state, x)
+            return state, tuple(y.clone() for y in outputs)
+
+        outputs = scan(apart, state, tuple(x.transpose(0, 1) for x in xs), dim=0)[1]
         return tuple(y.transpose(0, 1) for y in outputs)
     outputs = []
     for x in zip(*(x.unbind(1) for x in xs), strict=True):

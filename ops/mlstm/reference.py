@@ -84,7 +84,7 @@ def chunked(q, k, v, i, f, eps, chunk_size, use_scan=False):
         top = torch.maximum(decayed, peak)
         keep, write = torch.exp(decayed - top), torch.exp(peak - top)
         S_new = keep[..., None, None] * S + write[..., None, None] * left
-        return (S_new, top), (S.clone(), m.clone())
+        return (S_new, top), state
 
     xs = tuple(x.transpose(1, 2) for x in (left, peak, total[..., -1]))
     first = torch.zeros_like(left[:, :, 0]), torch.full_like(peak[:, :, 0], -torch.inf)

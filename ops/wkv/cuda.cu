@@ -720,6 +720,17 @@ struct Part {
   int g = lane / 4, q = lane % 4, first = warp * 16;
 };
 
+// The warp's part of r_t . u k_t, of channel n's r or k and u.
+template <int kWarps>
+__device__ __forceinline__ void put_bonus(float (&out)[kWarps][kChunk], const float (&x)[kChunk], float u,
+                                          const Part& own) {
+  float terms[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) terms[i] = u * x[i] * __shfl_xor_sync(0xffffffffu, x[15 - i], 16);
+  const float sum = warp_sums<kChunk, 8>(terms);
+  if (own.side == 0) out[own.warp][own.lane] = sum;
+}
+
 using Scores = float[kChunk][kChunk + 4];  // m_ts, the second index with time reversed: 15 - s
 
 // Whether in the products of a level the rows i and j belong to one block: i's time runs forwards, j's backwards.
@@ -823,13 +834,7 @@ __global__ void __launch_bounds__(2 * N, 256 / N)
     halves[own.side].put(own.n, x, d);
     const float decay = put_decayed(sides[own.side], own.n, x, d);
     if (own.side == 0) whole[own.n] = decay;
-    if (bonused) {
-      float terms[kChunk];
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) terms[i] = bonus * x[i] * __shfl_xor_sync(0xffffffffu, x[15 - i], 16);
-      const float sum = warp_sums<kChunk, 8>(terms);
-      if (own.side == 0) bonuses[own.warp][own.lane] = sum;
-    }
+    if (bonused) put_bonus(bonuses, x, bonus, own);
 #pragma unroll
     for (int i = 0; i < 8; ++i) value[i / 4][i % 4] = v[i / 4 + i % 4 / 2 * 2][i % 2];
     const Halves<4> values[2] = {Halves<4>(value[0]), Halves<4>(value[1])};  // v, transposed
@@ -1092,13 +1097,7 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) d[i] = decays[step(i)][own.n];
     work.halves[own.side].put(own.n, x, d);
-    if (bonused) {
-      float terms[kChunk];
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) terms[i] = bonus * x[i] * __shfl_xor_sync(0xffffffffu, x[15 - i], 16);
-      const float sum = warp_sums<kChunk, 8>(terms);
-      if (own.side == 0) bonuses[own.warp][own.lane] = sum;
-    }
+    if (bonused) put_bonus(bonuses, x, bonus, own);
     __syncthreads();
     const int next = visited(chunk - 1);
     for (int level = own.warp; level < kLevels; level += kWarps) {

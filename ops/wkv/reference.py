@@ -48,7 +48,7 @@ def _past(k, x, y, w, use_scan=False):
         near = [old * s + new * value for s, value in zip(sums[:2], values, strict=True)]
         far = [old * (s + d) for s, d in zip(sums[:2], sums[2:], strict=True)]
         top, after = torch.where(gap > 0, key, top), torch.where(gap > 0, 0, age + 1)
-        return (top, after, *near, *far), (state[0] - age * w, *(s.clone() for s in sums))
+        return (top, after, *near, *far), (state[0] - age * w, *sums)
 
     zero = torch.zeros_like(k[:, 0])
     return walk(step, (zero - torch.inf, *[zero.clone() for _ in range(5)]), (k, x, y), use_scan)
@@ -106,9 +106,7 @@ def bi_wkv_chunked(k, v, w, u, order=None):
             old = top - size * w
             top = torch.maximum(old, peak)
             keep, write = torch.exp(old - top), torch.exp(peak - top)
-            return (top, *(keep * x + write * add for x, add in zip(totals, adds, strict=True))), tuple(
-                x.clone() for x in state
-            )
+            return (top, *(keep * x + write * add for x, add in zip(totals, adds, strict=True))), state
 
         zero = torch.zeros_like(peaks[:, 0])
         tops, *totals = walk(step, (zero - torch.inf, zero, zero.clone()), (peaks, *sums), use_scan=True)
@@ -189,7 +187,7 @@ def _wkv6_past_chunked(r, k, v, w):
 
     def step(state, chunk):
         (S,), (keep, write) = state, chunk
-        return (keep * S + write,), (S.clone(),)
+        return (keep * S + write,), (S,)
 
     [before] = walk(step, (torch.zeros_like(left[:, :, 0]),), (total.transpose(1, 2), left.transpose(1, 2)), True)
     y = y + (r * torch.exp((j < t)[:, 0].to(k.dtype) @ log_decay)) @ before.transpose(1, 2)
