@@ -180,7 +180,7 @@ def test_learns(config, tmp_path):
     """60 steps on four streets: the loss falls, and streets not seen before are completed and their classes told."""
     options = {"train_cfg.max_epochs": 30, "train_cfg.val_interval": 30, "default_hooks.checkpoint.interval": 30}
     cfg = load_config(str(config), {**options, "optim_wrapper.optimizer.lr": 5e-3})
-    cfg.work_dir = str(tmp_path / "run")
+    cfg.experiment_name = cfg.work_dir = str(tmp_path / "run")
     runner = Runner.from_cfg(cfg)
     runner.train()
     history = runner.message_hub.get_scalar("train/loss").data[0]

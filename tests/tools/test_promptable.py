@@ -203,7 +203,7 @@ def test_learns(config, tmp_path):
     """160 steps on eight images: the loss falls, and in new images the object that is asked for is found, not both."""
     options = {"train_cfg.max_epochs": 80, "train_cfg.val_interval": 80, "default_hooks.checkpoint.interval": 80}
     cfg = load_config(str(config), options)
-    cfg.work_dir = str(tmp_path / "run")
+    cfg.experiment_name = cfg.work_dir = str(tmp_path / "run")
     runner = Runner.from_cfg(cfg)
     runner.train()
     history = runner.message_hub.get_scalar("train/loss").data[0]

@@ -37,7 +37,7 @@ TEACHER = {"model_name": "test_byobnet", "num_classes": 3}
 def test_random_stream(config, tmp_path, workers):
     """An epoch's images depend on the seed and the epoch, not on what was drawn before; epochs and workers differ."""
     cfg = Config.fromfile(config(f"train_dataloader.update(num_workers={workers}, persistent_workers={workers > 0})\n"))
-    cfg.work_dir = str(tmp_path)
+    cfg.experiment_name = cfg.work_dir = str(tmp_path)
     runner = Runner.from_cfg(cfg)
     loop = runner.train_loop
 
@@ -144,7 +144,7 @@ def test_mesa(config, tmp_path):
 
 def test_mesa_needs_an_average_and_no_teacher(config, tmp_path):
     cfg = Config.fromfile(config("custom_hooks = [dict(type='MesaHook', begin=0)]\n"))
-    cfg.work_dir = str(tmp_path)
+    cfg.experiment_name = cfg.work_dir = str(tmp_path)
     with pytest.raises(InputError, match="expected an EMAHook"):
         Runner.from_cfg(cfg).call_hook("before_train_epoch")
     with DefaultScope.overwrite_default_scope("mmpretrain"), pytest.raises(InputError, match="mesa=1.0 with distill"):
@@ -155,7 +155,7 @@ def test_weight_decay_groups(config, tmp_path):
     cfg = Config.fromfile(config("model.update(model_name='deit_tiny_distilled_patch16_224', img_size=32)\n"))
     cfg.optim_wrapper.optimizer.weight_decay = 0.05
     cfg.model.pop("drop_path_rate")
-    cfg.work_dir = str(tmp_path)
+    cfg.experiment_name = cfg.work_dir = str(tmp_path)
     runner = Runner.from_cfg(cfg)
     wrapper = runner.build_optim_wrapper(cfg.optim_wrapper)
     names = {id(p): name for name, p in runner.model.model.named_parameters()}
