@@ -9,6 +9,7 @@ normalisations count nothing.
 
 import argparse
 import csv
+import functools
 import importlib.resources
 import json
 import sys
@@ -44,6 +45,7 @@ def create(name: str, size: int, **kwargs) -> torch.nn.Module:
     return timm.create_model(name, **kwargs)
 
 
+@functools.cache
 def measure(name: str, size: int = 224) -> tuple[int, float | None]:
     """Parameters and multiply-accumulates for one image of `size` x `size`.
 

@@ -8,9 +8,10 @@ import timm
 import torch
 from PIL import Image
 from test_bad_input import refused
+from test_make_data import few_digits
 
 import linzoo.backbones  # noqa: F401
-from linzoo.tools import cli, export, make_data, outliers, predict, quantize
+from linzoo.tools import cli, export, outliers, predict, quantize
 from linzoo.tools import test as evaluate
 from linzoo.tools.engine.weights import load_weights
 
@@ -20,9 +21,9 @@ NOT_ROUNDED = "checkpoint 'out/quantized.pth' is quantised: its weights are roun
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder with the digits and random weights of the config's model."""
+    """A working folder with the digits, six of a class held out, and random weights of the config's model."""
     monkeypatch.chdir(tmp_path)
-    make_data.digits("data/digits")
+    few_digits("data/digits")
     torch.manual_seed(0)
     model = timm.create_model("groupmamba_t", num_classes=10)
     with torch.no_grad():
@@ -52,7 +53,7 @@ def test_checkpoint_serves_the_other_tools(folder, capsys, method, bits):
     (full, *zero), (packed, error, same, accuracy), plain = found.values()
     assert zero[:2] == [0, 100] and packed < full / (4 if bits == "w4a8" else 3)
     assert 0 < error < (0.5 if bits != "w4a8" else 3) and plain[1] > 0
-    assert "over 360 images of data/digits/val" in said
+    assert "over 60 images of data/digits/val" in said
     content = torch.load("out/quantized.pth", weights_only=True)
     facts = content["quantization"]
     assert (facts["method"], facts["bits"], facts["images"]) == (method, bits, 8)
