@@ -261,7 +261,7 @@ BOUNDS = ("issue", "mufu", "shared", "latency")
 
 
 class Scan(NamedTuple):
-    """A shape of the selective scan: groups share u, and their outputs are merged."""
+    """A shape of the selective scan: groups share u, and their outputs and the gradients of u are merged."""
 
     batch: int
     steps: int
@@ -306,9 +306,9 @@ def predict(x: Scan, kernel: str) -> dict:
     rows = tokens * x.groups * (x.rank + 2 * x.states)
     if kernel == "forward":
         once, each = u + merged + rows * size, x.groups * (u + 2 * merged) + rows * size
-    else:  # du of every group is written, and the gradients of rows by every block of channels
-        du = x.groups * u + rows * 4 * per_item
-        once, each = 2 * u + du + rows * size, 2 * x.groups * u + du + rows * size
+    else:  # the gradients of rows are written by every block of channels
+        rows *= size + 4 * per_item
+        once, each = 2 * u + merged + rows, 2 * x.groups * (u + merged) + rows
     ms |= dict(hbm=1e3 * once / BANDWIDTH, hbm_each=1e3 * (once if u + merged < CACHE else each) / BANDWIDTH)
     inner = max(ms[name] for name in BOUNDS)
     return ms | dict(low=max(inner, ms["hbm"]) / 0.8, high=max(inner, ms["hbm_each"]) / 0.8)
@@ -336,6 +336,21 @@ def _pass(kernel: Kernel, x: Scan, blocks: int) -> dict:
         latency=waits / min(SMS * warps, blocks * kernel.threads // 32),
     )
     return {name: 1e3 * n * iterations * tail / CLOCK for name, n in out.items()}
+
+
+def shared_gradient(x: Scan) -> dict:
+    """What du costs beside the backward pass: MB of memory and ms of HBM on an H100.
+
+    `groups`: each group writes its own, and a sum reads them. `merged`: zeros are added to, in float32 (`low`: in the
+    cache; `high`: in HBM), and become the dtype of u.
+    """
+    u = x.batch * x.steps * x.channels * x.dtype.itemsize
+    sums, cast = u * 4 // x.dtype.itemsize, u if x.dtype != F else 0
+    bytes_ = dict(
+        groups=(2 * x.groups + 1) * u, merged_low=2 * sums + cast, merged_high=(2 * x.groups + 2) * sums + cast
+    )
+    mb = dict(groups_mb=(x.groups + 1) * u / 1e6, merged_mb=(sums + cast) / 1e6)
+    return mb | {f"{name}_ms": 1e3 * n / BANDWIDTH for name, n in bytes_.items()}
 
 
 # A product of 16 x 8 by 8 x 8 in tf32 takes a multiprocessor a cycle, and `mma.sync` reaches 62 % of that.
@@ -395,10 +410,22 @@ measured**: the kernels have not run on a GPU yet, and their first run tests the
 Milliseconds, by bound: instructions issued, special functions, shared memory, latency of what a warp waits for, and
 HBM: `hbm` if the cache keeps what the four groups share, `hbm each` if every group fetches and merges for itself. `low`
 and `high` are the largest bound in either case at 80 % of what the hardware promises. The forward pass merges the
-groups, the backward pass writes du for each.
+groups' outputs, the backward pass the gradients of the map that they share.
 
 | pass | B | L | G | D | N | R | dtype | issue | mufu | shared | latency | hbm | hbm each | low | high |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+MODEL_SHARED = """
+## The gradient of a map that groups share
+
+Memory in MB and milliseconds of HBM. `groups`: each group writes its own du, and a sum of its own pass reads them.
+`merged`: each adds to one in float32, beside the backward pass's arithmetic; then it becomes the dtype of the map.
+`low` if the cache keeps what is added to, `high` if not.
+
+| B | L | G | D | dtype | groups MB | merged MB | groups ms | merged low ms | merged high ms |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -416,7 +443,17 @@ writes for itself.
 
 def model() -> str:
     """The performance model's tables, as Markdown."""
-    return MODEL + "\n".join(_lines_of_scans()) + "\n" + MODEL_HEADS + "\n".join(_lines_of_heads()) + "\n"
+    tables = ((MODEL, _lines_of_scans()), (MODEL_SHARED, _lines_of_shared()), (MODEL_HEADS, _lines_of_heads()))
+    return "".join(head + "\n".join(lines) + "\n" for head, lines in tables)
+
+
+def _lines_of_shared() -> list[str]:
+    lines = []
+    for x in SHAPES:
+        values = shared_gradient(x).items()
+        cells = [*x[:4], str(x.dtype).removeprefix("torch."), *(f"{n:.{0 if 'mb' in k else 3}f}" for k, n in values)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
 
 
 def _lines_of_heads() -> list[str]:

@@ -224,6 +224,25 @@ __device__ __forceinline__ T over_warps(const T (*parts)[kRows][33], int row, in
   return sum;
 }
 
+// Where du goes: written to `own` (B, L, G, D), or where groups share u, added to `merged` (B, L, D).
+template <class S, class T>
+struct Inputs {
+  char* data;
+  unsigned bytes;  // between tokens
+  __device__ __forceinline__ Inputs(S* own, T* merged, const Place& p, i64 L, i64 G, i64 D, i64 c)
+      : data(merged ? reinterpret_cast<char*>(merged + p.b * L * D + c)
+                    : reinterpret_cast<char*>(own + (p.b * L * G + p.g) * D + c)),
+        bytes(static_cast<unsigned>(merged ? D * sizeof(T) : G * D * sizeof(S))) {}
+  template <int V>
+  __device__ __forceinline__ void put(int token, const T (&dx)[V], bool adds) const {
+    if (adds) {
+      add(reinterpret_cast<T*>(advance(data, token, bytes)), dx);
+    } else {
+      write(reinterpret_cast<S*>(advance(data, token, bytes)), dx);
+    }
+  }
+};
+
 // Sums over channels go to (block of channels, B, L, G, -), sums over steps to (B, segments, G, -, D).
 template <class S, class T, int N, int R, bool kSoftplus>
 __global__ void __launch_bounds__(kThreads, 3)
@@ -231,8 +250,8 @@ __global__ void __launch_bounds__(kThreads, 3)
              const S* dt_, i64 dt_batch, i64 dt_token, i64 dt_group, const S* B_, i64 B_batch, i64 B_token, i64 B_group,
              const S* C_, i64 C_batch, i64 C_token, i64 C_group, const T* A_, const T* skip_, const T* weight_,
              const T* bias_, const int* order_, i64 order_batch, i64 batch, i64 L, i64 G, i64 D, i64 steps, i64 blocks,
-             i64 segments, i64 segment_steps, T* boundary, const T* states, S* du, S* ddt, T* dA_, T* dB, T* dC,
-             T* dskip_, T* dlow, T* dweight_, T* dbias_) {
+             i64 segments, i64 segment_steps, T* boundary, const T* states, S* du, T* merged, S* ddt, T* dA_, T* dB,
+             T* dC, T* dskip_, T* dlow, T* dweight_, T* dbias_) {
   constexpr int kLow = R ? R : 1, kRows = N + (R + 1) / 2;
   __shared__ T Bs[kChunk][N], Cs[kChunk][N], lows[kChunk][kLow], parts[kThreads / 32][kRows][33];
   __shared__ Chunk chunk;
@@ -243,6 +262,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const Tokens<const S> u(u_, p.b * u_batch + p.g * u_group + c, u_token);
   const Tokens<const S> dt(dt_, p.b * dt_batch + p.g * dt_group + (R ? 0 : c), dt_token);
   const Tokens<const S> B(B_, p.b * B_batch + p.g * B_group, B_token), C(C_, p.b * C_batch + p.g * C_group, C_token);
+  const Inputs<S, T> dx(du, merged, p, L, G, D, c);
   const i64 chunks = (steps + kChunk - 1) / kChunk, block = blockIdx.x % blocks;
 
   // A state's rate, gradient and adjoint are kept in global memory, in the cache: the loop over states is no code per
@@ -319,9 +339,10 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
       dskip += dys[i] * us[i];
       dbias += ddelta[i];
-      const i64 at = ((p.b * L + chunk.tokens[parity][i]) * G + p.g) * D + p.c;
-      put(du + at, dinput[i] * delta[i] + skip[0] * dys[i]);
-      if (!R) put(ddt + at, ddelta[i]);
+      const int token = chunk.tokens[parity][i];
+      const T dxs[1] = {dinput[i] * delta[i] + skip[0] * dys[i]};
+      dx.put(token, dxs, merged);
+      if (!R) put(ddt + ((p.b * L + token) * G + p.g) * D + p.c, ddelta[i]);
     }
 #pragma unroll
     for (int r = 0; r < R; r += 2) {
@@ -624,9 +645,9 @@ __global__ void __launch_bounds__(kThreads, 4)
                  const T* __restrict__ skip_, const T* __restrict__ weight_, const T* __restrict__ bias_,
                  const int* __restrict__ order_, i64 order_batch, i64 batch, i64 L, i64 G, i64 D, i64 steps, i64 blocks,
                  i64 segments, i64 segment_steps, T* __restrict__ boundary, T* __restrict__ sums,
-                 const T* __restrict__ states, S* __restrict__ du_, S* __restrict__ ddt_, T* __restrict__ dA_,
-                 T* __restrict__ dB_, T* __restrict__ dC_, T* __restrict__ dskip_, T* __restrict__ dlow_,
-                 T* __restrict__ dweight_, T* __restrict__ dbias_) {
+                 const T* __restrict__ states, S* __restrict__ du_, T* __restrict__ merged, S* __restrict__ ddt_,
+                 T* __restrict__ dA_, T* __restrict__ dB_, T* __restrict__ dC_, T* __restrict__ dskip_,
+                 T* __restrict__ dlow_, T* __restrict__ dweight_, T* __restrict__ dbias_) {
   constexpr int kColumns = R + 2, kWidth = kLanes * V;
   constexpr bool kShared = R <= 24, kKept = R <= 48;  // what shared memory holds of weights and their gradients
   using Rows = Span<T, kLanes, kColumns>;
@@ -644,7 +665,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   const Tokens<const S> u(u_, p.b * u_batch + p.g * u_group + at.c, u_token);
   const Tokens<const S> dt(dt_, p.b * dt_batch + p.g * dt_group + (R ? 0 : at.c), dt_token);
   const Tokens<const S> B(B_, p.b * B_batch + p.g * B_group, B_token), C(C_, p.b * C_batch + p.g * C_group, C_token);
-  const Tokens<S> du(du_, (p.b * L * G + p.g) * D + at.c, G * D), ddt(ddt_, (p.b * L * G + p.g) * D + at.c, G * D);
+  const Tokens<S> ddt(ddt_, (p.b * L * G + p.g) * D + at.c, G * D);
+  const Inputs<S, T> du(du_, merged, p, L, G, D, at.c);
   const i64 row = (blockIdx.x % static_cast<unsigned>(blocks) * batch + p.b) * L * G + p.g;
   const Tokens<T> dlow(dlow_, row * R, G * R), dB(dB_, row, G), dC(dC_, row, G);
   T dA[V] = {}, dskip[V] = {};
@@ -771,7 +793,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       store(&ddeltas[at.own + i][at.lane * V], delta[i]);
       if (!at.active || at.own + i >= count) continue;
       const int token = span.tokens[parity][at.own + i];
-      write(du.at(token), x[i]);
+      du.put(token, x[i], merged);
       if (!R) write(ddt.at(token), delta[i]);
     }
     span_sums<kLanes>(found[R], dBs, at);

@@ -159,14 +159,17 @@ def backward(
     ddt_bias,
 ):
     """Writes the gradients, cut as in `p`: those of A, D, dt_weight and dt_bias per batch item and segment, those of
-    B, C and a low-rank dt per block of channels.
+    B, C and a low-rank dt per block of channels. A `du` ``(B, L, 1, D)`` in the dtype of A is added to.
     """
     grid, sizes = _sizes(p, u, order)
     one = A.shape[1] == 1
     tensors = dict(dy=dy, dt=dt, C=C, A=A, weight=dt_weight, bias=dt_bias) | sizes
     full, low = (ddt, None) if dt_weight is None else (None, ddt)
+    du, merged = (None, du) if du.shape[2] < u.shape[2] else (du, None)
     more = dict(u=u, B=B, skip=D, batch=u.shape[0], L=u.shape[1], states=states)
-    grads = dict(du=du, ddt=full, dA=dA, dB=dB, dC=dC, dskip=dD, dlow=low, dweight=ddt_weight, dbias=ddt_bias)
+    grads = dict(
+        du=du, merged=merged, ddt=full, dA=dA, dB=dB, dC=dC, dskip=dD, dlow=low, dweight=ddt_weight, dbias=ddt_bias
+    )
     boundary = None if one else A.new_zeros(u.shape[0], *A.shape[:1], 1, *A.shape[1:])  # the kernel's adjoint states
     if p.segments > 1:
         boundary, sums = _ends(u, A, p.segments)

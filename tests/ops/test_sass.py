@@ -87,7 +87,7 @@ def test_budget_of_the_scan_with_one_state(dtype, rank, lanes, forward, backward
 @needs_tools
 @pytest.mark.parametrize(("dtype", "wide"), ((F, 16), (H, 8)), ids=str)
 def test_activations_are_read_and_written_four_at_a_time(dtype, wide):
-    """In one access for each of four steps; forward, also an alternative that merges groups, in float32."""
+    """In one access for each of four steps; also the alternative that merges groups, in float32."""
     loop = sass.read("selective_scan", sass.one_state("forward", dtype, 6, 8).name).loop()
     assert sass.widths(loop, "LDG").count(wide) >= 4 and sass.widths(loop, "STG").count(wide) == 4
     assert sass.widths(loop, "RED", "REDG") == [16] * 4
@@ -95,6 +95,7 @@ def test_activations_are_read_and_written_four_at_a_time(dtype, wide):
     assert sum(i.address < first_barrier for i in loop if i.name.startswith("LDG")) >= 9  # all of them at once
     loop = sass.read("selective_scan", sass.one_state("backward", dtype, 6, 8).name).loop()
     assert sass.widths(loop, "LDG").count(wide) >= 8 and sass.widths(loop, "STG").count(wide) == 4
+    assert sass.widths(loop, "RED", "REDG") == [16] * 4
 
 
 @needs_tools
@@ -160,6 +161,9 @@ def test_the_model_predicts_what_the_kernels_aim_at():
     assert sass.predict(shape, "forward")["low"] <= 0.2
     assert sass.predict(shape, "backward")["low"] <= 0.65
     sixteen = sass.predict(sass.SHAPES[-1], "forward")
+    shared = sass.shared_gradient(shape)
+    assert shared["merged_mb"] <= shared["groups_mb"] / (shape.groups + 1)
+    assert shared["merged_low_ms"] <= shared["groups_ms"] / 4 and shared["merged_high_ms"] <= 1.2 * shared["groups_ms"]
     assert sixteen["issue"] <= 1.5 * sixteen["mufu"]
 
 
