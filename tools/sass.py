@@ -199,14 +199,22 @@ def one_state(kernel: str, dtype: torch.dtype, rank: int, lanes: int, ends: bool
     return Kernel("selective_scan", name, 16, trips=trips)
 
 
+def sixteen_states(kernel: str, ends: bool = False, powers: bool = False) -> Kernel:
+    """A kernel of the selective scan for 16 states of rank 12; with `powers`, where A_n = n A_1."""
+    if kernel == "backward":
+        return Kernel("selective_scan", template("backward", F, F, 16, 12, True), 16, trips=(2, 2, 1.5, 16, 5.5))
+    steps = (4, 0) if powers else (0, 4)  # four at once: by powers, by exponentials
+    trips = (2, *(() if ends else (2,)), 1.5, *steps)
+    return Kernel("selective_scan", template("forward", F, F, 16, 12, True, ends), 16, trips=trips)
+
+
 KERNELS = (
     *(one_state(k, dtype, rank, lanes) for k in ("forward", "backward") for dtype, rank, lanes in
       ((F, 6, 8), (H, 6, 8), (H, 12, 16), (H, 24, 32), (H, 48, 32))),
     *(one_state(k, F, 6, 8, True) for k in ("forward", "backward")),
-    Kernel("selective_scan", template("forward", F, F, 16, 12, True, False), 16),
-    Kernel("selective_scan", template("forward", F, F, 16, 12, True, True), 16),
-    Kernel("selective_scan", template("backward", F, F, 16, 12, True), 16, trips=(2, 2, 1.5, 16, 5.5)),
-    Kernel("selective_scan", template("adjoint_ends", F, F, 16, 12, True), 16),
+    *(sixteen_states("forward", ends, powers) for ends in (False, True) for powers in (False, True)),
+    sixteen_states("backward"),
+    ENDS_BACKWARD := Kernel("selective_scan", template("adjoint_ends", F, F, 16, 12, True), 16),
     Kernel("wkv", template("bi_sweep", F, False), 16),
     Kernel("wkv", template("bi_sweep", F, True), 16),
     Kernel("wkv", template("forward6", 64), 16),
@@ -280,11 +288,11 @@ SHAPES = (
 )  # fmt: skip
 
 
-def predict(x: Scan, kernel: str) -> dict:
+def predict(x: Scan, kernel: str, powers: bool = False) -> dict:
     """Milliseconds of "forward" or "backward" on an H100, by bound; `low` and `high` are the prediction.
 
     They are the largest bound at 80 % of the hardware's peak: `low` if the cache keeps what groups share, `high` if
-    each group must fetch and merge for itself.
+    each group must fetch and merge for itself. With `powers`, of sixteen states with A_n = n A_1.
     """
     one = x.states == 1
     width = 4 * cuda.lanes(x.channels)
@@ -295,9 +303,8 @@ def predict(x: Scan, kernel: str) -> dict:
     if one:
         passes = [one_state(kernel, x.dtype, x.rank, width // 4, ends) for ends in (False, True)]
     else:
-        ends = "forward" if kernel == "forward" else "adjoint_ends"
-        found = [k for k in KERNELS if k.op == "selective_scan" and k.name.startswith((f"{kernel}<", f"{ends}<"))]
-        passes = [k._replace(threads=threads) for k in found]
+        ends = sixteen_states("forward", True, powers) if kernel == "forward" else ENDS_BACKWARD
+        passes = [k._replace(threads=threads) for k in (sixteen_states(kernel, powers=powers), ends)]
     ms = dict.fromkeys(BOUNDS, 0.0)
     for k in passes[: 1 + (segments > 1)]:
         ms = {name: ms[name] + n for name, n in _pass(k, x, blocks * segments).items()}
@@ -411,6 +418,8 @@ Milliseconds, by bound: instructions issued, special functions, shared memory, l
 HBM: `hbm` if the cache keeps what the four groups share, `hbm each` if every group fetches and merges for itself. `low`
 and `high` are the largest bound in either case at 80 % of what the hardware promises. The forward pass merges the
 groups' outputs, the backward pass the gradients of the map that they share.
+`(powers)`: where A_n = n A_1, as in Mamba before it is trained. (A polynomial in place of a special function takes nine
+instructions more and saves eight cycles: no gain, as `issue` is no less than `mufu`.)
 
 | pass | B | L | G | D | N | R | dtype | issue | mufu | shared | latency | hbm | hbm each | low | high |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -465,11 +474,11 @@ def _lines_of_heads() -> list[str]:
 def _lines_of_scans() -> list[str]:
     lines = []
     for x in SHAPES:
-        for kernel in ("forward", "backward"):
-            cells = [kernel, *x[:-1], str(x.dtype).removeprefix("torch.")]
-            lines.append(
-                "| " + " | ".join([*map(str, cells), *(f"{n:.3f}" for n in predict(x, kernel).values())]) + " |"
-            )
+        kernels = ("forward", *(("forward (powers)",) if x.states > 1 else ()), "backward")
+        for kernel in kernels:
+            ms = predict(x, kernel.split()[0], "powers" in kernel)
+            cells = [kernel, *x[:-1], str(x.dtype).removeprefix("torch."), *(f"{n:.3f}" for n in ms.values())]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
 

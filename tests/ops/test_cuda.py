@@ -227,6 +227,12 @@ def scan_case(B, L, G, D, N, R, steps=None, batched=False, shared=False, **optio
     return selective_scan, x, dict(order=order, **options)
 
 
+def initial_scan(B, L, G, D, N, R, **options):
+    """Rates as Mamba initialises them: A_n = n A_1, but for roundings."""
+    run, x, options = scan_case(B, L, G, D, N, R, **options)
+    return run, x | dict(A=-torch.arange(1.0, N + 1).log().exp().expand(G, D, N).double()), options
+
+
 def bare_scan(B, L, G, D, N):
     x = dict(u=normal(B, L, 1, D).expand(B, L, G, D), dt=normal(B, L, G, D).abs(), A=-normal(G, D, N).abs())
     return selective_scan, x | dict(B=normal(B, L, G, N), C=normal(B, L, G, N)), dict(dt_softplus=False)
@@ -308,6 +314,8 @@ CASES = {
         lambda: scan_case(1, 300, 1, 34, 2, 3),
         lambda: scan_case(1, 40, 1, 128, 1, 50, merge=True),
         *SHARED,
+        lambda: initial_scan(1, 300, 2, 34, 4, 3, steps=290, merge=True),
+        lambda: initial_scan(1, 70, 1, 40, 16, 0),
     ],
     "wkv": [
         lambda: bi_case(2, 150, 37, steps=141),
@@ -446,6 +454,22 @@ def test_emulated_shared_inputs_get_one_gradient(emulated_cuda, monkeypatch, cas
     with algorithms(deterministic=False):
         assert_case(SHARED[case], dtype, results)
     assert [(x.shape[2], x.dtype) for x in written] == [(1, torch.float32)]
+
+
+def test_emulated_powers_of_the_first_decay(emulated_cuda):
+    """A warp takes them if A_n = n A_1 in all its channels; the results are those of exponentials, but for roundings."""
+    torch.manual_seed(0)
+    emulated_cuda("selective_scan")
+    run, x, options = initial_scan(1, 100, 1, 64, 16, 2)
+
+    def results_of_32(change):
+        A = x["A"].float()
+        A[0, 31, 5] *= 1 + change  # in the last channel of the first warp
+        return run(**{k: v.float() for k, v in x.items()} | dict(A=A), **options)[..., :31]
+
+    powers, other, another = (results_of_32(change) for change in (0, 1e-4, 1e-5))
+    assert torch.equal(other, another) and not torch.equal(powers, other)
+    assert (powers - other).abs().max() <= 2e-6 * other.abs().max()
 
 
 def test_emulated_empty_batch(emulated_cuda):

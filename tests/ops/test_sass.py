@@ -100,10 +100,13 @@ def test_activations_are_read_and_written_four_at_a_time(dtype, wide):
 
 @needs_tools
 def test_budget_of_the_scan_with_sixteen_states():
-    kernels = {k.name: k for k in sass.KERNELS if k.op == "selective_scan"}
-    check(kernels[template("forward", F, F, 16, 12, True, False)], 160, 128, 0, 16)
-    check(kernels[template("forward", F, F, 16, 12, True, True)], 112, 128, 0, 16)
-    check(kernels[template("backward", F, F, 16, 12, True)], 680, 168, 512, 12)
+    for ends, instructions, with_powers in ((False, 158, 143), (True, 114, 99)):
+        kernel = sass.sixteen_states("forward", ends)
+        check(kernel, instructions, 96, 32, 20)
+        powers = sass.sixteen_states("forward", ends, powers=True)
+        check(powers, with_powers, 96, 32, 20)
+        assert sass.row(kernel)["mufu"] == 17 and sass.row(powers)["mufu"] == 2
+    check(sass.sixteen_states("backward"), 680, 168, 512, 12)
 
 
 # Operator, instance, instructions of an element, bytes of every access of activations.
