@@ -306,13 +306,13 @@ __global__ void __launch_bounds__(kThreads, 3)
   const i64 chunks = (steps + kChunk - 1) / kChunk, block = blockIdx.x % blocks;
 
   // A state's rate, gradient and adjoint are kept in global memory, in the cache: the loop over states is no code per
-  // state.
+  // state. So are the weights of low-rank step sizes and their gradients: that loop wants the registers.
   const i64 bsg = (p.b * segments + p.segment) * G + p.g;
-  T weight[kLow], dweight[kLow] = {}, skip[1], bias[1], dskip = 0, dbias = 0;
-  load_column(weight, weight_, p, D, R);
+  T skip[1], bias[1], dskip = 0, dbias = 0;
   load_column(skip, skip_, p, D, 1);
   load_column(bias, bias_, p, D, 1);
   for (int n = 0; n < N && p.active; ++n) dA_[(bsg * N + n) * D + c] = 0;
+  for (int r = 0; r < R && p.active; ++r) dweight_[(bsg * R + r) * D + c] = 0;
   int parity = 0;
   chunk.keep(0, chunk.token(order, p, last));
   __syncthreads();
@@ -332,14 +332,16 @@ __global__ void __launch_bounds__(kThreads, 3)
     __syncthreads();
     chunk.keep(parity ^ 1, next);
     // Steps behind the last, and channels that are none, have dy = u = delta = 0: they change nothing.
-    T us[kChunk], dys[kChunk], delta[kChunk], dinput[kChunk] = {}, ddelta[kChunk] = {};
+    // input: delta u. u itself is read again behind the loop, which wants the registers.
+    T input[kChunk], dys[kChunk], delta[kChunk], dinput[kChunk] = {}, ddelta[kChunk] = {}, weight[kLow];
+    load_column(weight, weight_, p, D, R);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const bool counts = p.active && i < count;
-      us[i] = counts ? get<T>(us_[i].x) : T(0);
       dys[i] = counts ? get<T>(dys_[i].x) : T(0);
       delta[i] = step_size<kSoftplus, R>(lows[i], weight, R ? T(0) : get<T>(own[i].x), bias[0]);
       if (!counts) delta[i] = 0;
+      input[i] = counts ? delta[i] * get<T>(us_[i].x) : T(0);
     }
 #pragma unroll 1
     for (int n = 0; n < N; ++n) {
@@ -351,13 +353,13 @@ __global__ void __launch_bounds__(kThreads, 3)
       h[0] = p.active ? states[(((p.b * G + p.g) * chunks + start / kChunk) * N + n) * D + p.c] : T(0);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        h[i + 1] = exp2_(delta[i] * rate) * h[i] + delta[i] * us[i] * Bs[i][n];
+        h[i + 1] = exp2_(delta[i] * rate) * h[i] + input[i] * Bs[i][n];
       }
 #pragma unroll
       for (int i = kChunk - 1; i >= 0; --i) {
         sums[kChunk + i] = dys[i] * h[i + 1];
         carried += dys[i] * Cs[i][n];
-        sums[i] = carried * delta[i] * us[i];
+        sums[i] = carried * input[i];
         dinput[i] += carried * Bs[i][n];
         carried *= exp2_(delta[i] * rate);
         const T through_decay = carried * h[i];
@@ -369,33 +371,42 @@ __global__ void __launch_bounds__(kThreads, 3)
       parts[threadIdx.x / 32][n][threadIdx.x % 32] = sum;
     }
 #pragma unroll
+    for (int i = 0; i < kChunk; ++i) us_[i] = read<1>(u.at(chunk.tokens[parity][i]));
+#pragma unroll
     for (int i = 0; i < kChunk; ++i) {
+      const T x = get<T>(us_[i].x);
       // A counts in units of log2(e); d softplus(x) / dx = 1 - exp(-softplus(x))
       const T slope = kSoftplus ? one_less_exp(delta[i]) : T(1);
-      ddelta[i] = (ddelta[i] * T(0.6931471805599453) + dinput[i] * us[i]) * slope;
+      ddelta[i] = (ddelta[i] * T(0.6931471805599453) + dinput[i] * x) * slope;
       if (!p.active || i >= count) {
         ddelta[i] = 0;
         continue;
       }
-      dskip += dys[i] * us[i];
+      dskip += dys[i] * x;
       dbias += ddelta[i];
       const int token = chunk.tokens[parity][i];
       const T dxs[1] = {dinput[i] * delta[i] + skip[0] * dys[i]};
       dx.put(token, dxs, merged);
       if (!R) put(ddt + ((p.b * L + token) * G + p.g) * D + p.c, ddelta[i]);
     }
-#pragma unroll
-    for (int r = 0; r < R; r += 2) {
+#pragma unroll 2
+    for (int first = 0; first < R; first += 2) {
       T sums[32];
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        sums[i] = ddelta[i] * weight[r];
-        sums[kChunk + i] = r + 1 < R ? ddelta[i] * weight[r + 1 < R ? r + 1 : r] : T(0);
-        dweight[r] += ddelta[i] * lows[i][r];
-        if (r + 1 < R) dweight[r + 1 < R ? r + 1 : r] += ddelta[i] * lows[i][r + 1 < R ? r + 1 : r];
+      for (int k = 0; k < 2; ++k) {
+        const int r = smaller(first + k, R - 1);
+        const i64 at = r * D + c;
+        const T w = first + k < R && p.active ? weight_[p.g * R * D + at] : T(0);
+        T dw = 0;
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+          sums[k * kChunk + i] = ddelta[i] * w;
+          dw += ddelta[i] * lows[i][r];
+        }
+        if (first + k < R && p.active) dweight_[bsg * R * D + at] += dw;
       }
       const T sum = warp_sums(sums);
-      parts[threadIdx.x / 32][N + r / 2][threadIdx.x % 32] = sum;
+      parts[threadIdx.x / 32][N + first / 2][threadIdx.x % 32] = sum;
     }
     __syncthreads();
     const i64 tokens = (block * batch + p.b) * L;
@@ -410,8 +421,6 @@ __global__ void __launch_bounds__(kThreads, 3)
     __syncthreads();
   }
   if (!p.active) return;
-#pragma unroll
-  for (int r = 0; r < R; ++r) dweight_[(bsg * R + r) * D + p.c] = dweight[r];
   dskip_[bsg * D + p.c] = dskip;
   dbias_[bsg * D + p.c] = dbias;
 }

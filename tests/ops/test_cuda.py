@@ -457,7 +457,7 @@ def test_emulated_shared_inputs_get_one_gradient(emulated_cuda, monkeypatch, cas
 
 
 def test_emulated_powers_of_the_first_decay(emulated_cuda):
-    """A warp takes them if A_n = n A_1 in all its channels; the results are those of exponentials, but for roundings."""
+    """A warp takes them if A_n = n A_1 in all its channels; the results are as of exponentials, but for roundings."""
     torch.manual_seed(0)
     emulated_cuda("selective_scan")
     run, x, options = initial_scan(1, 100, 1, 64, 16, 2)
