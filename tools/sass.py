@@ -202,7 +202,7 @@ def one_state(kernel: str, dtype: torch.dtype, rank: int, lanes: int, ends: bool
 def sixteen_states(kernel: str, ends: bool = False, powers: bool = False) -> Kernel:
     """A kernel of the selective scan for 16 states of rank 12; with `powers`, where A_n = n A_1."""
     if kernel == "backward":
-        return Kernel("selective_scan", template("backward", F, F, 16, 12, True), 16, trips=(2, 2, 1.5, 16, 3, 5.5))
+        return Kernel("selective_scan", template("backward", F, F, 16, 12, True), 16, trips=(2, 2, 1.5, 3, 16, 3, 5.5))
     steps = (4, 0) if powers else (0, 4)  # four at once: by powers, by exponentials
     trips = (2, *(() if ends else (2,)), 1.5, *steps)
     return Kernel("selective_scan", template("forward", F, F, 16, 12, True, ends), 16, trips=trips)

@@ -333,14 +333,20 @@ __global__ void __launch_bounds__(kThreads, 3)
     chunk.keep(parity ^ 1, next);
     // Steps behind the last, and channels that are none, have dy = u = delta = 0: they change nothing.
     // input: delta u. u itself is read again behind the loop, which wants the registers.
-    T input[kChunk], dys[kChunk], delta[kChunk], dinput[kChunk] = {}, ddelta[kChunk] = {}, weight[kLow];
-    load_column(weight, weight_, p, D, R);
+    T input[kChunk], dys[kChunk], delta[kChunk], dinput[kChunk] = {}, ddelta[kChunk] = {};
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) delta[i] = bias[0] + (R ? T(0) : get<T>(own[i].x));
+#pragma unroll 4
+    for (int r = 0; r < R; ++r) {
+      const T w = weight_[(p.g * R + r) * D + c];
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) delta[i] += w * lows[i][r];
+    }
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const bool counts = p.active && i < count;
       dys[i] = counts ? get<T>(dys_[i].x) : T(0);
-      delta[i] = step_size<kSoftplus, R>(lows[i], weight, R ? T(0) : get<T>(own[i].x), bias[0]);
-      if (!counts) delta[i] = 0;
+      delta[i] = !counts ? T(0) : kSoftplus ? softplus(delta[i]) : delta[i];
       input[i] = counts ? delta[i] * get<T>(us_[i].x) : T(0);
     }
 #pragma unroll 1
@@ -448,12 +454,15 @@ struct Span {
   __device__ __forceinline__ void keep(int parity, int token) {
     if (threadIdx.x < kSteps) tokens[parity][threadIdx.x] = token;
   }
-  // Column k: rank k of `low`, then B, then C.
+  // Column k = first + threadIdx.x % 8, but for an offset of `first`: rank k of `low`, then B, then C. Where all eight
+  // are ranks, that is one pointer for every `first`.
   template <int R, class S>
   static __device__ __forceinline__ Tokens<S> column(const Tokens<S>& low, const Tokens<S>& B, const Tokens<S>& C,
-                                                     int k) {
-    Tokens<S> out = k < R ? low : k == R ? B : C;
-    out.data += k < R ? k : 0;
+                                                     int first) {
+    const int lane = threadIdx.x % 8, k = smaller(first + lane, kColumns - 1);
+    const bool rank = first + 8 <= R || k < R;
+    Tokens<S> out = rank ? low : k == R ? B : C;
+    out.data += rank ? lane : -first;
     return out;
   }
   static constexpr int kAtOnce = kThreads / 8, kRounds = kSteps / kAtOnce;  // 8 threads a step
@@ -464,10 +473,10 @@ struct Span {
     Pack<S, 1> values[(kColumns + 7) / 8][kRounds];
 #pragma unroll
     for (int first = 0; first < kColumns; first += 8) {
-      const auto from = column<R>(low, B, C, smaller<int>(first + threadIdx.x % 8, kColumns - 1));
+      const auto from = column<R>(low, B, C, first);
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
-        values[first / 8][i] = read<1>(from.at(tokens[parity][i * kAtOnce + row]));
+        values[first / 8][i] = read<1>(from.at(tokens[parity][i * kAtOnce + row]) + first);
       }
     }
 #pragma unroll
@@ -486,11 +495,11 @@ struct Span {
 #pragma unroll
     for (int first = 0; first < kColumns; first += 8) {
       const int k = first + threadIdx.x % 8;
-      const auto to = column<R>(low, B, C, k);
+      const auto to = column<R>(low, B, C, first);
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
         const int step = i * kAtOnce + threadIdx.x / 8;
-        if (k < kColumns && step < count) write_one(to.at(tokens[parity][step]), found[k][step]);
+        if (k < kColumns && step < count) write_one(to.at(tokens[parity][step]) + first, found[k][step]);
       }
     }
   }
