@@ -7,10 +7,12 @@ head for wkv6 and wkv7. Every branch counts, so they are upper bounds. Inner loo
 else once. `load` and `store` are the narrowest and widest accesses of global memory in the hot loop, in bytes. `warps`
 is how many fit a multiprocessor of an H100.
 
-With --model: times predicted for an H100 from these figures, by bound. None of them is measured.
+With --model: times predicted for an H100 from these figures, by bound; and what `ssd` and `nc_ssd`, which have no kernel,
+move there. None of them is measured.
 """
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -23,8 +25,11 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from linzoo.ops import compile_cuda
+from linzoo.ops import compile_cuda, nc_ssd, ssd
 from linzoo.ops.compile_cuda import template
 from linzoo.ops.selective_scan import cuda
 
@@ -407,6 +412,84 @@ def predict_heads(x: Heads, kernel: str) -> dict:
     return ms | dict(low=max(ms.values()) / 0.8)
 
 
+class Traffic(TorchDispatchMode):
+    """Counts what PyTorch's kernels read and write, each element once per operation; views are free."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        view = not func._schema.is_mutable and any(r.alias_info for r in func._schema.returns)
+        if not view and "view" not in func.name() and "empty" not in func.name():
+            self.bytes += _bytes(*tree_leaves((args, kwargs)), *tree_leaves(out))
+        return out
+
+
+def _bytes(*tensors) -> int:
+    """Of all elements, those of an expand once."""
+    strided = [(t, zip(t.shape, t.stride(), strict=True)) for t in tensors if isinstance(t, torch.Tensor)]
+    return sum(t.element_size() * math.prod(n for n, stride in axes if stride) for t, axes in strided)
+
+
+CORES, TENSOR_CORES = 60e12, 400e12  # float32 and tf32 products on an H100: nine and eight tenths of the peak
+
+
+class Duality(NamedTuple):
+    """A shape of `nc_ssd`, or of `ssd` if causal, with heads of 64 channels."""
+
+    batch: int
+    steps: int
+    heads: int
+    states: int
+    dtype: torch.dtype
+    causal: bool = False
+
+
+DUALITIES = (
+    *(Duality(128, steps, heads, 64, dtype) for dtype in (F, H) for steps, heads in ((3136, 2), (784, 4), (196, 8))),
+    *(Duality(32, 256, 32, 64, dtype, causal=True) for dtype in (F, H)),
+)  # VSSD-T, M-VAR
+
+
+def predict_duality(x: Duality, backward: bool) -> dict:
+    """GB that PyTorch's operations move, and a kernel that reads its inputs and writes its results once; milliseconds."""
+    shape, narrow = (x.batch, x.steps, x.heads), (x.batch, x.steps, x.states)
+    u = torch.empty(*shape, 64, device="meta", dtype=x.dtype)
+    B, C = (torch.empty(narrow, device="meta", dtype=x.dtype) for _ in range(2))
+    dt, A, D = (torch.empty(s, device="meta") for s in (shape, (x.heads,), (x.heads,)))
+    leaves = [t.requires_grad_(backward) for t in (u, dt, B, C, D)]
+    with Traffic() as moved, FlopCounterMode(display=False) as flops:
+        y = ssd(u, dt, A, B.unsqueeze(2), C.unsqueeze(2), D) if x.causal else nc_ssd(u, dt, B, C, D)
+        if backward:
+            torch.autograd.grad(y, leaves, torch.empty_like(y))
+    least = _bytes(*leaves, y) + backward * _bytes(*leaves, *leaves, y)
+    operations = flops.get_total_flops()
+    return dict(
+        gb=moved.bytes / 1e9,
+        least_gb=least / 1e9,
+        hbm=1e3 * moved.bytes / BANDWIDTH,
+        cores=1e3 * operations / CORES,
+        tensor=1e3 * operations / TENSOR_CORES,
+        least=1e3 * max(least / BANDWIDTH, operations / TENSOR_CORES),
+    )
+
+
+def block_gb(x: Duality, backward: bool) -> float:
+    """GB that PyTorch's operations move in the whole block of VSSD-T that has the shape `x` of `nc_ssd`."""
+    from linzoo.backbones.vssd import vssd_t
+
+    side = math.isqrt(x.steps)
+    block = vssd_t(device="meta", dtype=x.dtype).stages[int(math.log2(x.heads)) - 1].blocks[0]
+    u = torch.empty(x.batch, side, side, 32 * x.heads, device="meta", dtype=x.dtype, requires_grad=backward)
+    with Traffic() as moved, torch.set_grad_enabled(backward):
+        y = block(u)
+        if backward:
+            torch.autograd.grad(y, [u, *block.parameters()], torch.empty_like(y))
+    return moved.bytes / 1e9
+
+
 MODEL = """# What the kernels should take on an H100
 
 Predicted by `python tools/sass.py --model` from the machine code that NVRTC makes for sm_90. **Nothing here is
@@ -450,9 +533,36 @@ writes for itself.
 """
 
 
+MODEL_DUALITY = """
+## ssd and nc_ssd
+
+They have no kernel: PyTorch's products, and operations between them. GB that these move, counted operation by operation,
+and milliseconds of HBM (`hbm`) and of the products in float32, as PyTorch computes by default (`cores`), and in tf32
+(`tensor`). `least`: a kernel that reads each input and writes each result once, with products in tf32. `block GB`: what
+the whole block of VSSD-T moves. The shapes of `ssd` are those of M-VAR's last map (d16).
+
+The products are not the bound: `cores` is below `hbm`. What lies around them is: casts, weights and sums, each a pass.
+
+| operator | pass | B | L | H | N | dtype | GB | least GB | hbm | cores | tensor | least | block GB |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def _lines_of_dualities() -> list[str]:
+    lines = []
+    for x in DUALITIES:
+        for backward in (False, True):
+            cells = ["ssd" if x.causal else "nc_ssd", "both" if backward else "forward", *x[:4]]
+            cells += [str(x.dtype).removeprefix("torch."), *(f"{n:.3f}" for n in predict_duality(x, backward).values())]
+            cells.append("" if x.causal else f"{block_gb(x, backward):.3f}")
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
 def model() -> str:
     """The performance model's tables, as Markdown."""
     tables = ((MODEL, _lines_of_scans()), (MODEL_SHARED, _lines_of_shared()), (MODEL_HEADS, _lines_of_heads()))
+    tables += ((MODEL_DUALITY, _lines_of_dualities()),)
     return "".join(head + "\n".join(lines) + "\n" for head, lines in tables)
 
 

@@ -170,6 +170,18 @@ def test_the_model_predicts_what_the_kernels_aim_at():
     assert sixteen["issue"] <= 1.5 * sixteen["mufu"]
 
 
+def test_traffic_of_dualities():
+    """`nc_ssd` in float32: the weighted x; two products of it, one by B, one by C; and y with the skip."""
+    B, L, H, N = x = 2, 64, 3, 16
+    wide, narrow, state = B * L * H * 64, B * L * N, B * N * H * 64
+    moved = 2 * wide + B * L * H + (wide + narrow + state) + (state + narrow + wide) + 3 * wide + H
+    found = sass.predict_duality(sass.Duality(*x, F), backward=False)
+    assert found["gb"] == pytest.approx(4e-9 * moved) and found["least_gb"] < found["gb"] / 2.5
+    assert found["cores"] == pytest.approx(1e3 * 4 * B * L * N * H * 64 / sass.CORES)
+    causal = sass.predict_duality(sass.Duality(*x, F, causal=True), backward=True)
+    assert causal["hbm"] > 10 * causal["least"]
+
+
 @needs_tools
 @pytest.mark.parametrize(
     ("channels", "states", "rank", "name"),
