@@ -7,8 +7,8 @@ head for wkv6 and wkv7. Every branch counts, so they are upper bounds. Inner loo
 else once. `load` and `store` are the narrowest and widest accesses of global memory in the hot loop, in bytes. `warps`
 is how many fit a multiprocessor of an H100.
 
-With --model: times predicted for an H100 from these figures, by bound; and what `ssd` and `nc_ssd`, which have no kernel,
-move there. None of them is measured.
+With --model: times predicted for an H100 from these figures, by bound; and what `ssd` and `nc_ssd`, which have no
+kernel, move there. None of them is measured.
 """
 
 import argparse
@@ -454,7 +454,7 @@ DUALITIES = (
 
 
 def predict_duality(x: Duality, backward: bool) -> dict:
-    """GB that PyTorch's operations move, and a kernel that reads its inputs and writes its results once; milliseconds."""
+    """GB that PyTorch moves, and a kernel that reads its inputs and writes its results once; milliseconds."""
     shape, narrow = (x.batch, x.steps, x.heads), (x.batch, x.steps, x.states)
     u = torch.empty(*shape, 64, device="meta", dtype=x.dtype)
     B, C = (torch.empty(narrow, device="meta", dtype=x.dtype) for _ in range(2))
@@ -536,9 +536,9 @@ writes for itself.
 MODEL_DUALITY = """
 ## ssd and nc_ssd
 
-They have no kernel: PyTorch's products, and operations between them. GB that these move, counted operation by operation,
-and milliseconds of HBM (`hbm`) and of the products in float32, as PyTorch computes by default (`cores`), and in tf32
-(`tensor`). `least`: a kernel that reads each input and writes each result once, with products in tf32. `block GB`: what
+They have no kernel: PyTorch's products, and operations between them. GB that these move, counted operation by
+operation, and milliseconds of HBM (`hbm`) and of the products in float32, as PyTorch computes by default (`cores`), and
+in tf32 (`tensor`). `least`: a kernel that reads each input and writes each result once, with products in tf32. `block GB`: what
 the whole block of VSSD-T moves. The shapes of `ssd` are those of M-VAR's last map (d16).
 
 The products are not the bound: `cores` is below `hbm`. What lies around them is: casts, weights and sums, each a pass.
