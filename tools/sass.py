@@ -538,8 +538,8 @@ MODEL_DUALITY = """
 
 They have no kernel: PyTorch's products, and operations between them. GB that these move, counted operation by
 operation, and milliseconds of HBM (`hbm`) and of the products in float32, as PyTorch computes by default (`cores`), and
-in tf32 (`tensor`). `least`: a kernel that reads each input and writes each result once, with products in tf32. `block GB`: what
-the whole block of VSSD-T moves. The shapes of `ssd` are those of M-VAR's last map (d16).
+in tf32 (`tensor`). `least`: a kernel that reads each input and writes each result once, with products in tf32. `block
+GB`: what the whole block of VSSD-T moves. The shapes of `ssd` are those of M-VAR's last map (d16).
 
 The products are not the bound: `cores` is below `hbm`. What lies around them is: casts, weights and sums, each a pass.
 
