@@ -74,11 +74,11 @@ def plan(u, dt, A, order, dt_weight, D=None, dt_bias=None, *others):
     batch, length, G, channels = u.shape
     steps = length if order is None else order.shape[-1]
     (blocks, threads), vector = cuda.channel_blocks(channels), 1
+    activations = [x for x in (u, dt if dt_weight is None else None, *others) if x is not None]
+    far = max(abs(x.stride(1)) * x.element_size() for x in (*activations, dt))
+    if far >= 2**32:
+        raise ValueError(f"{NAME}: expected tokens less than 2^32 bytes apart, got {far}")
     if A.shape[1] == 1:
-        activations = [x for x in (u, dt if dt_weight is None else None, *others) if x is not None]
-        far = max(abs(x.stride(1)) * x.element_size() for x in (*activations, dt))
-        if far >= 2**32:
-            raise ValueError(f"{NAME}: expected tokens less than 2^32 bytes apart, got {far}")
         vector = cuda.vector(OWN, *activations, *(x for x in (D, dt_weight, dt_bias) if x is not None))
         blocks, threads = -(-channels // (lanes(channels) * vector)), cuda.MAX_THREADS
     parallel = 4 * batch * G * threads * blocks
