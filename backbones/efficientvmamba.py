@@ -59,8 +59,8 @@ class ES2D(SS2D):
         x_proj = self.s6.x_proj.unflatten(0, (2, 2))  # k = 2 j + i
         grid = p.view(B, H // 2, 2, W // 2, 2, D)
         projected = torch.einsum("bhiwjd,jiod->bhiwjo", grid, x_proj).flatten(1, 4).unsqueeze(2)
-        u, projected = (t.expand(-1, -1, 4, -1) for t in (p.view(B, H * W, 1, D), projected))
-        y = self.s6.scan(u, projected, atrous_routes(H, W, p.device), merge=True)
+        projected, order = projected.expand(-1, -1, 4, -1), atrous_routes(H, W, p.device)
+        y = self.s6.scan(p.view(B, H * W, 1, D), projected, order, merge=True)
         return zero_pad(y.view(B, H, W, D), (0, 0, 0, -right, 0, -bottom))
 
 

@@ -85,7 +85,7 @@ class PlainMambaMixer(nn.Module):
         projected = projected.unsqueeze(1) if self.consistent else projected[:, place]
         theta = self.direction[directions(order, grid[1]).gather(1, place)]
         projected = projected + F.pad(theta, (self.s6.dt_rank, self.s6.d_state))  # (B, 4, L, R + 2 N)
-        y = self.s6.scan(x.unsqueeze(2).expand(-1, -1, 4, -1), projected.transpose(1, 2), order, merge=True)
+        y = self.s6.scan(x.unsqueeze(2), projected.transpose(1, 2), order, merge=True)
         return self.out_proj(y * F.silu(z))
 
 

@@ -46,7 +46,7 @@ class TokenMixer(SS2D):
     def forward(self, x):
         H, W = x.shape[1:3]
         v, gate = self.in_proj(x).chunk(2, dim=-1)
-        p = F.silu(self.conv(v)).flatten(1, 2).unsqueeze(2).expand(-1, -1, 4, -1)
+        p = F.silu(self.conv(v)).flatten(1, 2).unsqueeze(2)
         selection = F.linear(x.flatten(1, 2), self.s6.x_proj.flatten(0, 1)).unflatten(-1, (4, -1))
         y = self.s6.scan(p, selection, scan_order.cross(H, W, x.device), merge=True).unflatten(1, (H, W))
         return self.out_proj(self.out_norm(y) * F.silu(gate))
@@ -100,7 +100,7 @@ class ChannelScan(nn.Module):
             return x.unsqueeze(1).expand(-1, H * W, *x.shape[1:])
 
         y = selective_scan(
-            v.view(B, C, 1, H * W).expand(-1, -1, 4, -1),
+            v.view(B, C, 1, H * W),
             dt,
             for_tokens(-torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))),
             B_c,

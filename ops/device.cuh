@@ -326,6 +326,14 @@ struct Place {
   }
 };
 
+// Whether it is so for every lane of a warp.
+__device__ __forceinline__ bool of_warp(bool x) {
+  int all = x;
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) all &= __shfl_xor_sync(0xffffffffu, all, offset);
+  return all;
+}
+
 // Sums of K values over a warp, K a power of two up to 32: lane i returns the sum of value i K / 32. Halving what each
 // lane still carries takes K - 1 exchanges, not 5 K.
 template <int K, int kOffset = 16, class T>

@@ -184,14 +184,14 @@ def cross_scan(device, B, L, G, D, N, composed=False):
     leaves = [t.requires_grad_() for t in (u, projected, A, skip, weight, bias)]
 
     def call():
-        wide, parameters = u.unsqueeze(2).expand(B, L, G, D), dict(dt_weight=weight, dt_bias=bias)
+        shared, parameters = u.unsqueeze(2), dict(dt_weight=weight, dt_bias=bias)
         if composed:
-            wide = tokens_in_order(wide, order)
+            wide = tokens_in_order(shared.expand(B, L, G, D), order)
             dt, b, c = (x.contiguous() for x in tokens_in_order(projected, order).split([rank, N, N], -1))
             y = selective_scan(wide, dt, A, b, c, skip, **parameters)
             return tokens_in_place(y, order, L).sum(2)
         dt, b, c = projected.split([rank, N, N], -1)
-        return selective_scan(wide, dt, A, b, c, skip, **parameters, order=order, merge=True)
+        return selective_scan(shared, dt, A, b, c, skip, **parameters, order=order, merge=True)
 
     return call, leaves, order
 

@@ -7,10 +7,12 @@ head for wkv6 and wkv7. Every branch counts, so they are upper bounds. Inner loo
 else once. `load` and `store` are the narrowest and widest accesses of global memory in the hot loop, in bytes. `warps`
 is how many fit a multiprocessor of an H100.
 
-With --model: times predicted for an H100 from these figures, by bound. None of them is measured.
+With --model: times predicted for an H100 from these figures, by bound; and what `ssd` and `nc_ssd`, which have no
+kernel, move there. None of them is measured.
 """
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -23,8 +25,11 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from linzoo.ops import compile_cuda
+from linzoo.ops import compile_cuda, nc_ssd, ssd
 from linzoo.ops.compile_cuda import template
 from linzoo.ops.selective_scan import cuda
 
@@ -199,14 +204,22 @@ def one_state(kernel: str, dtype: torch.dtype, rank: int, lanes: int, ends: bool
     return Kernel("selective_scan", name, 16, trips=trips)
 
 
+def sixteen_states(kernel: str, ends: bool = False, powers: bool = False) -> Kernel:
+    """A kernel of the selective scan for 16 states of rank 12; with `powers`, where A_n = n A_1."""
+    if kernel == "backward":
+        return Kernel("selective_scan", template("backward", F, F, 16, 12, True), 16, trips=(2, 2, 1.5, 3, 16, 3, 5.5))
+    steps = (4, 0) if powers else (0, 4)  # four at once: by powers, by exponentials
+    trips = (2, *(() if ends else (2,)), 1.5, *steps)
+    return Kernel("selective_scan", template("forward", F, F, 16, 12, True, ends), 16, trips=trips)
+
+
 KERNELS = (
     *(one_state(k, dtype, rank, lanes) for k in ("forward", "backward") for dtype, rank, lanes in
       ((F, 6, 8), (H, 6, 8), (H, 12, 16), (H, 24, 32), (H, 48, 32))),
     *(one_state(k, F, 6, 8, True) for k in ("forward", "backward")),
-    Kernel("selective_scan", template("forward", F, F, 16, 12, True, False), 16),
-    Kernel("selective_scan", template("forward", F, F, 16, 12, True, True), 16),
-    Kernel("selective_scan", template("backward", F, F, 16, 12, True), 16, trips=(2, 2, 1.5, 16, 5.5)),
-    Kernel("selective_scan", template("adjoint_ends", F, F, 16, 12, True), 16),
+    *(sixteen_states("forward", ends, powers) for ends in (False, True) for powers in (False, True)),
+    sixteen_states("backward"),
+    ENDS_BACKWARD := Kernel("selective_scan", template("adjoint_ends", F, F, 16, 12, True), 16),
     Kernel("wkv", template("bi_sweep", F, False), 16),
     Kernel("wkv", template("bi_sweep", F, True), 16),
     Kernel("wkv", template("forward6", 64), 16),
@@ -261,7 +274,7 @@ BOUNDS = ("issue", "mufu", "shared", "latency")
 
 
 class Scan(NamedTuple):
-    """A shape of the selective scan: groups share u, and their outputs are merged."""
+    """A shape of the selective scan: groups share u, and their outputs and the gradients of u are merged."""
 
     batch: int
     steps: int
@@ -280,11 +293,11 @@ SHAPES = (
 )  # fmt: skip
 
 
-def predict(x: Scan, kernel: str) -> dict:
+def predict(x: Scan, kernel: str, powers: bool = False) -> dict:
     """Milliseconds of "forward" or "backward" on an H100, by bound; `low` and `high` are the prediction.
 
     They are the largest bound at 80 % of the hardware's peak: `low` if the cache keeps what groups share, `high` if
-    each group must fetch and merge for itself.
+    each group must fetch and merge for itself. With `powers`, of sixteen states with A_n = n A_1.
     """
     one = x.states == 1
     width = 4 * cuda.lanes(x.channels)
@@ -295,9 +308,8 @@ def predict(x: Scan, kernel: str) -> dict:
     if one:
         passes = [one_state(kernel, x.dtype, x.rank, width // 4, ends) for ends in (False, True)]
     else:
-        ends = "forward" if kernel == "forward" else "adjoint_ends"
-        found = [k for k in KERNELS if k.op == "selective_scan" and k.name.startswith((f"{kernel}<", f"{ends}<"))]
-        passes = [k._replace(threads=threads) for k in found]
+        ends = sixteen_states("forward", True, powers) if kernel == "forward" else ENDS_BACKWARD
+        passes = [k._replace(threads=threads) for k in (sixteen_states(kernel, powers=powers), ends)]
     ms = dict.fromkeys(BOUNDS, 0.0)
     for k in passes[: 1 + (segments > 1)]:
         ms = {name: ms[name] + n for name, n in _pass(k, x, blocks * segments).items()}
@@ -306,9 +318,9 @@ def predict(x: Scan, kernel: str) -> dict:
     rows = tokens * x.groups * (x.rank + 2 * x.states)
     if kernel == "forward":
         once, each = u + merged + rows * size, x.groups * (u + 2 * merged) + rows * size
-    else:  # du of every group is written, and the gradients of rows by every block of channels
-        du = x.groups * u + rows * 4 * per_item
-        once, each = 2 * u + du + rows * size, 2 * x.groups * u + du + rows * size
+    else:  # the gradients of rows are written by every block of channels
+        rows *= size + 4 * per_item
+        once, each = 2 * u + merged + rows, 2 * x.groups * (u + merged) + rows
     ms |= dict(hbm=1e3 * once / BANDWIDTH, hbm_each=1e3 * (once if u + merged < CACHE else each) / BANDWIDTH)
     inner = max(ms[name] for name in BOUNDS)
     return ms | dict(low=max(inner, ms["hbm"]) / 0.8, high=max(inner, ms["hbm_each"]) / 0.8)
@@ -336,6 +348,21 @@ def _pass(kernel: Kernel, x: Scan, blocks: int) -> dict:
         latency=waits / min(SMS * warps, blocks * kernel.threads // 32),
     )
     return {name: 1e3 * n * iterations * tail / CLOCK for name, n in out.items()}
+
+
+def shared_gradient(x: Scan) -> dict:
+    """What du costs beside the backward pass: MB of memory and ms of HBM on an H100.
+
+    `groups`: each group writes its own, and a sum reads them. `merged`: zeros are added to, in float32 (`low`: in the
+    cache; `high`: in HBM), and become the dtype of u.
+    """
+    u = x.batch * x.steps * x.channels * x.dtype.itemsize
+    sums, cast = u * 4 // x.dtype.itemsize, u if x.dtype != F else 0
+    bytes_ = dict(
+        groups=(2 * x.groups + 1) * u, merged_low=2 * sums + cast, merged_high=(2 * x.groups + 2) * sums + cast
+    )
+    mb = dict(groups_mb=(x.groups + 1) * u / 1e6, merged_mb=(sums + cast) / 1e6)
+    return mb | {f"{name}_ms": 1e3 * n / BANDWIDTH for name, n in bytes_.items()}
 
 
 # A product of 16 x 8 by 8 x 8 in tf32 takes a multiprocessor a cycle, and `mma.sync` reaches 62 % of that.
@@ -385,6 +412,84 @@ def predict_heads(x: Heads, kernel: str) -> dict:
     return ms | dict(low=max(ms.values()) / 0.8)
 
 
+class Traffic(TorchDispatchMode):
+    """Counts what PyTorch's kernels read and write, each element once per operation; views are free."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        view = not func._schema.is_mutable and any(r.alias_info for r in func._schema.returns)
+        if not view and "view" not in func.name() and "empty" not in func.name():
+            self.bytes += _bytes(*tree_leaves((args, kwargs)), *tree_leaves(out))
+        return out
+
+
+def _bytes(*tensors) -> int:
+    """Of all elements, those of an expand once."""
+    strided = [(t, zip(t.shape, t.stride(), strict=True)) for t in tensors if isinstance(t, torch.Tensor)]
+    return sum(t.element_size() * math.prod(n for n, stride in axes if stride) for t, axes in strided)
+
+
+CORES, TENSOR_CORES = 60e12, 400e12  # float32 and tf32 products on an H100: nine and eight tenths of the peak
+
+
+class Duality(NamedTuple):
+    """A shape of `nc_ssd`, or of `ssd` if causal, with heads of 64 channels."""
+
+    batch: int
+    steps: int
+    heads: int
+    states: int
+    dtype: torch.dtype
+    causal: bool = False
+
+
+DUALITIES = (
+    *(Duality(128, steps, heads, 64, dtype) for dtype in (F, H) for steps, heads in ((3136, 2), (784, 4), (196, 8))),
+    *(Duality(32, 256, 32, 64, dtype, causal=True) for dtype in (F, H)),
+)  # VSSD-T, M-VAR
+
+
+def predict_duality(x: Duality, backward: bool) -> dict:
+    """GB that PyTorch moves, and a kernel that reads its inputs and writes its results once; milliseconds."""
+    shape, narrow = (x.batch, x.steps, x.heads), (x.batch, x.steps, x.states)
+    u = torch.empty(*shape, 64, device="meta", dtype=x.dtype)
+    B, C = (torch.empty(narrow, device="meta", dtype=x.dtype) for _ in range(2))
+    dt, A, D = (torch.empty(s, device="meta") for s in (shape, (x.heads,), (x.heads,)))
+    leaves = [t.requires_grad_(backward) for t in (u, dt, B, C, D)]
+    with Traffic() as moved, FlopCounterMode(display=False) as flops:
+        y = ssd(u, dt, A, B.unsqueeze(2), C.unsqueeze(2), D) if x.causal else nc_ssd(u, dt, B, C, D)
+        if backward:
+            torch.autograd.grad(y, leaves, torch.empty_like(y))
+    least = _bytes(*leaves, y) + backward * _bytes(*leaves, *leaves, y)
+    operations = flops.get_total_flops()
+    return dict(
+        gb=moved.bytes / 1e9,
+        least_gb=least / 1e9,
+        hbm=1e3 * moved.bytes / BANDWIDTH,
+        cores=1e3 * operations / CORES,
+        tensor=1e3 * operations / TENSOR_CORES,
+        least=1e3 * max(least / BANDWIDTH, operations / TENSOR_CORES),
+    )
+
+
+def block_gb(x: Duality, backward: bool) -> float:
+    """GB that PyTorch's operations move in the whole block of VSSD-T that has the shape `x` of `nc_ssd`."""
+    from linzoo.backbones.vssd import vssd_t
+
+    side = math.isqrt(x.steps)
+    block = vssd_t(device="meta", dtype=x.dtype).stages[int(math.log2(x.heads)) - 1].blocks[0]
+    u = torch.empty(x.batch, side, side, 32 * x.heads, device="meta", dtype=x.dtype, requires_grad=backward)
+    with Traffic() as moved, torch.set_grad_enabled(backward):
+        y = block(u)
+        if backward:
+            torch.autograd.grad(y, [u, *block.parameters()], torch.empty_like(y))
+    return moved.bytes / 1e9
+
+
 MODEL = """# What the kernels should take on an H100
 
 Predicted by `python tools/sass.py --model` from the machine code that NVRTC makes for sm_90. **Nothing here is
@@ -395,10 +500,24 @@ measured**: the kernels have not run on a GPU yet, and their first run tests the
 Milliseconds, by bound: instructions issued, special functions, shared memory, latency of what a warp waits for, and
 HBM: `hbm` if the cache keeps what the four groups share, `hbm each` if every group fetches and merges for itself. `low`
 and `high` are the largest bound in either case at 80 % of what the hardware promises. The forward pass merges the
-groups, the backward pass writes du for each.
+groups' outputs, the backward pass the gradients of the map that they share.
+`(powers)`: where A_n = n A_1, as in Mamba before it is trained. (A polynomial in place of a special function takes nine
+instructions more and saves eight cycles: no gain, as `issue` is no less than `mufu`.)
 
 | pass | B | L | G | D | N | R | dtype | issue | mufu | shared | latency | hbm | hbm each | low | high |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+MODEL_SHARED = """
+## The gradient of a map that groups share
+
+Memory in MB and milliseconds of HBM. `groups`: each group writes its own du, and a sum of its own pass reads them.
+`merged`: each adds to one in float32, beside the backward pass's arithmetic; then it becomes the dtype of the map.
+`low` if the cache keeps what is added to, `high` if not.
+
+| B | L | G | D | dtype | groups MB | merged MB | groups ms | merged low ms | merged high ms |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -414,9 +533,46 @@ writes for itself.
 """
 
 
+MODEL_DUALITY = """
+## ssd and nc_ssd
+
+They have no kernel: PyTorch's products, and operations between them. GB that these move, counted operation by
+operation, and milliseconds of HBM (`hbm`) and of the products in float32, as PyTorch computes by default (`cores`), and
+in tf32 (`tensor`). `least`: a kernel that reads each input and writes each result once, with products in tf32. `block
+GB`: what the whole block of VSSD-T moves. The shapes of `ssd` are those of M-VAR's last map (d16).
+
+The products are not the bound: `cores` is below `hbm`. What lies around them is: casts, weights and sums, each a pass.
+
+| operator | pass | B | L | H | N | dtype | GB | least GB | hbm | cores | tensor | least | block GB |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def _lines_of_dualities() -> list[str]:
+    lines = []
+    for x in DUALITIES:
+        for backward in (False, True):
+            cells = ["ssd" if x.causal else "nc_ssd", "both" if backward else "forward", *x[:4]]
+            cells += [str(x.dtype).removeprefix("torch."), *(f"{n:.3f}" for n in predict_duality(x, backward).values())]
+            cells.append("" if x.causal else f"{block_gb(x, backward):.3f}")
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
 def model() -> str:
     """The performance model's tables, as Markdown."""
-    return MODEL + "\n".join(_lines_of_scans()) + "\n" + MODEL_HEADS + "\n".join(_lines_of_heads()) + "\n"
+    tables = ((MODEL, _lines_of_scans()), (MODEL_SHARED, _lines_of_shared()), (MODEL_HEADS, _lines_of_heads()))
+    tables += ((MODEL_DUALITY, _lines_of_dualities()),)
+    return "".join(head + "\n".join(lines) + "\n" for head, lines in tables)
+
+
+def _lines_of_shared() -> list[str]:
+    lines = []
+    for x in SHAPES:
+        values = shared_gradient(x).items()
+        cells = [*x[:4], str(x.dtype).removeprefix("torch."), *(f"{n:.{0 if 'mb' in k else 3}f}" for k, n in values)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
 
 
 def _lines_of_heads() -> list[str]:
@@ -428,11 +584,11 @@ def _lines_of_heads() -> list[str]:
 def _lines_of_scans() -> list[str]:
     lines = []
     for x in SHAPES:
-        for kernel in ("forward", "backward"):
-            cells = [kernel, *x[:-1], str(x.dtype).removeprefix("torch.")]
-            lines.append(
-                "| " + " | ".join([*map(str, cells), *(f"{n:.3f}" for n in predict(x, kernel).values())]) + " |"
-            )
+        kernels = ("forward", *(("forward (powers)",) if x.states > 1 else ()), "backward")
+        for kernel in kernels:
+            ms = predict(x, kernel.split()[0], "powers" in kernel)
+            cells = [kernel, *x[:-1], str(x.dtype).removeprefix("torch."), *(f"{n:.3f}" for n in ms.values())]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
 

@@ -84,9 +84,7 @@ class S6(nn.Module):
             ``(B, L, G, D)``, or ``(B, L, D)`` with `merge`.
         """
         projected = self.project(u)
-        if u.dim() == 3:
-            u = u.unsqueeze(2).expand(-1, -1, self.groups, -1)
-        return self.scan(u, projected, order, merge)
+        return self.scan(u.unsqueeze(2) if u.dim() == 3 else u, projected, order, merge)
 
     def project(self, u):
         """``[r, B, C]`` ``(B, L, G, R + 2 N)`` for the input of `forward`."""
@@ -95,7 +93,8 @@ class S6(nn.Module):
         return grouped_linear(u, self.x_proj)
 
     def scan(self, u, projected, order=None, merge=False):
-        """As `forward` on ``(B, L, G, D)``, for callers who compute ``[r, B, C]`` ``(B, L, G, R + 2 N)`` themselves.
+        """As `forward` on ``(B, L, G, D)`` or ``(B, L, 1, D)``, which every group reads, for callers who compute
+        ``[r, B, C]`` ``(B, L, G, R + 2 N)`` themselves.
 
         A layer of one group scans any number of them with the same parameters.
         """
@@ -104,5 +103,5 @@ class S6(nn.Module):
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         bias = 2 * self.dt_bias if self.bias_twice else self.dt_bias
-        A, skip, weight, bias = (x.expand(u.shape[2], *x.shape[1:]) for x in (A, self.D, self.dt_weight, bias))
+        A, skip, weight, bias = (x.expand(dt.shape[2], *x.shape[1:]) for x in (A, self.D, self.dt_weight, bias))
         return selective_scan(u, dt, A, B, C, skip, dt_weight=weight, dt_bias=bias, order=order, merge=merge)

@@ -42,7 +42,8 @@ def selective_scan(
     over G, a split of channels, a strided grid of tokens) if their last dimension is contiguous.
 
     Args:
-        u: Input ``(B, L, G, D)``: L tokens, G scan groups of D channels. float64, float32, bfloat16 or float16.
+        u: Input ``(B, L, G, D)``: L tokens, G scan groups of D channels. float64, float32, bfloat16 or float16. Where
+            all groups read the same, give ``(B, L, 1, D)``: its gradient then takes less memory than an expand's.
         dt: Step sizes before bias and softplus ``(B, L, G, D)``, or ``(B, L, G, R)`` with `dt_weight`.
         A: Decay rates ``(G, D, N)``, negative.
         B: Input projections ``(B, L, G, N)``.
@@ -74,8 +75,9 @@ def selective_scan(
 
 
 def _check(u, dt, A, B, C, D, dt_weight, dt_bias, order, initial=None):
+    shared = isinstance(u, Tensor) and u.dim() == 4 and u.shape[2] == 1
     check(
-        u=(u, "BLGD"),
+        u=(u, "BL1D" if shared else "BLGD"),
         A=(A, "GDN"),
         B=(B, "BLGN"),
         C=(C, "BLGN"),
@@ -120,7 +122,7 @@ def selective_scan_state(
     """
     _check(u, dt, A, B, C, D, dt_weight, dt_bias, order, initial)
     dtype, states = promote(u, dt, B, C), A.shape[2]
-    u, dt, A, B, C = (x.to(state_dtype(dtype)) for x in (u, dt, A, B, C))
+    u, dt, A, B, C = (x.to(state_dtype(dtype)) for x in (_of_groups(u, A), dt, A, B, C))
     if dt_weight is not None:
         dt = torch.einsum("blgr,gdr->blgd", dt, dt_weight.to(dt.dtype))
     if dt_bias is not None:
@@ -171,7 +173,7 @@ def selective_states(
     Raises:
         ValueError: N is not 1, or as in `selective_scan`.
     """
-    check(u=(u, "BLGD"), A=(A, "GD1"), B=(B, "BLG1"))
+    check(A=(A, "GD1"), B=(B, "BLG1"))
     C = torch.ones_like(B)
     return selective_scan(u, dt, A, B, C, dt_weight=dt_weight, dt_bias=dt_bias, dt_softplus=dt_softplus, order=order)
 
@@ -197,11 +199,16 @@ def _chunked(*inputs):
     return (reference.chunked(*inputs[:-1]), A.new_empty(0)) if A.shape[2] == 1 else _reference(*inputs, use_scan=True)
 
 
+def _of_groups(u, A):
+    """`u` ``(B, L, G, D)``, as a view if it is ``(B, L, 1, D)``."""
+    return u.expand(-1, -1, A.shape[0], -1)
+
+
 def _empty(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge, save):
-    batch, length, groups, channels = u.shape
+    batch, length, groups, channels = _of_groups(u, A).shape
     chunk, steps = _chunk(u, A), length if order is None else order.shape[-1]
     states = (batch, groups, (steps + chunk - 1) // chunk, A.shape[2], channels) if save else (0,)
-    y = u.new_empty((batch, length, channels) if merge else u.shape)
+    y = u.new_empty((batch, length, channels) if merge else (batch, length, groups, channels))
     return y, u.new_empty(states, dtype=state_dtype(u.dtype))
 
 
@@ -215,7 +222,7 @@ def _split_channels(u, tasks):
 def _kernel_inputs(u, dt, A, B, C, D, dt_weight, dt_bias, softplus, order):
     """Arguments as the kernels need them: contiguous channels; A in units of log2(e), since they compute 2^x."""
     return dict(
-        u=dense_rows(u),
+        u=_of_groups(dense_rows(u), A),
         dt=dense_rows(dt),
         A=A.transpose(1, 2).contiguous() * 1.4426950408889634,
         B=dense_rows(B),
@@ -237,7 +244,7 @@ def _forward(backend, *inputs):
     if backend == "cuda":
         cuda.forward(**named)
     else:
-        split = _split_channels(u, u.shape[0] * (1 if merge else u.shape[2]))
+        split = _split_channels(u, u.shape[0] * (1 if merge else inputs[2].shape[0]))
         torch.ops.linzoo_cpu.selective_scan_forward(**named, split_channels=split)
     return y, states
 
@@ -246,9 +253,9 @@ def _backward(backend, dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, o
     inputs = u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order
     if states.dim() == 1:
         states = _forward(backend, *inputs, False, True)[1]
+    batch, length, groups, channels = shape = _of_groups(u, A).shape
     if merge:  # every group's output receives the gradient of their sum
-        dy = dy.contiguous().unsqueeze(2).expand(u.shape)
-    batch, length, groups, channels = u.shape
+        dy = dy.contiguous().unsqueeze(2).expand(shape)
     new = torch.empty if order is None or order.shape[-1] == length else torch.zeros  # 0 where no step visits a token
     named = _kernel_inputs(*inputs) | dict(dy=dense_rows(dy), states=states)
     if backend == "cuda":
@@ -259,12 +266,14 @@ def _backward(backend, dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, o
         split = dict(split_channels=_split_channels(u, batch * groups))
         splits, parts = -(-channels // split["split_channels"]), batch
     sums = dict(dtype=A.dtype, device=u.device)
-    du = new(u.shape, dtype=u.dtype, device=u.device)
+    shared = u.shape[2] < groups  # then kernels for CUDA sum du over groups themselves, in an order that changes
+    merged = shared and backend == "cuda" and not torch.are_deterministic_algorithms_enabled()
+    du = torch.zeros(u.shape, **sums) if merged else new(shape, dtype=u.dtype, device=u.device)
     dB, dC = (new(splits, batch, length, groups, A.shape[2], **sums) for _ in range(2))
     dA = torch.empty(parts, groups, A.shape[2], channels, **sums)
     dD, dbias = (torch.empty(parts, groups, channels, **sums) for _ in range(2))
     if dt_weight is None:
-        ddt, dweight = new(u.shape, dtype=u.dtype, device=u.device), torch.empty(0, **sums)
+        ddt, dweight = new(shape, dtype=u.dtype, device=u.device), torch.empty(0, **sums)
     else:
         rank = dt_weight.shape[2]
         ddt = new(splits, batch, length, groups, rank, **sums)
@@ -272,6 +281,7 @@ def _backward(backend, dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, o
     outputs = dict(du=du, ddt=ddt, dA=dA, dB=dB, dC=dC, dD=dD, ddt_weight=dweight, ddt_bias=dbias)
     kernel = cuda.backward if backend == "cuda" else torch.ops.linzoo_cpu.selective_scan_backward
     kernel(**named, **split, **outputs)
+    du = du.sum(2, keepdim=True) if shared and not merged else du.to(u.dtype)
     grads = [du, ddt if dt_weight is None else ddt.sum(0).to(dt.dtype), dA.sum(0).transpose(1, 2).contiguous()]
     grads += [x.sum(0).to(u.dtype) for x in (dB, dC)]
     if D is not None:
@@ -285,10 +295,10 @@ def _backward(backend, dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, o
 
 def _flops(u, A, D, dt_weight, order, **_):
     """Per token and channel: 9 N for the scan, 1 for the skip, R for the low-rank step, as papers count."""
-    batch, length, groups, channels = u
+    batch, length, _, channels = u
     steps = length if order is None else order[-1]
     rank = 0 if dt_weight is None else dt_weight[2]
-    return batch * steps * groups * channels * (9 * A[2] + (D is not None) + rank)
+    return batch * steps * A[0] * channels * (9 * A[2] + (D is not None) + rank)
 
 
 _operator = Operator(

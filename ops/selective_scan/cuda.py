@@ -74,11 +74,11 @@ def plan(u, dt, A, order, dt_weight, D=None, dt_bias=None, *others):
     batch, length, G, channels = u.shape
     steps = length if order is None else order.shape[-1]
     (blocks, threads), vector = cuda.channel_blocks(channels), 1
+    activations = [x for x in (u, dt if dt_weight is None else None, *others) if x is not None]
+    far = max(abs(x.stride(1)) * x.element_size() for x in (*activations, dt))
+    if far >= 2**32:
+        raise ValueError(f"{NAME}: expected tokens less than 2^32 bytes apart, got {far}")
     if A.shape[1] == 1:
-        activations = [x for x in (u, dt if dt_weight is None else None, *others) if x is not None]
-        far = max(abs(x.stride(1)) * x.element_size() for x in (*activations, dt))
-        if far >= 2**32:
-            raise ValueError(f"{NAME}: expected tokens less than 2^32 bytes apart, got {far}")
         vector = cuda.vector(OWN, *activations, *(x for x in (D, dt_weight, dt_bias) if x is not None))
         blocks, threads = -(-channels // (lanes(channels) * vector)), cuda.MAX_THREADS
     parallel = 4 * batch * G * threads * blocks
@@ -159,14 +159,17 @@ def backward(
     ddt_bias,
 ):
     """Writes the gradients, cut as in `p`: those of A, D, dt_weight and dt_bias per batch item and segment, those of
-    B, C and a low-rank dt per block of channels.
+    B, C and a low-rank dt per block of channels. A `du` ``(B, L, 1, D)`` in the dtype of A is added to.
     """
     grid, sizes = _sizes(p, u, order)
     one = A.shape[1] == 1
     tensors = dict(dy=dy, dt=dt, C=C, A=A, weight=dt_weight, bias=dt_bias) | sizes
     full, low = (ddt, None) if dt_weight is None else (None, ddt)
+    du, merged = (None, du) if du.shape[2] < u.shape[2] else (du, None)
     more = dict(u=u, B=B, skip=D, batch=u.shape[0], L=u.shape[1], states=states)
-    grads = dict(du=du, ddt=full, dA=dA, dB=dB, dC=dC, dskip=dD, dlow=low, dweight=ddt_weight, dbias=ddt_bias)
+    grads = dict(
+        du=du, merged=merged, ddt=full, dA=dA, dB=dB, dC=dC, dskip=dD, dlow=low, dweight=ddt_weight, dbias=ddt_bias
+    )
     boundary = None if one else A.new_zeros(u.shape[0], *A.shape[:1], 1, *A.shape[1:])  # the kernel's adjoint states
     if p.segments > 1:
         boundary, sums = _ends(u, A, p.segments)

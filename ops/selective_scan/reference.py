@@ -73,7 +73,7 @@ def selective_scan(
         The output, and a list of the states ``(B, G, D, N)`` before each step (empty with `use_scan`).
     """
     dtype, length = state_dtype(u.dtype), u.shape[1]
-    u_, dt, B, C = (tokens_in_order(x, order).to(dtype) for x in (u, dt, B, C))
+    u_, dt, B, C = (tokens_in_order(x, order).to(dtype) for x in (u.expand(-1, -1, *A.shape[:2]), dt, B, C))
     delta = _steps(dt, dt_weight, dt_bias, dt_softplus, _softplus if use_scan else F.softplus)
     h, states = u_.new_zeros(u_.shape[0], *A.shape), []
     if use_scan:
@@ -104,7 +104,7 @@ def chunked(u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, order, merge):
     times the product of its decays since, which lies in [0, 1].
     """
     dtype, length = state_dtype(u.dtype), u.shape[1]
-    u_, dt, B, C = (tokens_in_order(x, order).to(dtype) for x in (u, dt, B, C))
+    u_, dt, B, C = (tokens_in_order(x, order).to(dtype) for x in (u.expand(-1, -1, *A.shape[:2]), dt, B, C))
     delta = _steps(dt, dt_weight, dt_bias, dt_softplus, _softplus)
     steps = u_.shape[1]
     size = math.isqrt(steps - 1) + 1

@@ -58,6 +58,7 @@ ORDER = scan_order.cross(2, 3)[:2]
 CASES = {
     "selective_scan": lambda: (lambda **x: selective_scan(**x, order=ORDER), scan_inputs()),
     "selective_scan_merge": lambda: (lambda **x: selective_scan(**x, merge=True), scan_inputs()),
+    "selective_scan_shared": lambda: (selective_scan, scan_inputs() | dict(u=normal(2, 6, 1, 3))),
     "bi_wkv": lambda: (bi_wkv, dict(k=normal(2, 5, 3), v=normal(2, 5, 3), w=normal(3), u=normal(3))),
     "wkv6": lambda: (wkv6, heads("r", "k", "v", "w") | dict(u=normal(2, 3))),
     "wkv7": lambda: (wkv7, heads("r", "w", "k", "v", "a", "b")),

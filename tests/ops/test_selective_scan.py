@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from linzoo.ops import scan_order, selective_scan, selective_states, use_backend
+from linzoo.ops import scan_order, selective_scan, selective_scan_state, selective_states, use_backend
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Largest error over the largest magnitude: a few roundings of the output's (or, for float32 sums, the sum's) dtype.
@@ -159,6 +159,40 @@ def test_groups_that_share_channels():
         results[backend] = y, torch.autograd.grad(y.square().sum(), x)[0]
     for ours, reference in zip(results["cpu"], results["reference"], strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference", "export", "export_chunked"))
+@pytest.mark.parametrize("merge", (False, True))
+def test_one_group_of_inputs_is_read_by_all(backend, merge):
+    """As its expand is, in values and gradients."""
+    inputs = make_inputs(D=8, N=1, R=2, dtype=torch.float32)
+    inputs["u"] = inputs["u"].detach()[:, :, :1].clone().requires_grad_()
+    order = scan_order.cross(5, 7)[:, :30]
+    with use_backend(backend):
+        results = [selective_scan(**inputs | dict(u=u), order=order, merge=merge)
+                   for u in (inputs["u"], inputs["u"].expand(-1, -1, 4, -1))]  # fmt: skip
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), list(inputs.values())) for y in results))
+
+
+def test_one_group_of_inputs_without_a_kernel():
+    inputs = make_inputs(L=6, D=3, R=2)
+    inputs["u"] = inputs["u"].detach()[:, :, :1].clone().requires_grad_()
+    names = ("u", "dt", "A", "B", "C", "D", "dt_weight", "dt_bias")
+    torch.library.opcheck(
+        torch.ops.linzoo.selective_scan.default, (*(inputs[k] for k in names), True, None, True, True)
+    )
+    assert gradcheck(lambda *x: selective_scan(**dict(zip(inputs, x, strict=True))), tuple(inputs.values()))
+    meta = {k: v.detach().to("meta") for k, v in inputs.items()}
+    with FlopCounterMode(display=False) as counter:
+        assert selective_scan(**meta).shape == (2, 6, 4, 3)
+    assert counter.get_total_flops() == 2 * 6 * 4 * 3 * (9 * 2 + 1 + 2)
+
+    state = torch.randn(2, 4, 3, 2, dtype=torch.float64)
+    wide = inputs | dict(u=inputs["u"].expand(-1, -1, 4, -1))
+    for initial in (None, state):
+        results = [selective_scan_state(**x, initial=initial) for x in (inputs, wide)]
+        torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("merge", (False, True))
