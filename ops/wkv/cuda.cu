@@ -906,58 +906,64 @@ __global__ void __launch_bounds__(2 * N, 256 / N)
   }
 }
 
-// What a thread needs of the gradients of m_ts, sums of `kParts`, for the products of a level, as left operands: of row
-// g of the second halves of r with rows q and q + 4 of k's, and the other way round.
+// The gradients of m_ts, sums of `kParts`, of a level as a left operand: of r's second halves with k's, or transposed.
 template <int kParts>
-__device__ __forceinline__ void score_gradients(float (&to_r)[4], float (&to_k)[4], const Scores* parts, int level,
+__device__ __forceinline__ void score_gradients(float (&out)[4], const Scores* parts, bool transposed, int level,
                                                 const Part& own) {
-  float r[2], k[2];
+  float sum[2];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const int row = second_half(level, own.g), other = second_half(level, own.q + 4 * j);
-    r[j] = k[j] = 0;
-    for (int i = 0; i < kParts; ++i) r[j] += parts[i][row][other], k[j] += parts[i][other][row];
-    if (!together(level, own.g, own.q + 4 * j)) r[j] = k[j] = 0;
+    sum[j] = 0;
+    for (int i = 0; i < kParts; ++i) sum[j] += transposed ? parts[i][other][row] : parts[i][row][other];
+    if (!together(level, own.g, own.q + 4 * j)) sum[j] = 0;
   }
-  stacked(to_r, Halves<2>(r));
-  stacked(to_k, Halves<2>(k));
+  stacked(out, Halves<2>(sum));
 }
 
-// Puts the gradients of the second halves of a level in their place, for the channels from `first` on. Each of `kPairs`
-// that read (r) has been multiplied with each of as many that are written (k, behind them in `halves`), and their
-// gradients come from the products' gradients.
-template <int kChannels, int kPairs, int N, int kHeld>
-__device__ __forceinline__ void differentiate(SecondHalves<N, kHeld> (&halves)[2 * kPairs],
-                                              const float (&to_r)[kPairs][kPairs][4],
-                                              const float (&to_k)[kPairs][kPairs][4], int held, int first,
-                                              const Part& own) {
-  float x[2 * kPairs][kChannels / 8][2];
+// Puts the gradients of the second halves of a level in their place, for the channels from `first` on. In `halves`,
+// each of the first `kPairs` has been multiplied with each of as many behind them; `parts` has `kParts` for each
+// product.
+template <int kChannels, int kPairs, int kParts, int N, int kHeld>
+__device__ __forceinline__ void differentiate(SecondHalves<N, kHeld> (&halves)[2 * kPairs], int held,
+                                              const Scores* parts, int level, int first, const Part& own) {
+  constexpr int kPart = kPairs == 1 ? kChannels : 16;  // channels at once, as registers allow
+  float to[2][kPairs][kPairs][4];                      // of those in front with those behind, and the other way round
 #pragma unroll
-  for (int j = 0; j < kChannels / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4 * kPairs; ++i) {
-      x[i / 2][j][i % 2] = halves[i / 2].x[held][own.q + 4 * (i % 2)][first + 8 * j + own.g];
-    }
+  for (int i = 0; i < 2 * kPairs * kPairs; ++i) {
+    const int behind = i / (kPairs * kPairs), front = i / kPairs % kPairs, back = i % kPairs;
+    score_gradients<kParts>(to[behind][front][back], parts + (i % (kPairs * kPairs)) * kParts, behind, level, own);
   }
-  __syncwarp();
 #pragma unroll
-  for (int j = 0; j < kChannels / 8; ++j) {
-    float dx[2 * kPairs][4] = {};
+  for (int c = first; c < first + kChannels; c += kPart) {
+    float x[2 * kPairs][kPart / 8][2];
 #pragma unroll
-    for (int r = 0; r < kPairs; ++r) {
+    for (int j = 0; j < kPart / 8; ++j) {
 #pragma unroll
-      for (int k = 0; k < kPairs; ++k) {
-        const Halves<2> row(x[r][j]), key(x[kPairs + k][j]);
-        mma_tf32(dx[r], to_r[r][k], key.low);
-        mma_tf32(dx[r], to_r[r][k], key.high);
-        mma_tf32(dx[kPairs + k], to_k[r][k], row.low);
-        mma_tf32(dx[kPairs + k], to_k[r][k], row.high);
+      for (int i = 0; i < 4 * kPairs; ++i) {
+        x[i / 2][j][i % 2] = halves[i / 2].x[held][own.q + 4 * (i % 2)][c + 8 * j + own.g];
       }
     }
+    __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 2 * kPairs; ++i) {
-      const float sums[2] = {dx[i][0] + dx[i][2], dx[i][1] + dx[i][3]};
-      store(&halves[i].x[held][own.g][first + 8 * j + 2 * own.q], sums);
+    for (int j = 0; j < kPart / 8; ++j) {
+      float dx[2 * kPairs][4] = {};
+#pragma unroll
+      for (int front = 0; front < kPairs; ++front) {
+#pragma unroll
+        for (int back = 0; back < kPairs; ++back) {
+          const Halves<2> row(x[front][j]), key(x[kPairs + back][j]);
+          mma_tf32(dx[front], to[0][front][back], key.low);
+          mma_tf32(dx[front], to[0][front][back], key.high);
+          mma_tf32(dx[kPairs + back], to[1][front][back], row.low);
+          mma_tf32(dx[kPairs + back], to[1][front][back], row.high);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kPairs; ++i) {
+        const float sums[2] = {dx[i][0] + dx[i][2], dx[i][1] + dx[i][3]};
+        store(&halves[i].x[held][own.g][c + 8 * j + 2 * own.q], sums);
+      }
     }
   }
 }
@@ -1166,9 +1172,7 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
     const int next = visited(chunk - 1);
     for (int level = own.warp; level < kLevels; level += kWarps) {
       score(scores, work.halves[0].x[level], work.halves[1].x[level], level, own);
-      float to_r[1][1][4], to_k[1][1][4];
-      score_gradients<kWarps>(to_r[0][0], to_k[0][0], parts, level, own);
-      differentiate<N, 1>(work.halves, to_r, to_k, level, 0, own);
+      differentiate<N, 1, kWarps>(work.halves, level, parts, level, 0, own);
     }
     if (own.warp == 0) tokens[(chunk + 1) % 2][own.side][own.lane % 16] = next;
     if (bonused && threadIdx.x < kChunk) {
@@ -1394,7 +1398,7 @@ __device__ __forceinline__ void score_own(Scores (&scores)[4], const float (&par
 
 // y: (directions, B, L, H, N), states before each chunk (directions, B, H, chunks, N, N).
 template <int N>
-__global__ void __launch_bounds__(2 * N, 256 / N)
+__global__ void __launch_bounds__(2 * N, 192 / N)
     forward7(const float* r_, i64 r_batch, i64 r_token, i64 r_head, const float* w_, i64 w_batch, i64 w_token,
              i64 w_head, const float* k_, i64 k_batch, i64 k_token, i64 k_head, const float* v_, i64 v_batch,
              i64 v_token, i64 v_head, const float* a_, i64 a_batch, i64 a_token, i64 a_head, const float* b_,
@@ -1437,10 +1441,11 @@ __global__ void __launch_bounds__(2 * N, 256 / N)
   if (own.warp == 0) tokens[0][own.side][own.lane % 16] = visited(0);
   int next = visited(1);
   __syncthreads();
-  fetch(0);
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const int start = chunk * kChunk, count = smaller(kChunk, last + 1 - start);
     const int (&token)[kChunk] = tokens[chunk & 3][0];
+    const int visits = ((1 << count) - 1) << (own.side ? kChunk - count : 0);  // which steps are, by the side's time
+    fetch(chunk);
     Columns v;
     read_columns(v, vs, token, own);
     float d[kChunk];
@@ -1450,7 +1455,7 @@ __global__ void __launch_bounds__(2 * N, 256 / N)
       cut_columns<false>(v, count, own);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        if ((own.side ? 15 - i : i) >= count) x[i] = z[i] = 0, d[i] = 1;
+        if (!(visits >> i & 1)) x[i] = z[i] = 0, d[i] = 1;
       }
     }
     float left[kChunk];
@@ -1471,7 +1476,6 @@ __global__ void __launch_bounds__(2 * N, 256 / N)
       halves[2 * own.side].put(own.n, x, d, level);
       halves[2 * own.side + 1].put(own.n, z, d, level);
       __syncthreads();
-      if (level + kHeld == kLevels && chunk + 1 < chunks) fetch(chunk + 1);
       score_all(scores, halves, level, own);
       if (level == 0) score_own(scores, products);
       __syncthreads();
@@ -1571,34 +1575,43 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
   for (int chunk = chunks - 1; chunk >= 0; --chunk) {
     const int start = chunk * kChunk, count = smaller(kChunk, last + 1 - start);
     const int (&token)[kChunk] = tokens[chunk % 2][own.side];
+    const int visits = ((1 << count) - 1) << (reversed ? kChunk - count : 0);
+    const auto there = [&](int i) { return (visits >> i & 1) != 0; };  // whether step i, by the side's time, is one
 
     // Channel n of r or k, of a or b, and of w; the warp's columns of v, and of dy with time reversed.
-    float x[kChunk], z[kChunk], d[kChunk], factor[kChunk];
+    float x[kChunk], z[kChunk], d[kChunk];
     Columns v, dy;
+    const auto fetch = [&](float (&out)[kChunk], const Tokens<const float>& rows) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      x[i] = read<1>(xs.at(token[i])).x[0];
-      z[i] = read<1>(zs.at(token[i])).x[0];
-      d[i] = read<1>(ws.at(token[i])).x[0];
-    }
+      for (int i = 0; i < kChunk; ++i) out[i] = read<1>(rows.at(token[i])).x[0];
+      if (count == kChunk) return;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {  // steps that write and read nothing
+        if (!there(i)) out[i] = 0;
+      }
+    };
+    fetch(x, xs), fetch(z, zs);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) d[i] = read<1>(ws.at(token[i])).x[0];
     read_columns(v, vs, tokens[chunk % 2][0], own);
     read_columns(dy, dys, tokens[chunk % 2][1], own);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) d[i] = decay_of(d[i]);
-    if (count < kChunk) {  // steps that write, read and forget nothing
+    if (count < kChunk) {
       cut_columns<false>(v, count, own);
       cut_columns<true>(dy, count, own);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        if (step(i) >= count) x[i] = z[i] = 0, d[i] = 1;
+        if (!there(i)) d[i] = 1;
       }
     }
+    float other[kChunk];
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) factor[i] = reversed ? z[i] : x[i];
-    products[own.warp][own.lane] = step_products(factor, x);
+    for (int i = 0; i < kChunk; ++i) other[i] = reversed ? z[i] : x[i];
+    products[own.warp][own.lane] = step_products(other, x);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) factor[i] = reversed ? x[i] : x[i] * d[i];
-    const float decay = put_decayed(sides[2 * own.side], own.n, factor, d);
+    for (int i = 0; i < kChunk; ++i) x[i] *= reversed ? 1.f : d[i];  // r' from here on
+    const float decay = put_decayed(sides[2 * own.side], own.n, x, d);
     put_decayed(sides[2 * own.side + 1], own.n, z, d);
     if (own.side == 0) {
       whole[own.n] = decay;
@@ -1607,7 +1620,7 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
     }
 #pragma unroll
     for (int level = 0; level < kLevels; level += kHeld) {
-      work.halves[2 * own.side].put(own.n, factor, d, level);
+      work.halves[2 * own.side].put(own.n, x, d, level);
       work.halves[2 * own.side + 1].put(own.n, z, d, level);
       __syncthreads();
       score_all(scores, work.halves, level, own);
@@ -1672,17 +1685,19 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
     __syncthreads();
     float to_sides[4][2][4] = {}, product[2] = {};
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-      Halves<4> value[4];
+    for (int k = 0; k < 4; k += 2) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) value[k] = work.values[k].left(own.g, own.q, 8 * j);
+      for (int j = 0; j < N / 8; ++j) {
+        const float (&rows)[4] = k == 0 ? S[j] : D[j];
+        const float upper[2] = {rows[0], rows[1]}, lower[2] = {rows[2], rows[3]};
+        const Halves<2> right[2] = {Halves<2>(upper), Halves<2>(lower)};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float of_state[2] = {S[j][2 * i], S[j][2 * i + 1]}, of_adjoint[2] = {D[j][2 * i], D[j][2 * i + 1]};
-        const Halves<2> right[2] = {Halves<2>(of_state), Halves<2>(of_adjoint)};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) mma(to_sides[k][i], value[k], right[k / 2]);
-        product[i] += of_state[0] * of_adjoint[0] + of_state[1] * of_adjoint[1];
+        for (int i = 0; i < 2; ++i) {
+          const Halves<4> value = work.values[k + i].left(own.g, own.q, 8 * j);
+          mma(to_sides[k + i][0], value, right[0]);
+          mma(to_sides[k + i][1], value, right[1]);
+          if (k == 0) product[i] += S[j][2 * i] * D[j][2 * i] + S[j][2 * i + 1] * D[j][2 * i + 1];
+        }
       }
     }
 #pragma unroll
@@ -1709,25 +1724,22 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
       }
     }
     const float left[2] = {whole[own.first + own.g], whole[own.first + own.g + 8]};
+    Halves<4> reads[2][2];
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) D[j][i] *= left[i / 2];
+    for (int k = 0; k < 4; ++k) {
+      const Steps<N>& of = sides[k / 2];
+      const int row = 4 * (k % 2) + own.q;
+      reads[k / 2][k % 2] = Halves<4>(of.right(own.g, row, own.first), of.right(own.g, row, own.first + 8));
     }
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
+    for (int j = 0; j < N / 8; ++j) {
+      float written[4] = {};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = 4 * i + own.q;
-        const Halves<4> reads(sides[k].right(own.g, row, own.first), sides[k].right(own.g, row, own.first + 8));
-#pragma unroll
-        for (int j = 0; j < N / 8; ++j) {
-          float written[4] = {};
-          mma(written, reads, work.values[k].right(own.g, row, 8 * j));
-#pragma unroll
-          for (int c = 0; c < 4; ++c) D[j][c] += written[c];
-        }
+      for (int k = 0; k < 4; ++k) {
+        mma(written, reads[k / 2][k % 2], work.values[k / 2].right(own.g, 4 * (k % 2) + own.q, 8 * j));
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) D[j][i] = D[j][i] * left[i / 2] + written[i];
     }
     __syncthreads();
 
@@ -1738,55 +1750,66 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
       for (int i = 0; i < 2; ++i) sides[k].put(own.g, own.q, own.first + 8 * i, to_sides[k][i]);
     }
     if (own.warp == 0) tokens[(chunk + 1) % 2][own.side][own.lane % 16] = visited(chunk - 1);
+    fetch(x, xs), fetch(z, zs);
+    const auto recall_decays = [&] {
+#pragma unroll
+      for (int i = 0; i < kChunk / 2; ++i) {  // not by `step`: addresses would take registers
+        const float early = decays[i][own.n], late = decays[15 - i][own.n];
+        d[i] = reversed ? late : early, d[15 - i] = reversed ? early : late;
+      }
+    };
+    recall_decays();
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) x[i] *= reversed ? 1.f : d[i];
     float dx[kChunk], dz[kChunk], dlog[kChunk] = {};
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) d[i] = decays[step(i)][own.n];
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) factor[i] = reversed ? x[i] : x[i] * d[i];
-#pragma unroll
     for (int level = 0; level < kLevels; level += kHeld) {
-      work.halves[2 * own.side].put(own.n, factor, d, level);
+      work.halves[2 * own.side].put(own.n, x, d, level);
       work.halves[2 * own.side + 1].put(own.n, z, d, level);
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < kHeld * kShare / kWarps; ++i) {
         const int held = own.warp / kShare + i * kWarps / kShare;
-        float to_reads[2][2][4], to_written[2][2][4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          score_gradients<1>(to_reads[k / 2][k % 2], to_written[k / 2][k % 2], &scores[k], level + held, own);
-        }
-        differentiate<N / kShare, 2>(work.halves, to_reads, to_written, held, own.warp % kShare * (N / kShare), own);
-      }
-      if (level == 0) {
-        sides[2 * own.side].take(own.n, dx);
-        sides[2 * own.side + 1].take(own.n, dz);
-        through_decays(dx, dlog, factor, d, own.side == 0 ? whole[own.n] * with_state[own.n] : 0.f);
-        through_decays(dz, dlog, z, d, 0.f);
+        const int first_channel = own.warp % kShare * (N / kShare);
+        differentiate<N / kShare, 2, 1>(work.halves, held, scores, level + held, first_channel, own);
       }
       __syncthreads();
-      through_levels(dx, dlog, factor, d, work.halves[2 * own.side], own.n, level);
+      recall_decays();
+      sides[2 * own.side].take(own.n, dx);
+      sides[2 * own.side + 1].take(own.n, dz);
+      if (level == 0) {
+        through_decays(dx, dlog, x, d, own.side == 0 ? whole[own.n] * with_state[own.n] : 0.f);
+        through_decays(dz, dlog, z, d, 0.f);
+      }
+      through_levels(dx, dlog, x, d, work.halves[2 * own.side], own.n, level);
       through_levels(dz, dlog, z, d, work.halves[2 * own.side + 1], own.n, level);
+      if (level + kHeld == kLevels) break;
+      sides[2 * own.side].put(own.n, dx);  // kept there: with them a thread would want more than 168 registers
+      sides[2 * own.side + 1].put(own.n, dz);
       __syncthreads();
     }
     float w[kChunk / 2];  // of the first steps by either side's time
 #pragma unroll
     for (int i = 0; i < kChunk / 2; ++i) w[i] = read<1>(ws.at(token[i])).x[0];
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {  // the decay of r', and the step's own products
+    for (int i = 0; i < kChunk; ++i) {
+      if (!reversed) dlog[i] += x[i] * dx[i], dx[i] *= d[i];  // from r' to r
+    }
+    fetch(x, xs);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {  // the step's own products
       const int t = step(i);
       const float to_rk = scores[kRK][t][15 - t], to_rb = scores[kRB][t][15 - t];
       const float other_x = __shfl_xor_sync(0xffffffffu, x[15 - i], 16);
       const float other_z = __shfl_xor_sync(0xffffffffu, z[15 - i], 16);
-      if (!reversed) dlog[i] += factor[i] * dx[i], dx[i] *= d[i];
       dx[i] += to_rk * other_x;
       (reversed ? dz[i] : dx[i]) += to_rb * (reversed ? other_x : other_z);
-      if (t < count) write_one(dxs.at(token[i]), dx[i]), write_one(dzs.at(token[i]), dz[i]);
+      if (there(i)) write_one(dxs.at(token[i]), dx[i]), write_one(dzs.at(token[i]), dz[i]);
     }
 #pragma unroll
     for (int i = 0; i < kChunk / 2; ++i) {
       const float total = dlog[i] + __shfl_xor_sync(0xffffffffu, dlog[15 - i], 16);
-      if (step(i) < count) write_one(dws.at(token[i]), -power_of(w[i]) * total);
+      if (there(i)) write_one(dws.at(token[i]), -power_of(w[i]) * total);
     }
   }
 }
