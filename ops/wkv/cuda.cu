@@ -6,8 +6,8 @@
 // are in base 2.
 //
 // wkv6, wkv7: a block is a direction of a head of a batch item. Four threads hold four columns of the state (value
-// channels), each a quarter of its rows (key channels), in registers. `forward6` and `backward6` are wkv6 on tensor
-// cores, 16 steps at a time.
+// channels), each a quarter of its rows (key channels), in registers. `forward6` and `backward6`, `forward7` and
+// `backward7` are wkv6 and wkv7 on tensor cores, 16 steps at a time.
 
 #include "device.cuh"
 
@@ -712,7 +712,8 @@ struct SecondHalves {
   }
 };
 
-// What a thread is to a chunk: channel n of r (side 0) or of k (side 1, with time reversed); lane 4 g + q of its warp's
+// What a thread is to a chunk: channel n of r (side 0; in wkv7 also of a) or of k (side 1, with time reversed; in wkv7
+// also of b); lane 4 g + q of its warp's
 // operands, see `mma_tf32`; and its warp has 16 channels of the state from `first` on, of values forward, of keys
 // backward.
 struct Part {
@@ -1239,25 +1240,26 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
 
 // --- wkv7 on tensor cores -------------------------------------------------------------------------------------------
 //
-// With e_t = a_t S_t, where S_t is now the state that step t finds, the recurrence is that of wkv6 with two that read
-// it, a and r' = r d, and two that are written, v by k and e by b:
+// S_t is now the state that step t finds, and e_t = a_t S_t what it erases. The recurrence is that of wkv6, but two
+// vectors read the state, r' = r d and a, and two write to it, k writes v and b writes e:
 //
 //   S_{t+1} = d_t S_t + k_t v_t + b_t e_t
 //   e_t     = (a_t d_0 .. d_{t-1}) S  + sum_{s<t} ak_ts v_s + sum_{s<t} ab_ts e_s
 //   y_t     = (r'_t d_0 .. d_{t-1}) S + sum_{s<=t} rk_ts v_s + sum_{s<=t} rb_ts e_s
 //   S       becomes d_0 .. d_15 S + sum_s (k_s d_{s+1} .. d_15) v_s + sum_s (b_s d_{s+1} .. d_15) e_s
 //
-// ak, ab, rk and rb are what m is in wkv6, for s < t; rk_tt = r_t . k_t and rb_tt = r_t . b_t. The equations for e are
-// solved step after step, without an inverse, which may be large where e is not. All that is transposed: rows of the
-// products are value channels, so that each warp solves its own, and results are operands as they are.
+// rk_ts, rb_ts, ak_ts and ab_ts, for s < t, are the m_ts of r' or a with k or b; rk_tt = r_t . k_t, rb_tt = r_t . b_t.
+// The equations for e are solved step after step, without an inverse, which may be large where e is not. They are
+// computed transposed, a row being a value channel: each warp solves those of its own channels, and the results of a
+// product are operands of the next as they lie.
 
-enum { kReceptance, kErase, kKey, kReplace };  // r', a, k, b
-enum { kRK, kRB, kAK, kAB };                   // two that read with two that are written: number 2 i + j
+enum { kReads, kErases, kWrites, kReplaces };  // r', a, k, b
+enum { kRK, kRB, kAK, kAB };                   // scores: number 2 i + j for i = r', a and j = k, b
 
 constexpr int kHeld = 2;  // levels in shared memory at once
 
-// Of 16 steps of a warp's value channels what a thread holds, a result of two products: [h][2 c + i] is channel g + 8 c
-// at step 2 q + i + 8 h. Steps may have time reversed.
+// Of a warp's 16 value channels and 16 steps what a thread holds, the results of two products: [h][2 c + i] is channel
+// g + 8 c at step 2 q + i + 8 h. Steps may be counted with time reversed.
 using Columns = float[2][4];
 
 __device__ __forceinline__ int held_step(int h, int i, const Part& own) { return 2 * own.q + i % 2 + 8 * h; }
@@ -1274,7 +1276,7 @@ struct Operands {
   }
 };
 
-// The row of `Steps` that holds these terms with time reversed.
+// The row of `Steps` that has these two steps where it counts them with time reversed.
 __device__ __forceinline__ int reversed_row(int i, const Part& own) { return 7 - 2 * own.q - i; }
 
 // `first` points to channel g of the warp.
@@ -1315,7 +1317,7 @@ __device__ __forceinline__ void write_columns(const Tokens<float>& first, const 
   }
 }
 
-// With time reversed.
+// As steps counted with time reversed.
 template <int N>
 __device__ __forceinline__ void put_columns(Steps<N>& out, const Columns& x, const Part& own) {
 #pragma unroll
@@ -1326,7 +1328,7 @@ __device__ __forceinline__ void put_columns(Steps<N>& out, const Columns& x, con
   }
 }
 
-// What step `s` gives to step `t`; with time reversed, what step 15 - t gives to 15 - s.
+// m_ts; with time reversed, what step 15 - t has given to step 15 - s.
 template <bool kReversed>
 __device__ __forceinline__ float weight(const Scores& m, int t, int s) {
   return kReversed ? m[15 - s][t] : m[t][15 - s];
@@ -1346,7 +1348,7 @@ __device__ __forceinline__ void add_steps(Columns& out, const Operands& x, const
   }
 }
 
-// x_t += sum_{s<t} m_ts x_s, in order of time; with time reversed, its transpose. Two steps at once, of which the first
+// x_t += sum_{s<t} m_ts x_s, step after step; with time reversed, its transpose. Two steps at once, of which the first
 // gives to the second.
 template <bool kReversed>
 __device__ __forceinline__ void solve(Columns& x, const Scores& m, const Part& own) {
@@ -1370,7 +1372,7 @@ __device__ __forceinline__ void solve(Columns& x, const Scores& m, const Part& o
   }
 }
 
-// Of the levels from `first` on, all scores of those that read with those that are written; warps share the work.
+// All scores of the levels from `first` on; warps share the work.
 template <int N>
 __device__ __forceinline__ void score_all(Scores (&scores)[4], const SecondHalves<N, kHeld> (&halves)[4], int first,
                                           const Part& own) {
@@ -1382,7 +1384,17 @@ __device__ __forceinline__ void score_all(Scores (&scores)[4], const SecondHalve
   }
 }
 
-// Puts r_t . k_t and r_t . b_t in their place, of `parts`, those of the warps by `step_products`.
+// The warp's part of r_t . k_t and of r_t . b_t, of channel n's r and a, or k and b.
+template <int kWarps>
+__device__ __forceinline__ void put_products(float (&out)[kWarps][32], const float (&x)[kChunk],
+                                             const float (&z)[kChunk], const Part& own) {
+  float of_side[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) of_side[i] = own.side ? z[i] : x[i];
+  out[own.warp][own.lane] = step_products(of_side, x);
+}
+
+// The sums of these parts, in their place.
 template <int kWarps>
 __device__ __forceinline__ void score_own(Scores (&scores)[4], const float (&parts)[kWarps][32]) {
   if (threadIdx.x >= 32) return;
@@ -1410,7 +1422,7 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
   alignas(16) __shared__ Scores scores[4];
   alignas(16) __shared__ float whole[N];
   __shared__ float products[kWarps][32];
-  alignas(16) __shared__ int tokens[4][2][kChunk];  // of the last chunks and the next one
+  alignas(16) __shared__ int tokens[2][2][kChunk];  // of a chunk and the next one
   const Head head(blockIdx.x, B, H, Order{order_, order_batch, steps});
   const Part own;
   const i64 r_at = head.b * r_batch + head.h * r_head, k_at = head.b * k_batch + head.h * k_head;
@@ -1425,17 +1437,6 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
     const int i = own.lane % 16;
     return static_cast<int>(head.token(smaller(chunk * kChunk + (own.side ? 15 - i : i), last)));
   };
-  float x[kChunk], z[kChunk], w[kChunk];  // of a chunk: channel n of r or k, of a or b, and of w
-  const auto fetch = [&](int chunk) {
-    int at[kChunk];
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) at[i] = tokens[chunk & 3][own.side][i];
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      x[i] = read<1>(xs.at(at[i])).x[0], z[i] = read<1>(zs.at(at[i])).x[0], w[i] = read<1>(ws.at(at[i])).x[0];
-    }
-  };
-
   float S[N / 8][4] = {};  // columns g (twice), g + 8 (twice) of rows 8 j + 2q and 8 j + 2q + 1
   for (int i = threadIdx.x; i < 4 * kChunk * kChunk; i += blockDim.x) scores[i / 256][i / 16 % 16][i % 16] = 0;
   if (own.warp == 0) tokens[0][own.side][own.lane % 16] = visited(0);
@@ -1443,14 +1444,19 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
   __syncthreads();
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const int start = chunk * kChunk, count = smaller(kChunk, last + 1 - start);
-    const int (&token)[kChunk] = tokens[chunk & 3][0];
+    const int (&token)[kChunk] = tokens[chunk % 2][0];
     const int visits = ((1 << count) - 1) << (own.side ? kChunk - count : 0);  // which steps are, by the side's time
-    fetch(chunk);
+    // Channel n of r or k, of a or b, and of w; the warp's columns of v.
+    float x[kChunk], z[kChunk], d[kChunk];
     Columns v;
-    read_columns(v, vs, token, own);
-    float d[kChunk];
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) d[i] = decay_of(w[i]);
+    for (int i = 0; i < kChunk; ++i) {
+      const int at = tokens[chunk % 2][own.side][i];
+      x[i] = read<1>(xs.at(at)).x[0], z[i] = read<1>(zs.at(at)).x[0], d[i] = read<1>(ws.at(at)).x[0];
+    }
+    read_columns(v, vs, token, own);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) d[i] = decay_of(d[i]);
     if (count < kChunk) {  // steps that write, read and forget nothing
       cut_columns<false>(v, count, own);
 #pragma unroll
@@ -1458,17 +1464,14 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
         if (!(visits >> i & 1)) x[i] = z[i] = 0, d[i] = 1;
       }
     }
-    float left[kChunk];
+    put_products(products, x, z, own);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) left[i] = own.side ? z[i] : x[i];
-    products[own.warp][own.lane] = step_products(left, x);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) x[i] *= own.side ? 1.f : d[i];
+    for (int i = 0; i < kChunk; ++i) x[i] *= own.side ? 1.f : d[i];  // r' from here on
     const float decay = put_decayed(sides[2 * own.side], own.n, x, d);
     put_decayed(sides[2 * own.side + 1], own.n, z, d);
     if (own.side == 0) whole[own.n] = decay;
     if (own.warp == 0) {
-      tokens[(chunk + 1) & 3][own.side][own.lane % 16] = next;
+      tokens[(chunk + 1) % 2][own.side][own.lane % 16] = next;
       next = visited(chunk + 2);
     }
 #pragma unroll
@@ -1493,10 +1496,10 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
       const float a[4] = {S[j][0], S[j][2], S[j][1], S[j][3]};
-      const Halves<4> state(a), row = sides[kReceptance].left(own.g, own.q, 8 * j);
-      const Halves<4> erase = sides[kErase].left(own.g, own.q, 8 * j);
+      const Halves<4> state(a), reads = sides[kReads].left(own.g, own.q, 8 * j);
+      const Halves<4> erases = sides[kErases].left(own.g, own.q, 8 * j);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) mma(out[h], state, row.columns(h)), mma(e[h], state, erase.columns(h));
+      for (int h = 0; h < 2; ++h) mma(out[h], state, reads.columns(h)), mma(e[h], state, erases.columns(h));
     }
     const Operands value(v);
     add_steps<false>(e, value, scores[kAK], own);
@@ -1510,8 +1513,8 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
       load(forgotten, &whole[8 * j + 2 * own.q]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        mma(written, value.half[i], sides[kKey].right(own.g, reversed_row(i, own), 8 * j));
-        mma(written, erased.half[i], sides[kReplace].right(own.g, reversed_row(i, own), 8 * j));
+        mma(written, value.half[i], sides[kWrites].right(own.g, reversed_row(i, own), 8 * j));
+        mma(written, erased.half[i], sides[kReplaces].right(own.g, reversed_row(i, own), 8 * j));
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) S[j][i] = S[j][i] * forgotten[i % 2] + written[i];
@@ -1537,8 +1540,9 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
               i64 a_batch, i64 a_token, i64 a_head, const float* b_, i64 b_batch, i64 b_token, i64 b_head,
               const int* order_, i64 order_batch, i64 B, i64 L, i64 H, i64 steps, const float* states, float* dr,
               float* dw, float* dk, float* dv, float* da, float* db) {
-  constexpr int kWarps = N / 16, kRow = N + 4, kShare = kWarps > 1 ? kWarps / 2 : 1;  // kShare: warps of a level
-  union Work {                                                                        // one after the other
+  constexpr int kWarps = N / 16, kRow = N + 4;
+  constexpr int kShare = kWarps > 1 ? kWarps / 2 : 1;  // warps that share a level
+  union Work {                                         // one after the other
     SecondHalves<N, kHeld> halves[4];
     float adjoint[N][kRow];
     Steps<N> values[4];  // dy, f, and with time reversed v, e
@@ -1605,10 +1609,7 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
         if (!there(i)) d[i] = 1;
       }
     }
-    float other[kChunk];
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) other[i] = reversed ? z[i] : x[i];
-    products[own.warp][own.lane] = step_products(other, x);
+    put_products(products, x, z, own);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) x[i] *= reversed ? 1.f : d[i];  // r' from here on
     const float decay = put_decayed(sides[2 * own.side], own.n, x, d);
@@ -1646,9 +1647,9 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
     Columns e = {}, f = {}, to_v = {};
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
-      const Halves<4> of_state(S[j]), erase = sides[kErase].left(own.g, own.q, 8 * j);
+      const Halves<4> of_state(S[j]), erases = sides[kErases].left(own.g, own.q, 8 * j);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) mma(e[h], of_state, erase.columns(h));
+      for (int h = 0; h < 2; ++h) mma(e[h], of_state, erases.columns(h));
     }
     add_steps<false>(e, Operands(v), scores[kAK], own);
     solve<false>(e, scores[kAB], own);
@@ -1658,8 +1659,8 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
       const float (*rows)[kRow] = work.adjoint + 8 * j + 2 * own.q;
       const int c = own.first + own.g;
       const float a[4] = {rows[0][c], rows[0][c + 8], rows[1][c], rows[1][c + 8]};
-      const Halves<4> of_adjoint(a), key = sides[kKey].left(own.g, own.q, 8 * j);
-      const Halves<4> replace = sides[kReplace].left(own.g, own.q, 8 * j);
+      const Halves<4> of_adjoint(a), key = sides[kWrites].left(own.g, own.q, 8 * j);
+      const Halves<4> replace = sides[kReplaces].left(own.g, own.q, 8 * j);
 #pragma unroll
       for (int h = 0; h < 2; ++h) mma(to_v[h], of_adjoint, key.columns(h)), mma(f[h], of_adjoint, replace.columns(h));
     }
@@ -1708,7 +1709,7 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
     }
 #pragma unroll
     for (int i = 0; i < 4 / kWarps; ++i) {
-      const int pair = own.warp + i * kWarps, reads = pair / 2, diagonal = reads == kReceptance;
+      const int pair = own.warp + i * kWarps, reads = pair / 2, diagonal = reads == kReads;
       float part[2][4] = {};
 #pragma unroll
       for (int j = 0; j < N / 8; ++j) {
