@@ -1562,10 +1562,10 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
   const Tokens<const float> xs(reversed ? k_ : r_, (reversed ? k_at : r_at) + own.n, reversed ? k_token : r_token);
   const Tokens<const float> zs(reversed ? b_ : a_, (reversed ? b_at : a_at) + own.n, reversed ? b_token : a_token);
   const Tokens<const float> ws(w_, head.b * w_batch + head.h * w_head + own.n, w_token);
-  const Tokens<const float> vs(v_, v_at + own.first + own.g, v_token), dys(dy_, dy_at + own.first + own.g, dy_token);
   const i64 first = ((head.direction * B + head.b) * L * H + head.h) * N;
-  const Tokens<float> dxs(reversed ? dk : dr, first + own.n, H * N), dzs(reversed ? db : da, first + own.n, H * N);
-  const Tokens<float> dws(dw, first + own.n, H * N), dvs(dv, first + own.first + own.g, H * N);
+  // The others are made where they are used: all along, a thread would want more than 168 registers.
+  const auto column = [&] { return fresh(own.first + own.g); };
+  const auto gradients = [&](float* of, int n) { return Tokens<float>(of, first + n, H * N); };
   const int chunks = static_cast<int>((steps + kChunk - 1) / kChunk), last = static_cast<int>(steps) - 1;
   const auto step = [&](int i) { return reversed ? 15 - i : i; };
   const auto visited = [&](int chunk) {  // as in `forward6`
@@ -1597,8 +1597,8 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
     fetch(x, xs), fetch(z, zs);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) d[i] = read<1>(ws.at(token[i])).x[0];
-    read_columns(v, vs, tokens[chunk % 2][0], own);
-    read_columns(dy, dys, tokens[chunk % 2][1], own);
+    read_columns(v, {v_, v_at + column(), v_token}, tokens[chunk % 2][0], own);
+    read_columns(dy, {dy_, dy_at + column(), dy_token}, tokens[chunk % 2][1], own);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) d[i] = decay_of(d[i]);
     if (count < kChunk) {
@@ -1669,7 +1669,7 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
     solve<true>(f, scores[kAB], own);
     add_steps<true>(to_v, gradient, scores[kRK], own);
     add_steps<true>(to_v, Operands(f), scores[kAK], own);
-    write_columns<true>(dvs, to_v, tokens[chunk % 2][1], count, own);
+    write_columns<true>(gradients(dv, column()), to_v, tokens[chunk % 2][1], count, own);
 
     // By rows, of S and D: the gradients of what reads and is written, and of the scores; then D before the chunk.
     const float* rows = advance(state + own.first * N + 2 * own.q, own.g, 4 * N);
@@ -1797,6 +1797,8 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
       if (!reversed) dlog[i] += x[i] * dx[i], dx[i] *= d[i];  // from r' to r
     }
     fetch(x, xs);
+    const int n = fresh(own.n);
+    const Tokens<float> dxs = gradients(reversed ? dk : dr, n), dzs = gradients(reversed ? db : da, n);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {  // the step's own products
       const int t = step(i);
@@ -1810,7 +1812,7 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
 #pragma unroll
     for (int i = 0; i < kChunk / 2; ++i) {
       const float total = dlog[i] + __shfl_xor_sync(0xffffffffu, dlog[15 - i], 16);
-      if (there(i)) write_one(dws.at(token[i]), -power_of(w[i]) * total);
+      if (there(i)) write_one(gradients(dw, n).at(token[i]), -power_of(w[i]) * total);
     }
   }
 }
