@@ -1787,7 +1787,6 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
       if (level + kHeld == kLevels) break;
       sides[2 * own.side].put(own.n, dx);  // kept there: with them a thread would want more than 168 registers
       sides[2 * own.side + 1].put(own.n, dz);
-      __syncthreads();
     }
     float w[kChunk / 2];  // of the first steps by either side's time
 #pragma unroll
