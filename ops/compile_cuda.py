@@ -361,8 +361,7 @@ def scan_instances(dtype, one_state=ONE_STATE, scans=SCANS, ends=(False, True)):
 
 
 # wkv6 and wkv7 with heads of 64 channels, as in the published models.
-WKV = (("forward6", 64), ("backward6", 64),
-       ("forward", torch.float32, 64, True), ("backward", torch.float32, 64, True))  # fmt: skip
+WKV = (("forward6", 64), ("backward6", 64), ("forward7", 64), ("backward7", 64))
 
 
 def usual_instances(dtypes=(torch.float32, torch.bfloat16)):

@@ -212,6 +212,11 @@ __device__ __forceinline__ S* advance(S* p, int row, unsigned bytes) {
   asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(out) : "r"(row), "r"(bytes), "l"(p));
   return out;
 }
+// x, but what is computed of it is not known to be the same as before, and is not kept in registers.
+__device__ __forceinline__ int fresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 #else  // the emulator's
 template <int V, class S>
 Pack<S, V> read(const S* p);
@@ -221,6 +226,7 @@ template <class T, int V>
 void add(T* p, const T (&x)[V]);
 template <class S>
 S* advance(S* p, int row, unsigned bytes);
+inline int fresh(int x) { return x; }
 #endif
 
 // d += a b on a tensor core, by the 32 lanes of a warp together: a is 16 x 8, b 8 x 8, d 16 x 8. Lane 4 g + q holds

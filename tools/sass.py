@@ -224,6 +224,8 @@ KERNELS = (
     Kernel("wkv", template("bi_sweep", F, True), 16),
     Kernel("wkv", template("forward6", 64), 16),
     Kernel("wkv", template("backward6", 64), 16),
+    Kernel("wkv", template("forward7", 64), 16),
+    Kernel("wkv", template("backward7", 64), 16),
     Kernel("wkv", template("forward", F, 64, False), 1, 64),
     Kernel("wkv", template("forward", F, 64, True), 1, 64),
     Kernel("wkv", template("backward", F, 64, False), 1, 64),
@@ -370,7 +372,7 @@ PRODUCT = 1 / 0.62
 
 
 class Heads(NamedTuple):
-    """A shape of `wkv6` in both directions, with heads of 64 channels."""
+    """A shape of `wkv6` in both directions, or of `wkv7` along one order, with heads of 64 channels."""
 
     batch: int
     steps: int
@@ -380,17 +382,23 @@ class Heads(NamedTuple):
 HEADS = (Heads(32, 1024, 12), Heads(128, 196, 3), Heads(8, 3136, 12))
 
 
-def predict_heads(x: Heads, kernel: str) -> dict:
-    """Milliseconds of wkv6 on an H100, by bound, and `low`, the largest at 80 % of the peak.
+# By version and kernel: rows that a step reads or writes, and how often a chunk waits for global memory.
+ROWS = {6: dict(forward=5, backward=9), 7: dict(forward=7, backward=13)}
+WAITS = {6: dict(forward=2, backward=2), 7: dict(forward=2, backward=5)}
+
+
+def predict_heads(x: Heads, kernel: str, version: int = 6) -> dict:
+    """Milliseconds of wkv6 or wkv7 on an H100, by bound, and `low`, the largest at 80 % of the peak.
 
     Args:
         x: The shape.
         kernel: "forward", which stores the states, or "backward".
+        version: 6 or 7.
     """
-    found = next(k for k in KERNELS if k.name == template(f"{kernel}6", 64))
+    found = next(k for k in KERNELS if k.name == template(f"{kernel}{version}", 64))
     sass = read(found.op, found.name)
     executed = sass.executed()
-    heads, chunks = 2 * x.batch * x.heads, -(-x.steps // 16)
+    heads, chunks = x.batch * x.heads * (2 if version == 6 else 1), -(-x.steps // 16)
     warps = resident_warps(sass.registers, sass.shared, found.threads)
     slots = SMS * warps // 4
     rounds = heads * chunks * (-(-heads // slots) * slots / heads if heads > slots else 1)  # of a block, with the tail
@@ -399,7 +407,8 @@ def predict_heads(x: Heads, kernel: str) -> dict:
     def cycles(cost):
         return rounds * sum(n * cost(i) for i, n in executed)
 
-    waits = 2 * ROUND_TRIP * heads * chunks + BARRIER * cycles(lambda i: _is(i, "BAR")) + 2 * cycles(lambda i: 1)
+    round_trips = WAITS[version][kernel] * ROUND_TRIP * heads * chunks
+    waits = round_trips + BARRIER * cycles(lambda i: _is(i, "BAR")) + 2 * cycles(lambda i: 1)
     ms = dict(
         issue=cycles(lambda i: 1) / busy,  # four warps for four schedulers
         tensor=cycles(lambda i: 4 * PRODUCT * _is(i, "HMMA")) / busy,
@@ -407,8 +416,7 @@ def predict_heads(x: Heads, kernel: str) -> dict:
         latency=waits / min(slots, heads),
     )
     ms = {name: 1e3 * n / CLOCK for name, n in ms.items()}
-    rows = (5 if kernel == "forward" else 9) * x.steps * 64  # r, w, k, v, y; or also dy, and four gradients
-    ms["hbm"] = 1e3 * 4 * heads * (rows + chunks * 64 * 64) / BANDWIDTH
+    ms["hbm"] = 1e3 * 4 * heads * (64 * ROWS[version][kernel] * x.steps + chunks * 64 * 64) / BANDWIDTH
     return ms | dict(low=max(ms.values()) / 0.8)
 
 
@@ -533,6 +541,16 @@ writes for itself.
 """
 
 
+MODEL_HEADS7 = """
+## wkv7
+
+The same, along one order.
+
+| pass | B | L | H | issue | tensor | shared | latency | hbm | low |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
 MODEL_DUALITY = """
 ## ssd and nc_ssd
 
@@ -561,8 +579,8 @@ def _lines_of_dualities() -> list[str]:
 
 def model() -> str:
     """The performance model's tables, as Markdown."""
-    tables = ((MODEL, _lines_of_scans()), (MODEL_SHARED, _lines_of_shared()), (MODEL_HEADS, _lines_of_heads()))
-    tables += ((MODEL_DUALITY, _lines_of_dualities()),)
+    tables = ((MODEL, _lines_of_scans()), (MODEL_SHARED, _lines_of_shared()), (MODEL_HEADS, _lines_of_heads(6)))
+    tables += ((MODEL_HEADS7, _lines_of_heads(7)), (MODEL_DUALITY, _lines_of_dualities()))
     return "".join(head + "\n".join(lines) + "\n" for head, lines in tables)
 
 
@@ -575,8 +593,8 @@ def _lines_of_shared() -> list[str]:
     return lines
 
 
-def _lines_of_heads() -> list[str]:
-    cells = [(kernel, *x, *(f"{n:.3f}" for n in predict_heads(x, kernel).values()))
+def _lines_of_heads(version: int) -> list[str]:
+    cells = [(kernel, *x, *(f"{n:.3f}" for n in predict_heads(x, kernel, version).values()))
              for x in HEADS for kernel in ("forward", "backward")]  # fmt: skip
     return ["| " + " | ".join(map(str, row)) + " |" for row in cells]
 

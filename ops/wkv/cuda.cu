@@ -6,8 +6,8 @@
 // are in base 2.
 //
 // wkv6, wkv7: a block is a direction of a head of a batch item. Four threads hold four columns of the state (value
-// channels), each a quarter of its rows (key channels), in registers. `forward6` and `backward6` are wkv6 on tensor
-// cores, 16 steps at a time.
+// channels), each a quarter of its rows (key channels), in registers. `forward6` and `backward6`, `forward7` and
+// `backward7` are wkv6 and wkv7 on tensor cores, 16 steps at a time.
 
 #include "device.cuh"
 
@@ -672,10 +672,10 @@ struct Steps {
     const float a[4] = {d[0], d[2], d[1], d[3]};
     store(&x[g][column(g, 2 * q) + 2 * c], a);
   }
-  // Steps by channels c .. c + 7, terms q and q + 4 of the product being the steps 4 i + q and 4 i + q + 8.
-  __device__ __forceinline__ Halves<2> right(int g, int q, int i, int c) const {
+  // Steps by channels c .. c + 7, terms q and q + 4 of the product being the steps i and i + 8.
+  __device__ __forceinline__ Halves<2> right(int g, int i, int c) const {
     float b[2];
-    load(b, &x[4 * i + q][column(q, g) + 2 * c]);
+    load(b, &x[i][column(i, g) + 2 * c]);
     return Halves<2>(b);
   }
 };
@@ -693,26 +693,27 @@ __device__ __forceinline__ float put_decayed(Steps<N>& out, int n, const float (
   return past;
 }
 
-// Of each level the steps of second halves, times the decays before them there.
-template <int N>
+// Of some levels the steps of second halves, times the decays before them there.
+template <int N, int kHeld = kLevels>
 struct SecondHalves {
-  float x[kLevels][kChunk / 2][N + 8];
+  float x[kHeld][kChunk / 2][N + 8];
 
-  __device__ __forceinline__ void put(int n, const float (&values)[kChunk], const float (&d)[kChunk]) {
+  __device__ __forceinline__ void put(int n, const float (&values)[kChunk], const float (&d)[kChunk], int first = 0) {
 #pragma unroll
-    for (int level = 0; level < kLevels; ++level) {
+    for (int level = first; level < first + kHeld; ++level) {
       float past = 1;
 #pragma unroll
       for (int i = 0; i < kChunk / 2; ++i) {
         if (i % (1 << level) == 0) past = 1;
-        x[level][i][n] = past * values[second_half(level, i)];
+        x[level - first][i][n] = past * values[second_half(level, i)];
         past *= d[second_half(level, i)];
       }
     }
   }
 };
 
-// What a thread is to a chunk: channel n of r (side 0) or of k (side 1, with time reversed); lane 4 g + q of its warp's
+// What a thread is to a chunk: channel n of r (side 0; in wkv7 also of a) or of k (side 1, with time reversed; in wkv7
+// also of b); lane 4 g + q of its warp's
 // operands, see `mma_tf32`; and its warp has 16 channels of the state from `first` on, of values forward, of keys
 // backward.
 struct Part {
@@ -720,14 +721,23 @@ struct Part {
   int g = lane / 4, q = lane % 4, first = warp * 16;
 };
 
+// Of every step the warp's part of the products of `x` with what the other side has as `shared`: lane i and lane i + 16
+// get that of their side's step i.
+__device__ __forceinline__ float step_products(const float (&x)[kChunk], const float (&shared)[kChunk]) {
+  float terms[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) terms[i] = x[i] * __shfl_xor_sync(0xffffffffu, shared[15 - i], 16);
+  return warp_sums<kChunk, 8>(terms);
+}
+
 // The warp's part of r_t . u k_t, of channel n's r or k and u.
 template <int kWarps>
 __device__ __forceinline__ void put_bonus(float (&out)[kWarps][kChunk], const float (&x)[kChunk], float u,
                                           const Part& own) {
-  float terms[kChunk];
+  float weighted[kChunk];
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) terms[i] = u * x[i] * __shfl_xor_sync(0xffffffffu, x[15 - i], 16);
-  const float sum = warp_sums<kChunk, 8>(terms);
+  for (int i = 0; i < kChunk; ++i) weighted[i] = u * x[i];
+  const float sum = step_products(weighted, x);
   if (own.side == 0) out[own.warp][own.lane] = sum;
 }
 
@@ -744,15 +754,15 @@ __device__ __forceinline__ void stacked(float (&a)[4], const Halves<2>& x) {
 }
 
 // m_ts of the pairs of a level.
-template <int N>
-__device__ __forceinline__ void score(Scores& m, const SecondHalves<N>& r, const SecondHalves<N>& k, int level,
-                                      const Part& own) {
+template <int kRow>
+__device__ __forceinline__ void score(Scores& m, const float (&r)[kChunk / 2][kRow], const float (&k)[kChunk / 2][kRow],
+                                      int level, const Part& own) {
   float sum[4] = {};
 #pragma unroll
-  for (int c = 2 * own.q; c < N; c += 8) {
+  for (int c = 2 * own.q; c < kRow - 8; c += 8) {
     float row[2], key[2], a[4];
-    load(row, &r.x[level][own.g][c]);
-    load(key, &k.x[level][own.g][c]);
+    load(row, &r[own.g][c]);
+    load(key, &k[own.g][c]);
     const Halves<2> right(key);
     stacked(a, Halves<2>(row));
     mma_tf32(sum, a, right.low);
@@ -844,7 +854,8 @@ __global__ void __launch_bounds__(2 * N, 256 / N)
     }
     __syncthreads();
     if (chunk + 1 < chunks) fetch(chunk + 1);
-    for (int level = own.warp; level < kLevels; level += kWarps) score(scores, halves[0], halves[1], level, own);
+    for (int level = own.warp; level < kLevels; level += kWarps)
+      score(scores, halves[0].x[level], halves[1].x[level], level, own);
     if (bonused && threadIdx.x < kChunk) {
       float sum = 0;
       for (int i = 0; i < kWarps; ++i) sum += bonuses[i][threadIdx.x];
@@ -871,7 +882,7 @@ __global__ void __launch_bounds__(2 * N, 256 / N)
       float left[2], written[4] = {};  // added apart: tensor cores round towards 0, which would add up
       load(left, &whole[8 * j + 2 * own.q]);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) mma(written, values[i], sides[1].right(own.g, own.q, i, 8 * j));
+      for (int i = 0; i < 2; ++i) mma(written, values[i], sides[1].right(own.g, 4 * i + own.q, 8 * j));
 #pragma unroll
       for (int i = 0; i < 4; ++i) S[j][i] = S[j][i] * left[i % 2] + written[i];
     }
@@ -896,48 +907,108 @@ __global__ void __launch_bounds__(2 * N, 256 / N)
   }
 }
 
-// What a thread needs of the gradients `parts` of m_ts, sums over warps, for the products of a level: of row g of r's
-// second halves with rows q and q + 4 of k's, and the other way round.
-template <int kWarps>
-__device__ __forceinline__ void score_gradients(float (&to_r)[2], float (&to_k)[2], const Scores (&parts)[kWarps],
-                                                int level, const Part& own) {
+// The gradients of m_ts, sums of `kParts`, of a level as a left operand: of r's second halves with k's, or transposed.
+template <int kParts>
+__device__ __forceinline__ void score_gradients(float (&out)[4], const Scores* parts, bool transposed, int level,
+                                                const Part& own) {
+  float sum[2];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const int row = second_half(level, own.g), other = second_half(level, own.q + 4 * j);
-    to_r[j] = to_k[j] = 0;
-    for (int i = 0; i < kWarps; ++i) to_r[j] += parts[i][row][other], to_k[j] += parts[i][other][row];
-    if (!together(level, own.g, own.q + 4 * j)) to_r[j] = to_k[j] = 0;
+    sum[j] = 0;
+    for (int i = 0; i < kParts; ++i) sum[j] += transposed ? parts[i][other][row] : parts[i][row][other];
+    if (!together(level, own.g, own.q + 4 * j)) sum[j] = 0;
+  }
+  stacked(out, Halves<2>(sum));
+}
+
+// Puts the gradients of the second halves of a level in their place, for the channels from `first` on. In `halves`,
+// each of the first `kPairs` has been multiplied with each of as many behind them; `parts` has `kParts` for each
+// product.
+template <int kChannels, int kPairs, int kParts, int N, int kHeld>
+__device__ __forceinline__ void differentiate(SecondHalves<N, kHeld> (&halves)[2 * kPairs], int held,
+                                              const Scores* parts, int level, int first, const Part& own) {
+  constexpr int kPart = kPairs == 1 ? kChannels : 16;  // channels at once, as registers allow
+  float to[2][kPairs][kPairs][4];                      // of those in front with those behind, and the other way round
+#pragma unroll
+  for (int i = 0; i < 2 * kPairs * kPairs; ++i) {
+    const int behind = i / (kPairs * kPairs), front = i / kPairs % kPairs, back = i % kPairs;
+    score_gradients<kParts>(to[behind][front][back], parts + (i % (kPairs * kPairs)) * kParts, behind, level, own);
+  }
+#pragma unroll
+  for (int c = first; c < first + kChannels; c += kPart) {
+    float x[2 * kPairs][kPart / 8][2];
+#pragma unroll
+    for (int j = 0; j < kPart / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4 * kPairs; ++i) {
+        x[i / 2][j][i % 2] = halves[i / 2].x[held][own.q + 4 * (i % 2)][c + 8 * j + own.g];
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kPart / 8; ++j) {
+      float dx[2 * kPairs][4] = {};
+#pragma unroll
+      for (int front = 0; front < kPairs; ++front) {
+#pragma unroll
+        for (int back = 0; back < kPairs; ++back) {
+          const Halves<2> row(x[front][j]), key(x[kPairs + back][j]);
+          mma_tf32(dx[front], to[0][front][back], key.low);
+          mma_tf32(dx[front], to[0][front][back], key.high);
+          mma_tf32(dx[kPairs + back], to[1][front][back], row.low);
+          mma_tf32(dx[kPairs + back], to[1][front][back], row.high);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kPairs; ++i) {
+        const float sums[2] = {dx[i][0] + dx[i][2], dx[i][1] + dx[i][3]};
+        store(&halves[i].x[held][own.g][c + 8 * j + 2 * own.q], sums);
+      }
+    }
   }
 }
 
-// Puts the gradients of the second halves of a level, of r and of k, in their place.
-template <int N, int kWarps>
-__device__ __forceinline__ void differentiate(SecondHalves<N>& r, SecondHalves<N>& k, const Scores (&parts)[kWarps],
-                                              int level, const Part& own) {
-  float to_r[2], to_k[2], left_r[4], left_k[4], rows[N / 8][2], keys[N / 8][2];
-  score_gradients(to_r, to_k, parts, level, own);
-  stacked(left_r, Halves<2>(to_r));
-  stacked(left_k, Halves<2>(to_k));
+// Of channel n, x times all decays before in the chunk has the gradient dx, which becomes that of x. Adds to the
+// gradient of log d what goes through these products, and `sum`, through the product of all decays.
+__device__ __forceinline__ void through_decays(float (&dx)[kChunk], float (&dlog)[kChunk], const float (&x)[kChunk],
+                                               const float (&d)[kChunk], float sum) {
+  float past = 1;
 #pragma unroll
-  for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      rows[j][i] = r.x[level][own.q + 4 * i][8 * j + own.g];
-      keys[j][i] = k.x[level][own.q + 4 * i][8 * j + own.g];
-    }
+  for (int i = 0; i < kChunk; ++i) {
+    dx[i] *= past;
+    past *= d[i];
   }
-  __syncwarp();
 #pragma unroll
-  for (int j = 0; j < N / 8; ++j) {
-    const Halves<2> row(rows[j]), key(keys[j]);
-    float dr[4] = {}, dk[4] = {};
-    mma_tf32(dr, left_r, key.low);
-    mma_tf32(dr, left_r, key.high);
-    mma_tf32(dk, left_k, row.low);
-    mma_tf32(dk, left_k, row.high);
-    const float r_sums[2] = {dr[0] + dr[2], dr[1] + dr[3]}, k_sums[2] = {dk[0] + dk[2], dk[1] + dk[3]};
-    store(&r.x[level][own.g][8 * j + 2 * own.q], r_sums);
-    store(&k.x[level][own.g][8 * j + 2 * own.q], k_sums);
+  for (int i = kChunk - 1; i >= 0; --i) {
+    dlog[i] += sum;
+    sum += x[i] * dx[i];
+  }
+}
+
+// The same for the second halves of the levels from `first` on, whose gradients are in their place. Adds to dx.
+template <int N, int kHeld>
+__device__ __forceinline__ void through_levels(float (&dx)[kChunk], float (&dlog)[kChunk], const float (&x)[kChunk],
+                                               const float (&d)[kChunk], const SecondHalves<N, kHeld>& gradients, int n,
+                                               int first = 0) {
+#pragma unroll
+  for (int level = first; level < first + kHeld; ++level) {
+    float terms[kChunk / 2], past = 1, sum = 0;
+#pragma unroll
+    for (int row = 0; row < kChunk / 2; ++row) {
+      const int i = second_half(level, row);
+      if (row % (1 << level) == 0) past = 1;
+      const float to_x = past * gradients.x[level - first][row][n];
+      past *= d[i];
+      dx[i] += to_x;
+      terms[row] = x[i] * to_x;
+    }
+#pragma unroll
+    for (int row = kChunk / 2 - 1; row >= 0; --row) {
+      if ((row + 1) % (1 << level) == 0) sum = 0;
+      dlog[second_half(level, row)] += sum;
+      sum += terms[row];
+    }
   }
 }
 
@@ -1076,13 +1147,13 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
     }
     const float left[2] = {whole[own.first + own.g], whole[own.first + own.g + 8]};
     const Halves<4> rows[2] = {
-        Halves<4>(sides[0].right(own.g, own.q, 0, own.first), sides[0].right(own.g, own.q, 0, own.first + 8)),
-        Halves<4>(sides[0].right(own.g, own.q, 1, own.first), sides[0].right(own.g, own.q, 1, own.first + 8))};
+        Halves<4>(sides[0].right(own.g, own.q, own.first), sides[0].right(own.g, own.q, own.first + 8)),
+        Halves<4>(sides[0].right(own.g, 4 + own.q, own.first), sides[0].right(own.g, 4 + own.q, own.first + 8))};
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
       float written[4] = {};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) mma(written, rows[i], values[0].right(own.g, own.q, i, 8 * j));
+      for (int i = 0; i < 2; ++i) mma(written, rows[i], values[0].right(own.g, 4 * i + own.q, 8 * j));
 #pragma unroll
       for (int i = 0; i < 4; ++i) D[j][i] = D[j][i] * left[i / 2] + written[i];
     }
@@ -1101,8 +1172,8 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
     __syncthreads();
     const int next = visited(chunk - 1);
     for (int level = own.warp; level < kLevels; level += kWarps) {
-      score(scores, work.halves[0], work.halves[1], level, own);
-      differentiate(work.halves[0], work.halves[1], parts, level, own);
+      score(scores, work.halves[0].x[level], work.halves[1].x[level], level, own);
+      differentiate<N, 1, kWarps>(work.halves, level, parts, level, 0, own);
     }
     if (own.warp == 0) tokens[(chunk + 1) % 2][own.side][own.lane % 16] = next;
     if (bonused && threadIdx.x < kChunk) {
@@ -1122,7 +1193,7 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
       const float m[4] = {scores[t][own.g], scores[t][own.g + 8], scores[t + 8][own.g], scores[t + 8][own.g + 8]};
       const Halves<4> weights(m);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) mma(to_v[j], weights, values[0].right(own.g, own.q, i, own.first + 8 * j));
+      for (int j = 0; j < 2; ++j) mma(to_v[j], weights, values[0].right(own.g, 4 * i + own.q, own.first + 8 * j));
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -1137,43 +1208,14 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
 #pragma unroll
     for (int i = 0; i < kChunk / 2; ++i) w[i] = read<1>(ws.at(token[i])).x[0];
     // Channel n of r or k, and of log d what goes through its products.
-    float dx[kChunk], dlog[kChunk];
+    float dx[kChunk], dlog[kChunk] = {};
     sides[own.side].take(own.n, dx);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) d[i] = decays[step(i)][own.n];
-    float past = 1;
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      dx[i] *= past;
-      past *= d[i];
-    }
-    float sum = own.side == 0 ? past * with_state[own.n] : 0.f;
-#pragma unroll
-    for (int i = kChunk - 1; i >= 0; --i) {
-      dlog[i] = sum;
-      sum += x[i] * dx[i];
-    }
-#pragma unroll
-    for (int level = 0; level < kLevels; ++level) {
-      float terms[kChunk / 2];
-#pragma unroll
-      for (int row = 0; row < kChunk / 2; ++row) {
-        const int i = second_half(level, row);
-        if (row % (1 << level) == 0) past = 1;
-        const float to_x = past * work.halves[own.side].x[level][row][own.n];
-        past *= d[i];
-        dx[i] += to_x;
-        terms[row] = x[i] * to_x;
-      }
-#pragma unroll
-      for (int row = kChunk / 2 - 1; row >= 0; --row) {
-        if ((row + 1) % (1 << level) == 0) sum = 0;
-        dlog[second_half(level, row)] += sum;
-        sum += terms[row];
-      }
-    }
+    through_decays(dx, dlog, x, d, own.side == 0 ? whole[own.n] * with_state[own.n] : 0.f);
+    through_levels(dx, dlog, x, d, work.halves[own.side], own.n);
     if (bonused) {
-      sum = 0;
+      float sum = 0;
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         const float to_x = own_scores[step(i)] * __shfl_xor_sync(0xffffffffu, x[15 - i], 16);
@@ -1194,4 +1236,582 @@ __global__ void __launch_bounds__(2 * N, 192 / N)
     __syncthreads();
   }
   if (own.side == 0) du[head.index * N + own.n] = bonus_gradients[own.n];
+}
+
+// --- wkv7 on tensor cores -------------------------------------------------------------------------------------------
+//
+// S_t is now the state that step t finds, and e_t = a_t S_t what it erases. The recurrence is that of wkv6, but two
+// vectors read the state, r' = r d and a, and two write to it, k writes v and b writes e:
+//
+//   S_{t+1} = d_t S_t + k_t v_t + b_t e_t
+//   e_t     = (a_t d_0 .. d_{t-1}) S  + sum_{s<t} ak_ts v_s + sum_{s<t} ab_ts e_s
+//   y_t     = (r'_t d_0 .. d_{t-1}) S + sum_{s<=t} rk_ts v_s + sum_{s<=t} rb_ts e_s
+//   S       becomes d_0 .. d_15 S + sum_s (k_s d_{s+1} .. d_15) v_s + sum_s (b_s d_{s+1} .. d_15) e_s
+//
+// rk_ts, rb_ts, ak_ts and ab_ts, for s < t, are the m_ts of r' or a with k or b; rk_tt = r_t . k_t, rb_tt = r_t . b_t.
+// The equations for e are solved step after step, without an inverse, which may be large where e is not. They are
+// computed transposed, a row being a value channel: each warp solves those of its own channels, and the results of a
+// product are operands of the next as they lie.
+
+enum { kReads, kErases, kWrites, kReplaces };  // r', a, k, b
+enum { kRK, kRB, kAK, kAB };                   // scores: number 2 i + j for i = r', a and j = k, b
+
+constexpr int kHeld = 2;  // levels in shared memory at once
+
+// Of a warp's 16 value channels and 16 steps what a thread holds, the results of two products: [h][2 c + i] is channel
+// g + 8 c at step 2 q + i + 8 h. Steps may be counted with time reversed.
+using Columns = float[2][4];
+
+__device__ __forceinline__ int held_step(int h, int i, const Part& own) { return 2 * own.q + i % 2 + 8 * h; }
+
+// As left operands: terms q and q + 4 of number i are the steps 2 q + i + 8 and 2 q + i.
+struct Operands {
+  Halves<4> half[2];
+  __device__ __forceinline__ explicit Operands(const Columns& x) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float a[4] = {x[1][i], x[1][2 + i], x[0][i], x[0][2 + i]};
+      half[i] = Halves<4>(a);
+    }
+  }
+};
+
+// The row of `Steps` that has these two steps where it counts them with time reversed.
+__device__ __forceinline__ int reversed_row(int i, const Part& own) { return 7 - 2 * own.q - i; }
+
+// `first` points to channel g of the warp.
+__device__ __forceinline__ void read_columns(Columns& x, const Tokens<const float>& first, const int (&tokens)[kChunk],
+                                             const Part& own) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float* at = first.at(tokens[held_step(h, i, own)]);
+      x[h][i] = read<1>(at).x[0], x[h][2 + i] = read<1>(at + 8).x[0];
+    }
+  }
+}
+
+// Steps from `count` on have the value 0, and are not written.
+template <bool kReversed>
+__device__ __forceinline__ void cut_columns(Columns& x, int count, const Part& own) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int step = held_step(i / 4, i, own);
+    if ((kReversed ? 15 - step : step) >= count) x[i / 4][i % 4] = 0;
+  }
+}
+template <bool kReversed>
+__device__ __forceinline__ void write_columns(const Tokens<float>& first, const Columns& x, const int (&tokens)[kChunk],
+                                              int count, const Part& own) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int step = held_step(h, i, own);
+      if ((kReversed ? 15 - step : step) >= count) continue;
+      float* at = first.at(tokens[step]);
+      write_one(at, x[h][i]);
+      write_one(at + 8, x[h][2 + i]);
+    }
+  }
+}
+
+// As steps counted with time reversed.
+template <int N>
+__device__ __forceinline__ void put_columns(Steps<N>& out, const Columns& x, const Part& own) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = reversed_row(i % 2, own);
+    const float two[2] = {x[1][i], x[0][i]};
+    store(&out.x[row][out.column(row, own.first + own.g + i / 2 * 8)], two);
+  }
+}
+
+// m_ts; with time reversed, what step 15 - t has given to step 15 - s.
+template <bool kReversed>
+__device__ __forceinline__ float weight(const Scores& m, int t, int s) {
+  return kReversed ? m[15 - s][t] : m[t][15 - s];
+}
+
+// out_t += sum_s m_ts x_s; with time reversed, its transpose.
+template <bool kReversed>
+__device__ __forceinline__ void add_steps(Columns& out, const Operands& x, const Scores& m, const Part& own) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int t = own.g + 8 * h, s = held_step(0, i, own);
+      const float weights[2] = {weight<kReversed>(m, t, s + 8), weight<kReversed>(m, t, s)};
+      mma(out[h], x.half[i], Halves<2>(weights));
+    }
+  }
+}
+
+// x_t += sum_{s<t} m_ts x_s, step after step; with time reversed, its transpose. Two steps at once, of which the first
+// gives to the second.
+template <bool kReversed>
+__device__ __forceinline__ void solve(Columns& x, const Scores& m, const Part& own) {
+#pragma unroll
+  for (int s = 0; s < kChunk; s += 2) {
+    float first[2], second[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int lane = 4 * own.g + s % 8 / 2;  // which holds both
+      first[c] = __shfl_sync(0xffffffffu, x[s / 8][2 * c], lane);
+      second[c] = __shfl_sync(0xffffffffu, x[s / 8][2 * c + 1], lane) + weight<kReversed>(m, s + 1, s) * first[c];
+    }
+#pragma unroll
+    for (int h = s / 8; h < 2; ++h) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // of m, what is not below the diagonal is 0
+        const int t = held_step(h, i, own);
+        x[h][i] += weight<kReversed>(m, t, s) * first[i / 2] + weight<kReversed>(m, t, s + 1) * second[i / 2];
+      }
+    }
+  }
+}
+
+// All scores of the levels from `first` on; warps share the work.
+template <int N>
+__device__ __forceinline__ void score_all(Scores (&scores)[4], const SecondHalves<N, kHeld> (&halves)[4], int first,
+                                          const Part& own) {
+  constexpr int kWarps = N / 16;
+#pragma unroll
+  for (int i = 0; i < 4 * kHeld / kWarps; ++i) {
+    const int level = (own.warp + i * kWarps) / 4, pair = (own.warp + i * kWarps) % 4;
+    score(scores[pair], halves[pair / 2].x[level], halves[2 + pair % 2].x[level], first + level, own);
+  }
+}
+
+// The warp's part of r_t . k_t and of r_t . b_t, of channel n's r and a, or k and b.
+template <int kWarps>
+__device__ __forceinline__ void put_products(float (&out)[kWarps][32], const float (&x)[kChunk],
+                                             const float (&z)[kChunk], const Part& own) {
+  float of_side[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) of_side[i] = own.side ? z[i] : x[i];
+  out[own.warp][own.lane] = step_products(of_side, x);
+}
+
+// The sums of these parts, in their place.
+template <int kWarps>
+__device__ __forceinline__ void score_own(Scores (&scores)[4], const float (&parts)[kWarps][32]) {
+  if (threadIdx.x >= 32) return;
+  float sum = 0;
+  for (int i = 0; i < kWarps; ++i) sum += parts[i][threadIdx.x];
+  const int t = threadIdx.x % 16;
+  if (threadIdx.x < 16) {
+    scores[kRK][t][15 - t] = sum;
+  } else {
+    scores[kRB][15 - t][t] = sum;
+  }
+}
+
+// y: (directions, B, L, H, N), states before each chunk (directions, B, H, chunks, N, N).
+template <int N>
+__global__ void __launch_bounds__(2 * N, 192 / N)
+    forward7(const float* r_, i64 r_batch, i64 r_token, i64 r_head, const float* w_, i64 w_batch, i64 w_token,
+             i64 w_head, const float* k_, i64 k_batch, i64 k_token, i64 k_head, const float* v_, i64 v_batch,
+             i64 v_token, i64 v_head, const float* a_, i64 a_batch, i64 a_token, i64 a_head, const float* b_,
+             i64 b_batch, i64 b_token, i64 b_head, const int* order_, i64 order_batch, i64 B, i64 L, i64 H, i64 steps,
+             float* y, float* states) {
+  constexpr int kWarps = N / 16;
+  alignas(16) __shared__ Steps<N> sides[4];
+  alignas(16) __shared__ SecondHalves<N, kHeld> halves[4];
+  alignas(16) __shared__ Scores scores[4];
+  alignas(16) __shared__ float whole[N];
+  __shared__ float products[kWarps][32];
+  alignas(16) __shared__ int tokens[2][2][kChunk];  // of a chunk and the next one
+  const Head head(blockIdx.x, B, H, Order{order_, order_batch, steps});
+  const Part own;
+  const i64 r_at = head.b * r_batch + head.h * r_head, k_at = head.b * k_batch + head.h * k_head;
+  const i64 a_at = head.b * a_batch + head.h * a_head, b_at = head.b * b_batch + head.h * b_head;
+  const Tokens<const float> xs(own.side ? k_ : r_, (own.side ? k_at : r_at) + own.n, own.side ? k_token : r_token);
+  const Tokens<const float> zs(own.side ? b_ : a_, (own.side ? b_at : a_at) + own.n, own.side ? b_token : a_token);
+  const Tokens<const float> ws(w_, head.b * w_batch + head.h * w_head + own.n, w_token);
+  const Tokens<const float> vs(v_, head.b * v_batch + head.h * v_head + own.first + own.g, v_token);
+  const Tokens<float> ys(y, ((head.direction * B + head.b) * L * H + head.h) * N + own.first + own.g, H * N);
+  const int chunks = static_cast<int>((steps + kChunk - 1) / kChunk), last = static_cast<int>(steps) - 1;
+  const auto visited = [&](int chunk) {  // as in `forward6`
+    const int i = own.lane % 16;
+    return static_cast<int>(head.token(smaller(chunk * kChunk + (own.side ? 15 - i : i), last)));
+  };
+  float S[N / 8][4] = {};  // columns g (twice), g + 8 (twice) of rows 8 j + 2q and 8 j + 2q + 1
+  for (int i = threadIdx.x; i < 4 * kChunk * kChunk; i += blockDim.x) scores[i / 256][i / 16 % 16][i % 16] = 0;
+  if (own.warp == 0) tokens[0][own.side][own.lane % 16] = visited(0);
+  int next = visited(1);
+  __syncthreads();
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const int start = chunk * kChunk, count = smaller(kChunk, last + 1 - start);
+    const int (&token)[kChunk] = tokens[chunk % 2][0];
+    const int visits = ((1 << count) - 1) << (own.side ? kChunk - count : 0);  // which steps are, by the side's time
+    // Channel n of r or k, of a or b, and of w; the warp's columns of v.
+    float x[kChunk], z[kChunk], d[kChunk];
+    Columns v;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const int at = tokens[chunk % 2][own.side][i];
+      x[i] = read<1>(xs.at(at)).x[0], z[i] = read<1>(zs.at(at)).x[0], d[i] = read<1>(ws.at(at)).x[0];
+    }
+    read_columns(v, vs, token, own);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) d[i] = decay_of(d[i]);
+    if (count < kChunk) {  // steps that write, read and forget nothing
+      cut_columns<false>(v, count, own);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (!(visits >> i & 1)) x[i] = z[i] = 0, d[i] = 1;
+      }
+    }
+    put_products(products, x, z, own);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) x[i] *= own.side ? 1.f : d[i];  // r' from here on
+    const float decay = put_decayed(sides[2 * own.side], own.n, x, d);
+    put_decayed(sides[2 * own.side + 1], own.n, z, d);
+    if (own.side == 0) whole[own.n] = decay;
+    if (own.warp == 0) {
+      tokens[(chunk + 1) % 2][own.side][own.lane % 16] = next;
+      next = visited(chunk + 2);
+    }
+#pragma unroll
+    for (int level = 0; level < kLevels; level += kHeld) {
+      halves[2 * own.side].put(own.n, x, d, level);
+      halves[2 * own.side + 1].put(own.n, z, d, level);
+      __syncthreads();
+      score_all(scores, halves, level, own);
+      if (level == 0) score_own(scores, products);
+      __syncthreads();
+    }
+    if (states) {
+      float* at = advance(states + (head.index * chunks + chunk) * N * N + own.first + own.g, 2 * own.q, 4 * N);
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) write_one(at + (8 * j + i % 2) * N + i / 2 * 8, S[j][i]);
+      }
+    }
+
+    Columns out = {}, e = {};
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const float a[4] = {S[j][0], S[j][2], S[j][1], S[j][3]};
+      const Halves<4> state(a), reads = sides[kReads].left(own.g, own.q, 8 * j);
+      const Halves<4> erases = sides[kErases].left(own.g, own.q, 8 * j);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) mma(out[h], state, reads.columns(h)), mma(e[h], state, erases.columns(h));
+    }
+    const Operands value(v);
+    add_steps<false>(e, value, scores[kAK], own);
+    solve<false>(e, scores[kAB], own);
+    const Operands erased(e);
+    add_steps<false>(out, value, scores[kRK], own);
+    add_steps<false>(out, erased, scores[kRB], own);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      float forgotten[2], written[4] = {};  // added apart: tensor cores round towards 0, which would add up
+      load(forgotten, &whole[8 * j + 2 * own.q]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        mma(written, value.half[i], sides[kWrites].right(own.g, reversed_row(i, own), 8 * j));
+        mma(written, erased.half[i], sides[kReplaces].right(own.g, reversed_row(i, own), 8 * j));
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) S[j][i] = S[j][i] * forgotten[i % 2] + written[i];
+    }
+    write_columns<false>(ys, out, token, count, own);
+    __syncthreads();
+  }
+}
+
+// Gradients are (directions, B, L, H, N). With D the adjoint of the state that a chunk leaves, the gradients f of e are
+// solved from the last step to the first:
+//
+//   f_s  = (b_s d_{s+1} .. d_15) D + sum_{t>=s} rb_ts dy_t + sum_{t>s} ab_ts f_t
+//   dv_s = (k_s d_{s+1} .. d_15) D + sum_{t>=s} rk_ts dy_t + sum_{t>s} ak_ts f_t
+//
+// and the rest is as in `backward6`: what reads, r' and a, has the gradients dy and f of what it reads, and what is
+// written, k and b, writes v and e.
+template <int N>
+__global__ void __launch_bounds__(2 * N, 192 / N)
+    backward7(const float* dy_, i64 dy_batch, i64 dy_token, i64 dy_head, const float* r_, i64 r_batch, i64 r_token,
+              i64 r_head, const float* w_, i64 w_batch, i64 w_token, i64 w_head, const float* k_, i64 k_batch,
+              i64 k_token, i64 k_head, const float* v_, i64 v_batch, i64 v_token, i64 v_head, const float* a_,
+              i64 a_batch, i64 a_token, i64 a_head, const float* b_, i64 b_batch, i64 b_token, i64 b_head,
+              const int* order_, i64 order_batch, i64 B, i64 L, i64 H, i64 steps, const float* states, float* dr,
+              float* dw, float* dk, float* dv, float* da, float* db) {
+  constexpr int kWarps = N / 16, kRow = N + 4;
+  constexpr int kShare = kWarps > 1 ? kWarps / 2 : 1;  // warps that share a level
+  union Work {                                         // one after the other
+    SecondHalves<N, kHeld> halves[4];
+    float adjoint[N][kRow];
+    Steps<N> values[4];  // dy, f, and with time reversed v, e
+  };
+  alignas(16) __shared__ Work work;
+  alignas(16) __shared__ Steps<N> sides[4];  // later their gradients
+  alignas(16) __shared__ Scores scores[4];   // later their gradients
+  __shared__ float decays[kChunk][N];
+  __shared__ float whole[N], with_state[N], products[kWarps][32];
+  alignas(16) __shared__ int tokens[2][2][kChunk];  // of a chunk, and of the one after it or before it
+  const Head head(blockIdx.x, B, H, Order{order_, order_batch, steps});
+  const Part own;
+  const bool reversed = own.side;
+  const i64 r_at = head.b * r_batch + head.h * r_head, k_at = head.b * k_batch + head.h * k_head;
+  const i64 a_at = head.b * a_batch + head.h * a_head, b_at = head.b * b_batch + head.h * b_head;
+  const i64 v_at = head.b * v_batch + head.h * v_head, dy_at = head.b * dy_batch + head.h * dy_head;
+  const Tokens<const float> xs(reversed ? k_ : r_, (reversed ? k_at : r_at) + own.n, reversed ? k_token : r_token);
+  const Tokens<const float> zs(reversed ? b_ : a_, (reversed ? b_at : a_at) + own.n, reversed ? b_token : a_token);
+  const Tokens<const float> ws(w_, head.b * w_batch + head.h * w_head + own.n, w_token);
+  const i64 first = ((head.direction * B + head.b) * L * H + head.h) * N;
+  // The others are made where they are used: all along, a thread would want more than 168 registers.
+  const auto column = [&] { return fresh(own.first + own.g); };
+  const auto gradients = [&](float* of, int n) { return Tokens<float>(of, first + n, H * N); };
+  const int chunks = static_cast<int>((steps + kChunk - 1) / kChunk), last = static_cast<int>(steps) - 1;
+  const auto step = [&](int i) { return reversed ? 15 - i : i; };
+  const auto visited = [&](int chunk) {  // as in `forward6`
+    return static_cast<int>(head.token(smaller(larger(chunk, 0) * kChunk + step(own.lane % 16), last)));
+  };
+
+  float D[N / 8][4] = {};  // rows g (twice), g + 8 (twice) of columns 8 j + 2q and 8 j + 2q + 1
+  for (int i = threadIdx.x; i < 4 * kChunk * kChunk; i += blockDim.x) scores[i / 256][i / 16 % 16][i % 16] = 0;
+  if (own.warp == 0) tokens[(chunks - 1) % 2][own.side][own.lane % 16] = visited(chunks - 1);
+  __syncthreads();
+  for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+    const int start = chunk * kChunk, count = smaller(kChunk, last + 1 - start);
+    const int (&token)[kChunk] = tokens[chunk % 2][own.side];
+    const int visits = ((1 << count) - 1) << (reversed ? kChunk - count : 0);
+    const auto there = [&](int i) { return (visits >> i & 1) != 0; };  // whether step i, by the side's time, is one
+
+    // Channel n of r or k, of a or b, and of w; the warp's columns of v, and of dy with time reversed.
+    float x[kChunk], z[kChunk], d[kChunk];
+    Columns v, dy;
+    const auto fetch = [&](float (&out)[kChunk], const Tokens<const float>& rows) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) out[i] = read<1>(rows.at(token[i])).x[0];
+      if (count == kChunk) return;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {  // steps that write and read nothing
+        if (!there(i)) out[i] = 0;
+      }
+    };
+    fetch(x, xs), fetch(z, zs);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) d[i] = read<1>(ws.at(token[i])).x[0];
+    read_columns(v, {v_, v_at + column(), v_token}, tokens[chunk % 2][0], own);
+    read_columns(dy, {dy_, dy_at + column(), dy_token}, tokens[chunk % 2][1], own);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) d[i] = decay_of(d[i]);
+    if (count < kChunk) {
+      cut_columns<false>(v, count, own);
+      cut_columns<true>(dy, count, own);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (!there(i)) d[i] = 1;
+      }
+    }
+    put_products(products, x, z, own);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) x[i] *= reversed ? 1.f : d[i];  // r' from here on
+    const float decay = put_decayed(sides[2 * own.side], own.n, x, d);
+    put_decayed(sides[2 * own.side + 1], own.n, z, d);
+    if (own.side == 0) {
+      whole[own.n] = decay;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) decays[i][own.n] = d[i];
+    }
+#pragma unroll
+    for (int level = 0; level < kLevels; level += kHeld) {
+      work.halves[2 * own.side].put(own.n, x, d, level);
+      work.halves[2 * own.side + 1].put(own.n, z, d, level);
+      __syncthreads();
+      score_all(scores, work.halves, level, own);
+      if (level == 0) score_own(scores, products);
+      __syncthreads();
+    }
+
+    // By columns: e, then f and dv.
+    float S[N / 8][4];  // columns g, g + 8 of rows 8 j + 2q, then of 8 j + 2q + 1
+    const float* state = states + (head.index * chunks + chunk) * N * N;
+    const float* columns = advance(state + own.first + own.g, 2 * own.q, 4 * N);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) S[j][i] = read<1>(columns + (8 * j + i / 2) * N + i % 2 * 8).x[0];
+    }
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const float upper[2] = {D[j][0], D[j][1]}, lower[2] = {D[j][2], D[j][3]};
+      store(&work.adjoint[own.first + own.g][8 * j + 2 * own.q], upper);
+      store(&work.adjoint[own.first + own.g + 8][8 * j + 2 * own.q], lower);
+    }
+    Columns e = {}, f = {}, to_v = {};
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const Halves<4> of_state(S[j]), erases = sides[kErases].left(own.g, own.q, 8 * j);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) mma(e[h], of_state, erases.columns(h));
+    }
+    add_steps<false>(e, Operands(v), scores[kAK], own);
+    solve<false>(e, scores[kAB], own);
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const float (*rows)[kRow] = work.adjoint + 8 * j + 2 * own.q;
+      const int c = own.first + own.g;
+      const float a[4] = {rows[0][c], rows[0][c + 8], rows[1][c], rows[1][c + 8]};
+      const Halves<4> of_adjoint(a), key = sides[kWrites].left(own.g, own.q, 8 * j);
+      const Halves<4> replace = sides[kReplaces].left(own.g, own.q, 8 * j);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) mma(to_v[h], of_adjoint, key.columns(h)), mma(f[h], of_adjoint, replace.columns(h));
+    }
+    const Operands gradient(dy);
+    add_steps<true>(f, gradient, scores[kRB], own);
+    solve<true>(f, scores[kAB], own);
+    add_steps<true>(to_v, gradient, scores[kRK], own);
+    add_steps<true>(to_v, Operands(f), scores[kAK], own);
+    write_columns<true>(gradients(dv, column()), to_v, tokens[chunk % 2][1], count, own);
+
+    // By rows, of S and D: the gradients of what reads and is written, and of the scores; then D before the chunk.
+    const float* rows = advance(state + own.first * N + 2 * own.q, own.g, 4 * N);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const Pack<float, 2> upper = read<2>(rows + 8 * j), lower = read<2>(rows + 8 * N + 8 * j);
+      S[j][0] = upper.x[0], S[j][1] = upper.x[1], S[j][2] = lower.x[0], S[j][3] = lower.x[1];
+    }
+    __syncthreads();
+    put_columns(work.values[0], dy, own);
+    put_columns(work.values[1], f, own);
+    put_columns(work.values[2], v, own);
+    put_columns(work.values[3], e, own);
+    __syncthreads();
+    float to_sides[4][2][4] = {}, product[2] = {};
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j) {
+        const float (&rows)[4] = k == 0 ? S[j] : D[j];
+        const float upper[2] = {rows[0], rows[1]}, lower[2] = {rows[2], rows[3]};
+        const Halves<2> right[2] = {Halves<2>(upper), Halves<2>(lower)};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const Halves<4> value = work.values[k + i].left(own.g, own.q, 8 * j);
+          mma(to_sides[k + i][0], value, right[0]);
+          mma(to_sides[k + i][1], value, right[1]);
+          if (k == 0) product[i] += S[j][2 * i] * D[j][2 * i] + S[j][2 * i + 1] * D[j][2 * i + 1];
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      product[i] += __shfl_xor_sync(0xffffffffu, product[i], 1);
+      product[i] += __shfl_xor_sync(0xffffffffu, product[i], 2);
+      if (own.q == 0) with_state[own.first + own.g + 8 * i] = product[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 4 / kWarps; ++i) {
+      const int pair = own.warp + i * kWarps, reads = pair / 2, diagonal = reads == kReads;
+      float part[2][4] = {};
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j) {
+        const Halves<4> left = work.values[reads].left(own.g, own.q, 8 * j);
+        const Halves<4> right = work.values[2 + pair % 2].left(own.g, own.q, 8 * j);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) mma(part[h], left, right.columns(h));
+      }
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const int t = own.g + k % 4 / 2 * 8, s = held_step(k / 4, k, own);
+        scores[pair][t][s] = t + s + diagonal > 15 ? part[k / 4][k % 4] : 0.f;
+      }
+    }
+    const float left[2] = {whole[own.first + own.g], whole[own.first + own.g + 8]};
+    Halves<4> reads[2][2];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const Steps<N>& of = sides[k / 2];
+      const int row = 4 * (k % 2) + own.q;
+      reads[k / 2][k % 2] = Halves<4>(of.right(own.g, row, own.first), of.right(own.g, row, own.first + 8));
+    }
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      float written[4] = {};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        mma(written, reads[k / 2][k % 2], work.values[k / 2].right(own.g, 4 * (k % 2) + own.q, 8 * j));
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) D[j][i] = D[j][i] * left[i / 2] + written[i];
+    }
+    __syncthreads();
+
+    // The levels.
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) sides[k].put(own.g, own.q, own.first + 8 * i, to_sides[k][i]);
+    }
+    if (own.warp == 0) tokens[(chunk + 1) % 2][own.side][own.lane % 16] = visited(chunk - 1);
+    fetch(x, xs), fetch(z, zs);
+    const auto recall_decays = [&] {
+#pragma unroll
+      for (int i = 0; i < kChunk / 2; ++i) {  // not by `step`: addresses would take registers
+        const float early = decays[i][own.n], late = decays[15 - i][own.n];
+        d[i] = reversed ? late : early, d[15 - i] = reversed ? early : late;
+      }
+    };
+    recall_decays();
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) x[i] *= reversed ? 1.f : d[i];
+    float dx[kChunk], dz[kChunk], dlog[kChunk] = {};
+#pragma unroll
+    for (int level = 0; level < kLevels; level += kHeld) {
+      work.halves[2 * own.side].put(own.n, x, d, level);
+      work.halves[2 * own.side + 1].put(own.n, z, d, level);
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kHeld * kShare / kWarps; ++i) {
+        const int held = own.warp / kShare + i * kWarps / kShare;
+        const int first_channel = own.warp % kShare * (N / kShare);
+        differentiate<N / kShare, 2, 1>(work.halves, held, scores, level + held, first_channel, own);
+      }
+      __syncthreads();
+      recall_decays();
+      sides[2 * own.side].take(own.n, dx);
+      sides[2 * own.side + 1].take(own.n, dz);
+      if (level == 0) {
+        through_decays(dx, dlog, x, d, own.side == 0 ? whole[own.n] * with_state[own.n] : 0.f);
+        through_decays(dz, dlog, z, d, 0.f);
+      }
+      through_levels(dx, dlog, x, d, work.halves[2 * own.side], own.n, level);
+      through_levels(dz, dlog, z, d, work.halves[2 * own.side + 1], own.n, level);
+      if (level + kHeld == kLevels) break;
+      sides[2 * own.side].put(own.n, dx);  // kept there: with them a thread would want more than 168 registers
+      sides[2 * own.side + 1].put(own.n, dz);
+    }
+    float w[kChunk / 2];  // of the first steps by either side's time
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i) w[i] = read<1>(ws.at(token[i])).x[0];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (!reversed) dlog[i] += x[i] * dx[i], dx[i] *= d[i];  // from r' to r
+    }
+    fetch(x, xs);
+    const int n = fresh(own.n);
+    const Tokens<float> dxs = gradients(reversed ? dk : dr, n), dzs = gradients(reversed ? db : da, n);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {  // the step's own products
+      const int t = step(i);
+      const float to_rk = scores[kRK][t][15 - t], to_rb = scores[kRB][t][15 - t];
+      const float other_x = __shfl_xor_sync(0xffffffffu, x[15 - i], 16);
+      const float other_z = __shfl_xor_sync(0xffffffffu, z[15 - i], 16);
+      dx[i] += to_rk * other_x;
+      (reversed ? dz[i] : dx[i]) += to_rb * (reversed ? other_x : other_z);
+      if (there(i)) write_one(dxs.at(token[i]), dx[i]), write_one(dzs.at(token[i]), dz[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i) {
+      const float total = dlog[i] + __shfl_xor_sync(0xffffffffu, dlog[15 - i], 16);
+      if (there(i)) write_one(gradients(dw, n).at(token[i]), -power_of(w[i]) * total);
+    }
+  }
 }

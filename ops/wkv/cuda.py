@@ -62,12 +62,12 @@ def _threads(P):
     return -(-P // 32) * 32
 
 
-def on_tensor_cores(k, v, a):
-    """Whether the kernels for tensor cores serve a call: wkv6 in float32 with as many keys as values, 16, 32 or 64.
+def on_tensor_cores(k, v):
+    """Whether the kernels for tensor cores serve a call: in float32 with as many keys as values, 16, 32 or 64.
 
     The others go step by step. tf32 needs sm_80.
     """
-    fits = a is None and k.dtype == torch.float32 and k.shape[3] == v.shape[3] and k.shape[3] in (16, 32, 64)
+    fits = k.dtype == torch.float32 and k.shape[3] == v.shape[3] and k.shape[3] in (16, 32, 64)
     return fits and cuda.has_tf32(k.device)
 
 
@@ -76,12 +76,13 @@ def forward(*, r, w, k, v, a, b, u, order, directions, y, states):
     B, L, H, P = v.shape
     tasks = directions * B * H
     sizes = _steps(order, L) | dict(B=B, L=L, H=H)
-    tensors = dict(r=r, w=w, k=k, v=v, u=u, y=y, states=states if states.numel() else None)
-    if on_tensor_cores(k, v, a):
-        cuda.launch(NAME, cuda.template("forward6", P), tasks, 2 * P, **tensors, **sizes)
+    tensors = dict(r=r, w=w, k=k, v=v, y=y, states=states if states.numel() else None)
+    if on_tensor_cores(k, v):
+        name, own = ("forward6", dict(u=u)) if a is None else ("forward7", dict(a=a, b=b))
+        cuda.launch(NAME, cuda.template(name, P), tasks, 2 * P, **tensors, **own, **sizes)
     else:
         name = cuda.template("forward", k.dtype, k.shape[3], a is not None)
-        cuda.launch(NAME, name, tasks, _threads(P), **tensors, a=a, b=b, **sizes, P=P)
+        cuda.launch(NAME, name, tasks, _threads(P), **tensors, a=a, b=b, u=u, **sizes, P=P)
 
 
 def backward(*, dy, r, w, k, v, a, b, u, order, directions, states, **grads):
@@ -89,14 +90,17 @@ def backward(*, dy, r, w, k, v, a, b, u, order, directions, states, **grads):
     B, L, H, P = v.shape
     N, tasks = k.shape[3], directions * B * H
     sizes = _steps(order, L) | dict(B=B, L=L, H=H)
-    tensors = dict(dy=dy, r=r, w=w, k=k, v=v, u=u, states=states)
-    if on_tensor_cores(k, v, a):
-        grads = {name: grads[name] for name in ("dr", "dw", "dk", "dv", "du")}
-        cuda.launch(NAME, cuda.template("backward6", N), tasks, 2 * N, **tensors, **sizes, **grads)
+    tensors = dict(dy=dy, r=r, w=w, k=k, v=v, states=states)
+    if on_tensor_cores(k, v):
+        name, own = ("backward6", dict(u=u)) if a is None else ("backward7", dict(a=a, b=b))
+        grads = {f"d{x}": grads[f"d{x}"] for x in ("r", "w", "k", "v", *own)}
+        cuda.launch(NAME, cuda.template(name, N), tasks, 2 * N, **tensors, **own, **sizes, **grads)
         return
     grid = min(tasks, 4 * cuda.multiprocessors(k.device))
     name = cuda.template("backward", k.dtype, N, a is not None)
     kept = 8 if k.element_size() * N > 512 else 4  # states of a chunk that `history` in cuda.cu holds
     history = k.new_empty(grid, kept, -(-N // 16) * 16, _threads(P))
     grads = {name: g if g.numel() else None for name, g in grads.items()}
-    cuda.launch(NAME, name, grid, _threads(P), **tensors, a=a, b=b, **sizes, P=P, tasks=tasks, history=history, **grads)
+    cuda.launch(
+        NAME, name, grid, _threads(P), **tensors, a=a, b=b, u=u, **sizes, P=P, tasks=tasks, history=history, **grads
+    )

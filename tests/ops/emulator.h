@@ -159,6 +159,10 @@ T __shfl_xor_sync(unsigned, T x, int mask) {
   return emulator::shuffle(x, emulator::current ^ mask);
 }
 template <class T>
+T __shfl_sync(unsigned, T x, int lane) {
+  return emulator::shuffle(x, emulator::current / 32 * 32 + lane);
+}
+template <class T>
 T atomicAdd(T* p, T x) {
   const T old = *p;
   *p += x;

@@ -69,7 +69,8 @@ def instances():
         for flag in (False, True):
             out += [("wkv", template(kernel, dtype, flag)) for kernel in ("bi_ends", "bi_carry", "bi_sweep")]
             out += [("wkv", template(kernel, dtype, channels, flag)) for kernel in ("forward", "backward")]
-    out += [("wkv", template(kernel, channels)) for kernel in ("forward6", "backward6") for channels in (16, 32, 64)]
+    heads = ("forward6", "backward6", "forward7", "backward7")
+    out += [("wkv", template(kernel, channels)) for kernel in heads for channels in (16, 32, 64)]
     return sorted(set(out))
 
 
@@ -79,6 +80,8 @@ def budget(name):
         return 8192  # twice the registers; nobody trains in float64
     if name.startswith("backward_one"):
         return 256  # pointers, read again once a span: for another block on each multiprocessor
+    if name.startswith("backward7"):
+        return 160  # mostly addresses, read once a chunk
     return 256 if name.startswith("backward<float, 64") else 64  # 64 states and their adjoints
 
 
@@ -236,11 +239,12 @@ def bare_scan(B, L, G, D, N):
     return selective_scan, x | dict(B=normal(B, L, G, N), C=normal(B, L, G, N)), dict(dt_softplus=False)
 
 
-def wkv_case(run, B, L, H, N, P, steps=None, decay=0.0, **options):
-    """`decay` is added to w: a number, or one for each of N channels."""
+def wkv_case(run, B, L, H, N, P, steps=None, decay=0.0, grow=1.0, **options):
+    """`decay` is added to w: a number, or one for each of N channels. `grow` multiplies a and b of wkv7."""
     names = dict(r=N, k=N, v=P, w=N) | (dict(a=N, b=N) if run is wkv7 else {})
     x = {name: normal(B, L, H, size) / size**0.5 for name, size in names.items()}
     x["w"] = x["w"] + decay
+    x |= {name: x[name] * grow for name in x if name in ("a", "b")}
     x |= dict(u=normal(H, N)) if run is wkv6 else {}
     return run, x, dict(order=order_of(steps, length=L) if steps else None, **options)
 
@@ -329,6 +333,11 @@ CASES = {
         lambda: wkv_case(wkv6, 1, 50, 1, 16, 16, decay=torch.linspace(-10, 8, 16)),
         lambda: wkv_case(wkv6, 2, 37, 2, 32, 32, steps=30),
         lambda: wkv_case(wkv6, 1, 130, 1, 64, 64, bidirectional=False),
+        *(functools.partial(wkv_case, wkv7, 1, L, 2, 16, 16) for L in (1, 15, 16, 17, 65)),
+        *(functools.partial(wkv_case, wkv7, 1, 35, 1, 16, 16, decay=decay) for decay in (-10.0, 2.0, 4.0)),
+        lambda: wkv_case(wkv7, 1, 50, 1, 16, 16, decay=torch.linspace(-10, 8, 16)),
+        lambda: wkv_case(wkv7, 2, 37, 2, 32, 32, steps=30),
+        lambda: wkv_case(wkv7, 1, 130, 1, 64, 64),
     ],
     "ssm_kernel": [
         lambda: kernel_case(3, 5, 75),
@@ -510,11 +519,15 @@ def test_wide_heads_fall_back_aloud(emulated_cuda):
         run(**x, **options)
 
 
-def test_emulated_wkv6_does_not_lose_digits_with_length(emulated_cuda):
+@pytest.mark.parametrize("run", (wkv6, wkv7))
+def test_emulated_wkv_does_not_lose_digits_with_length(emulated_cuda, run):
     """Tensor cores round towards 0: what a slow decay sums over many chunks must not be summed by them."""
     torch.manual_seed(0)
     emulated_cuda("wkv")
-    run, x, options = wkv_case(wkv6, 1, 1000, 1, 16, 16, decay=-10.0)
+    run, x, options = wkv_case(run, 1, 1000, 1, 16, 16, decay=-10.0)
+    if run is wkv7:  # as in RWKV-7: each step overwrites a part of what its key finds
+        x["a"] = -torch.nn.functional.normalize(x["a"], dim=-1)
+        x["b"] = -x["a"] * x["b"].sigmoid()
     x = {name: t.float() for name, t in x.items()}
     got = results(run, prepare(x, torch.float32), options)
     with use_backend("reference"):
@@ -524,12 +537,21 @@ def test_emulated_wkv6_does_not_lose_digits_with_length(emulated_cuda):
         assert error <= 6e-6, f"{name}: {error:.1e}"
 
 
-def test_tensor_cores_serve_wkv6_where_they_fit(monkeypatch):
-    def served(N, P, dtype=torch.float32, a=None):
-        return wkv_cuda.on_tensor_cores(torch.zeros(1, 1, 1, N, dtype=dtype), torch.zeros(1, 1, 1, P, dtype=dtype), a)
+GROWING = functools.partial(wkv_case, wkv7, 1, 35, 1, 16, 16, decay=-3.0, grow=6.0)
+
+
+def test_emulated_wkv7_that_grows(emulated_cuda):
+    """To 1e23 in 35 steps: the scores of a with b are large, and so is the inverse of their triangle."""
+    emulated_cuda("wkv")
+    assert_case(GROWING, torch.float32, results)
+
+
+def test_tensor_cores_serve_wkv_where_they_fit(monkeypatch):
+    def served(N, P, dtype=torch.float32):
+        return wkv_cuda.on_tensor_cores(torch.zeros(1, 1, 1, N, dtype=dtype), torch.zeros(1, 1, 1, P, dtype=dtype))
 
     assert [N for N in range(1, 129) if served(N, N)] == [16, 32, 64]
-    assert not (served(64, 32) or served(64, 64, torch.float64) or served(64, 64, a=torch.zeros(1)))
+    assert not (served(64, 32) or served(64, 64, torch.float64))
     monkeypatch.setattr(compile_cuda, "_capability", lambda index: (7, 5))
     assert not compile_cuda.has_tf32(torch.device("cuda:0"))
 
@@ -550,6 +572,11 @@ def on_gpu(run, inputs, options):
 @pytest.mark.parametrize(("op", "case", "dtype"), every_case(*TOLERANCE), ids=str)
 def test_gpu_equals_reference(op, case, dtype):
     assert_case(CASES[op][case], dtype, on_gpu, "cuda")
+
+
+@gpu
+def test_gpu_wkv7_that_grows():
+    assert_case(GROWING, torch.float32, on_gpu, "cuda")
 
 
 def gpu_scan():
@@ -591,6 +618,7 @@ OPCHECKS = [
     ("wkv", 3),
     ("wkv", 5),
     ("wkv", 16),
+    ("wkv", 27),
     *((op, 0) for op in CASES if op != "ssm_kernel"),
 ]  # that one is two operators
 

@@ -130,30 +130,37 @@ def test_budget_of_other_kernels(op, name, instructions, wide):
     assert set(sass.widths(sass.read(op, name).loop(), *sass.STORES)) == {wide}
 
 
-# Channels; of a warp, products on tensor cores in 16 steps forward and backward.
-HEADS = ((16, 40, 84), (32, 68, 144), (64, 124, 264))
+# Kernel, registers, bytes spilled; of a warp, products on tensor cores in 16 steps for heads of 16, 32 and 64 channels.
+HEADS = (
+    ("forward6", 128, 0, (40, 68, 124)),
+    ("backward6", 168, 0, (84, 144, 264)),
+    ("forward7", 168, 0, (148, 196, 292)),
+    ("backward7", 168, 96, (396, 504, 720)),
+)
 
 
 @needs_tools
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
-@pytest.mark.parametrize(("channels", "forward", "backward"), HEADS, ids=str)
-def test_wkv6_on_tensor_cores(channels, forward, backward, arch):
-    for name, products, registers in (("forward6", forward, 128), ("backward6", backward, 168)):
+@pytest.mark.parametrize(("name", "registers", "spills", "products"), HEADS, ids=str)
+def test_wkv_on_tensor_cores(name, registers, spills, products, arch):
+    for channels, expected in zip((16, 32, 64), products, strict=True):
         kernel = sass.read("wkv", template(name, channels), arch)
-        assert sass.count(kernel.loop(), "HMMA") == products
-        assert kernel.spills == 0 and kernel.registers <= registers and kernel.shared <= 48 * 1024
+        assert sass.count(kernel.loop(), "HMMA") == expected
+        assert kernel.spills <= spills and kernel.registers <= registers and kernel.shared <= 48 * 1024
 
 
 @needs_tools
-def test_budget_of_wkv6():
+def test_budget_of_wkv():
     """Of a step, by each of the four warps of a head of 64 channels."""
     kernels = {k.name: k for k in sass.KERNELS if k.op == "wkv"}
-    for name, instructions, registers, loads, warps in (
-        ("forward6", 92, 128, 4.5, 16),
-        ("backward6", 200, 168, 18, 12),
+    for name, instructions, registers, spills, loads, warps in (
+        ("forward6", 92, 128, 0, 4.5, 16),
+        ("backward6", 200, 168, 0, 18, 12),
+        ("forward7", 161, 168, 0, 11.5, 12),
+        ("backward7", 455, 168, 48, 38, 12),
     ):
         kernel = kernels[template(name, 64)]
-        check(kernel, instructions, registers, 0, warps)
+        check(kernel, instructions, registers, spills, warps)
         assert sass.row(kernel)["lds"] <= loads
 
 
