@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backend import forced_backend
 from ..operator import CHUNK, Operator
 from ..tensors import check, dense_rows, promote, state_dtype
-from . import reference
+from . import cuda, reference
 
 __all__ = ["mlstm"]
 
@@ -27,12 +27,13 @@ def mlstm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, chunk_size: 
         h_t = C_t^T q_t / (max(|n_t . q_t|, exp(-m_t)) + 1e-6)
 
     On the CPU a kernel goes step by step. Elsewhere it is computed chunk by chunk, as matrix products: masked
-    attention within a chunk, states between chunks.
+    attention within a chunk, states between chunks. On CUDA kernels do so, on tensor cores, 64 steps at a time; with a
+    warning PyTorch's products take their place in float64 or before sm_80.
 
     Args:
         q, k, v: ``(B, L, H, P)``: H heads of P channels. float64, float32, bfloat16 or float16.
         i, f: Gates before exp and sigmoid ``(B, L, H)``.
-        chunk_size: Steps in a chunk. It does not change the result.
+        chunk_size: Steps in a chunk of PyTorch's products. It does not change the result.
 
     Returns:
         ``(B, L, H, P)`` in the widest dtype of `q`, `k` and `v`; states and sums are float32 (float64 for float64).
@@ -51,17 +52,21 @@ def mlstm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, chunk_size: 
     return _operator(q, k, v, i, f, chunk_size).to(dtype)
 
 
-# The kernel's scan has one column more than there are values: n is the state of a value that is always 1. Besides h the
-# operator keeps the states before each chunk of CHUNK steps, m, and n . q. The matrix products need none of them.
+# The CPU's scan has one column more than there are values: n is the state of a value that is always 1. Besides h the
+# operator keeps m, n . q and, on the CPU, the states before each chunk of CHUNK steps; on CUDA they are P / 64 times as
+# large as v, and computed anew. PyTorch's matrix products need none of them.
+
+STORED_ON = ("cpu",)
 
 
 def _kept(q, save):
-    """Where the kernel stores states ``(B, H, chunks, P, P + 1)``, m and n . q ``(B, L, H)``; empty if none is kept."""
+    """Where kernels store states ``(B, H, chunks, P, P + 1)``, m and n . q ``(B, L, H)``; empty if none is kept."""
     batch, length, heads, width = q.shape
-    if not (save and q.device.type == "cpu"):
+    if not (save and q.device.type in ("cpu", "cuda")):
         return tuple(q.new_empty(0) for _ in range(3))
     chunks = (length + CHUNK["cpu"] - 1) // CHUNK["cpu"]
-    return q.new_empty(batch, heads, chunks, width, width + 1), *(q.new_empty(q.shape[:3]) for _ in range(2))
+    states = q.new_empty((batch, heads, chunks, width, width + 1) if q.device.type in STORED_ON else (0,))
+    return states, *(q.new_empty(q.shape[:3]) for _ in range(2))
 
 
 def _chunked(q, k, v, i, f, chunk_size, save, use_scan=False):
@@ -83,8 +88,14 @@ def _scan_inputs(q, k, v, i, log_f, m):
 
 def _forward(backend, q, k, v, i, f, chunk_size, save):
     states, m, denominator = _kept(q, save)
-    i, log_f = i.contiguous(), F.logsigmoid(f).contiguous()
+    i = i.contiguous()
     m = torch.empty_like(i) if m.dim() == 1 else m
+    if backend == "cuda":
+        rows = dict(q=dense_rows(q), k=dense_rows(k), v=dense_rows(v))
+        kept = denominator if save else None
+        h = cuda.forward(**rows, i=i, f=f.contiguous(), eps=EPS, m=m, denominator=kept)
+        return h, *((states, m, denominator) if save else _kept(q, False))
+    log_f = F.logsigmoid(f).contiguous()
     torch.ops.linzoo_cpu.mlstm_maximum_forward(i, log_f, m)
     packed = q.new_empty(q.shape[0], q.shape[1] + q.shape[3], q.shape[2], q.shape[3] + 1)  # last state at the end
     torch.ops.linzoo_cpu.mlstm_forward(**_scan_inputs(q, k, v, i, log_f, m), initial=None, packed=packed, states=states)
@@ -95,8 +106,12 @@ def _forward(backend, q, k, v, i, f, chunk_size, save):
 
 def _backward(backend, dh, q, k, v, i, f, chunk_size, h, states, m, denominator):
     """`mlstm` scales everything by exp(-m), so a gradient passes through m only by `EPS` in the quotient."""
-    if states.dim() == 1:
+    if m.dim() == 1:
         h, states, m, denominator = _forward(backend, q, k, v, i, f, chunk_size, True)
+    if backend == "cuda":
+        rows = {name: dense_rows(x) for name, x in dict(dh=dh, q=q, k=k, v=v).items()}
+        kept = dict(h=h.contiguous(), m=m, denominator=denominator)
+        return cuda.backward(**rows, i=i.contiguous(), f=f.contiguous(), eps=EPS, **kept)
     i, log_f = i.contiguous(), F.logsigmoid(f).contiguous()
     floor = reference.floor(m)
     divisor = torch.maximum(denominator.abs(), floor) + EPS
@@ -127,7 +142,6 @@ _operator = Operator(
     "(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, int chunk_size, bool save) "
     "-> (Tensor h, Tensor states, Tensor m, Tensor denominator)",
     kernel="mlstm",
-    devices=("cpu",),
     reference=_chunked,
     export=_export,
     chunked=functools.partial(_chunked, use_scan=True),
@@ -136,4 +150,5 @@ _operator = Operator(
     fake=lambda q, k, v, i, f, chunk_size, save: (q.new_empty(q.shape), *_kept(q, save)),
     flops=_flops,
     keep_first=True,
+    limit=lambda backend, q, *_: cuda.unsupported(q) if backend == "cuda" else None,
 )
