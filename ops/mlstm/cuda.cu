@@ -16,7 +16,7 @@
 
 constexpr int kSteps = 64;  // of a chunk
 constexpr int kWide = 48;   // columns of a result, and rows of a state, that a block computes
-constexpr int kDeep = 32;   // terms of a product that lie in shared memory at once
+constexpr int kDeep = 16;   // terms of a product that lie in shared memory at once
 constexpr int kBlocks = kWide / 8;
 
 __device__ __forceinline__ float exp_of(double x) { return exp2_(static_cast<float>(x * 1.4426950408889634)); }
@@ -26,7 +26,9 @@ struct Chunk {
   i64 b, h, L, H, chunk, chunks;
   int start, count;
   __device__ __forceinline__ Chunk(i64 head, i64 chunk, i64 L, i64 H)
-      : b(head / H), h(head % H), L(L), H(H), chunk(chunk), chunks((L + kSteps - 1) / kSteps) {
+      : L(L), H(H), chunk(chunk), chunks((L + kSteps - 1) / kSteps) {
+    b = static_cast<unsigned>(head) / static_cast<unsigned>(H);  // 32-bit divisions are a tenth of 64-bit ones
+    h = head - b * H;
     start = static_cast<int>(chunk) * kSteps;
     count = smaller(kSteps, static_cast<int>(L) - start);
   }
@@ -37,23 +39,26 @@ struct Chunk {
 // Rows of some columns on their way from global to shared memory, the part of a thread; 0 beyond what is there.
 template <int kRows, int kColumns, int kWidth, int V>
 struct Piece {
-  static constexpr int kCount = kRows * kColumns / V / kWidth;  // accesses of each of kWidth threads
-  static_assert(kCount * V * kWidth == kRows * kColumns, "threads share the piece evenly");
+  static constexpr int kAll = kRows * kColumns / V, kCount = (kAll + kWidth - 1) / kWidth;  // accesses, of a thread
   float x[kCount][V];
   __device__ __forceinline__ static int row(int i) { return (threadIdx.x + i * kWidth) / (kColumns / V); }
   __device__ __forceinline__ static int column(int i) { return (threadIdx.x + i * kWidth) % (kColumns / V) * V; }
+  __device__ __forceinline__ static bool has(int i) { return kAll % kWidth == 0 || row(i) < kRows; }
   __device__ __forceinline__ void fetch(const float* from, i64 stride, int rows, int columns) {
+    const unsigned bytes = static_cast<unsigned>(stride) * sizeof(float);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
 #pragma unroll
       for (int v = 0; v < V; ++v) x[i][v] = 0;
-      if (row(i) < rows && column(i) < columns) unpack(x[i], read<V>(from + row(i) * stride + column(i)));
+      if (has(i) && row(i) < rows && column(i) < columns) unpack(x[i], read<V>(advance(from + column(i), row(i), bytes)));
     }
   }
   template <int kStride>
   __device__ __forceinline__ void put(float (*to)[kStride]) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) store(&to[row(i)][column(i)], x[i]);
+    for (int i = 0; i < kCount; ++i) {
+      if (has(i)) store(&to[row(i)][column(i)], x[i]);
+    }
   }
 };
 
@@ -98,11 +103,11 @@ __device__ __forceinline__ void add_to(float (&d)[N][4], const float (&part)[N][
   }
 }
 
-using Rows40 = float[kSteps][kDeep + 8];
+using Terms = float[kSteps][kDeep + 8];
 
 // scores_rc += x_r . y_c, of the 16 rows from `first` on, for kDeep terms; only for blocks of columns where `needed`.
 template <class Needed>
-__device__ __forceinline__ void add_scores(float (&scores)[kSteps / 8][4], const Rows40& x, const Rows40& y, int first,
+__device__ __forceinline__ void add_scores(float (&scores)[kSteps / 8][4], const Terms& x, const Terms& y, int first,
                                            const Lane& own, const Needed& needed) {
   float part[kSteps / 8][4] = {};
 #pragma unroll
@@ -118,8 +123,7 @@ __device__ __forceinline__ void add_scores(float (&scores)[kSteps / 8][4], const
 
 // --- the gates ------------------------------------------------------------------------------------------------------
 
-constexpr float kNothing = -1e30f;      // for -inf, which would leave NaNs
-constexpr double kForgotten = -10000.;  // least g: its decay is 0
+constexpr float kNothing = -1e30f;  // for -inf, which would leave NaNs
 
 __device__ __forceinline__ float log_sigmoid(float f) { return -softplus(-f); }
 
@@ -166,7 +170,7 @@ __global__ void __launch_bounds__(32)
     double sum = 0;
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      sum += larger(static_cast<double>(log_f[k] + previous - m[k]), kForgotten);
+      sum += static_cast<double>(larger(log_f[k] + previous - m[k], -10000.f));  // whose decay is 0
       since[k] = sum, previous = m[k];
     }
     double total = sum;  // of the lanes so far that are of the same chunk
@@ -251,10 +255,11 @@ __global__ void __launch_bounds__(32 * kRows)
 #pragma unroll
   for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
   if (!there || threadIdx.x % 32) return;
-  const float floor = floor_of(m_[at]), n = denominator_[at], divisor = larger(fabsf(n), floor) + float(eps);
-  scale[at] = 1 / divisor;
+  const float floor = floor_of(m_[at]), n = denominator_[at], least = static_cast<float>(eps);
+  const float over = reciprocal(larger(fabsf(n), floor) + least);
+  scale[at] = over;
   extra[at] = fabsf(n) > floor ? (n > 0 ? -sum : sum) : 0.f;
-  dm[at] = -sum / divisor * float(eps);
+  dm[at] = -sum * over * least;
 }
 
 // --- the states -----------------------------------------------------------------------------------------------------
@@ -266,7 +271,7 @@ __global__ void __launch_bounds__(32 * kRows)
 //
 // A block has 48 rows and 48 columns of it, a warp 16 rows.
 template <bool kBackward, int V>
-__global__ void __launch_bounds__(96)
+__global__ void __launch_bounds__(96, 4)
     carry(const float* x_, i64 x_batch, i64 x_token, i64 x_head, const float* z_, i64 z_batch, i64 z_token, i64 z_head,
           const double* since_, const float* factor_, const float* extra_, i64 L, i64 H, i64 P, i64 tiles,
           float* states) {
@@ -274,8 +279,9 @@ __global__ void __launch_bounds__(96)
   alignas(16) __shared__ float x[kSteps][kWide + 8], z[kSteps][kWide + 8];
   __shared__ float weight[kSteps], extra[kSteps], whole;
   const Lane own;
-  const int row_tile = static_cast<int>(blockIdx.x % tiles), column_tile = static_cast<int>(blockIdx.x / tiles % tiles);
-  const i64 head = blockIdx.x / (tiles * tiles);
+  const unsigned across = static_cast<unsigned>(tiles), task = blockIdx.x / across;
+  const int row_tile = static_cast<int>(blockIdx.x % across), column_tile = static_cast<int>(task % across);
+  const i64 head = task / across;
   const int top = row_tile * kWide, aside = column_tile * kWide, first = threadIdx.x / 32 * 16;
   const i64 chunks = (L + kSteps - 1) / kSteps;
   Piece<kSteps, kWide, kWidth, V> xs, zs;
@@ -371,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   constexpr bool kLater = kOut == kToK || kOut == kToV, kTurned = kOut == kToQ || kOut == kToK;
   union Work {  // one after the other
     struct {
-      Rows40 x, y;
+      Terms x, y;
       float state[kTurned ? kWide : kDeep][kTurned ? kDeep + 8 : kWide + 4];
     } terms;
     float z[kSteps][kWide + 4];
@@ -380,9 +386,10 @@ __global__ void __launch_bounds__(kThreads, 3)
   __shared__ double since[kSteps];
   __shared__ float left[kSteps], right[kSteps], extra[kSteps];
   const Lane own;
-  const int tile = static_cast<int>(blockIdx.x % tiles), aside = tile * kWide;
-  const i64 chunks = (L + kSteps - 1) / kSteps;
-  const Chunk c(blockIdx.x / tiles / chunks, blockIdx.x / tiles % chunks, L, H);
+  const unsigned across = static_cast<unsigned>(tiles), chunks = static_cast<unsigned>((L + kSteps - 1) / kSteps);
+  const unsigned task = blockIdx.x / across;
+  const int tile = static_cast<int>(blockIdx.x % across), aside = tile * kWide;
+  const Chunk c(task / chunks, task % chunks, L, H);
   // Rows have unequally many columns: blocks give them to different schedulers.
   const int first = static_cast<int>((threadIdx.x / 32 + blockIdx.x) % 4) * 16;
   const auto needed = [&](int j) { return kLater ? 8 * j + 8 > first : 8 * j < first + 16; };
@@ -476,10 +483,10 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int i = 0; i < 2; ++i) {
     const int r = first + own.g + 8 * i;
     const i64 at = c.at(r);
-    float divisor = 1, products[2] = {};
+    float over = 1, products[2] = {};
     if (kOut == kRead) {
       const float with_q = own.sum_of_row(sum[i] + factor[i] * with_n[i]);
-      divisor = larger(fabsf(with_q), floor_of(m_[at])) + float(eps);
+      over = reciprocal(larger(fabsf(with_q), floor_of(m_[at])) + static_cast<float>(eps));
       if (denominator && tile == 0 && own.q == 0 && r < c.count) denominator[at] = with_q;
     }
     const float* row = own_ + c.b * own_batch + (c.start + smaller(r, c.count - 1)) * own_token + c.h * own_head;
@@ -492,7 +499,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         float& x = out[j][2 * i + k];
         float before = of_state[j][2 * i + k];
         if (kTurned) before += (kOut == kToQ ? extra[r] : 1.f) * n[column];
-        x = (x + factor[i] * before) / divisor;
+        x = (x + factor[i] * before) * over;
         if (kTurned) products[0] += row[column] * factor[i] * before, products[1] += row[column] * x;
       }
       const float two[2] = {out[j][2 * i], out[j][2 * i + 1]};
@@ -531,7 +538,7 @@ __global__ void __launch_bounds__(kThreads, 3)
           i64 tiles, float* dg, float* di) {
   union Work {  // one after the other
     struct {
-      Rows40 x, y;
+      Terms x, y;
     } terms;
     float pairs[kSteps][kSteps + 1];
   };
@@ -539,7 +546,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   __shared__ double since[kSteps];
   __shared__ float scale[kSteps], beta[kSteps], extra[kSteps], reads[kSteps], writes[kSteps], parts[kThreads / 32];
   const Lane own;
-  const i64 chunks = (L + kSteps - 1) / kSteps;
+  const unsigned chunks = static_cast<unsigned>((L + kSteps - 1) / kSteps);
   const Chunk c(blockIdx.x / chunks, blockIdx.x % chunks, L, H);
   const int first = static_cast<int>((threadIdx.x / 32 + blockIdx.x) % 4) * 16, t = threadIdx.x;
   const auto needed = [&](int j) { return 8 * j < first + 16; };

@@ -19,6 +19,7 @@ from linzoo.ops import (
     deform_conv,
     diagonal_scan,
     kernel_cache,
+    mlstm,
     rational,
     scan_order,
     selective_scan,
@@ -249,6 +250,12 @@ def wkv_case(run, B, L, H, N, P, steps=None, decay=0.0, grow=1.0, **options):
     return run, x, dict(order=order_of(steps, length=L) if steps else None, **options)
 
 
+def mlstm_case(B, L, H, P, scale=1.0, forget=0.0):
+    """`scale` multiplies the gates; `forget` is added to f. (The gradient of a single q is 0, but for roundings.)"""
+    x = {name: normal(B, L, H, P) for name in "qkv"} | {name: scale * normal(B, L, H) for name in "if"}
+    return mlstm, x | dict(q=x["q"] / (1 if L > 1 else 100), f=x["f"] + forget), {}
+
+
 def bi_case(B, L, C, steps=None, **options):
     x = dict(k=normal(B, L, C), v=normal(B, L, C), w=normal(C), u=normal(C))
     return bi_wkv, x, dict(order=order_of(B, steps, length=L) if steps else None, **options)
@@ -339,6 +346,14 @@ CASES = {
         lambda: wkv_case(wkv7, 2, 37, 2, 32, 32, steps=30),
         lambda: wkv_case(wkv7, 1, 130, 1, 64, 64),
     ],
+    "mlstm": [
+        lambda: mlstm_case(2, 50, 2, 16),
+        *(functools.partial(mlstm_case, 1, L, 1, 16) for L in (1, 15, 16, 17, 64, 65, 130)),
+        lambda: mlstm_case(1, 70, 2, 96),
+        lambda: mlstm_case(1, 70, 1, 19),  # rows that are not read four channels at a time
+        *(functools.partial(mlstm_case, 1, 130, 1, 16, 20.0, forget) for forget in (-40.0, 0.0, 10.0)),
+        lambda: mlstm_case(1, 600, 1, 16, 3.0, 3.0),  # gates 256 steps at a time
+    ],
     "ssm_kernel": [
         lambda: kernel_case(3, 5, 75),
         lambda: kernel_case(2, 33, 600, channels=(2,), discretization="bilinear"),
@@ -392,8 +407,8 @@ def assert_case(case, dtype, compute, device="cpu"):
         assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
 
 
-def serves(op, dtype):  # ssm_kernel computes in float32 at least
-    return op != "ssm_kernel" or dtype in (torch.float32, torch.float64)
+def serves(op, dtype):  # ssm_kernel computes in float32 at least, mlstm in float32
+    return not (op == "ssm_kernel" and dtype.itemsize == 2 or op == "mlstm" and dtype == torch.float64)
 
 
 def every_case(*dtypes):
@@ -483,6 +498,7 @@ def test_emulated_empty_batch(emulated_cuda):
     cases = {
         "selective_scan": scan_case(0, 20, 2, 5, 1, 2, merge=True),
         "wkv": wkv_case(wkv6, 0, 20, 2, 5, 5),
+        "mlstm": mlstm_case(0, 20, 2, 16),
         "rational": rational_case(0, 6, 1, 2),
         "deform_conv": deform_case(0, 4, 4, 1, 3),
         "diagonal_scan": diagonal_case((0, 5, 3), (3,)),
@@ -517,6 +533,28 @@ def test_wide_heads_fall_back_aloud(emulated_cuda):
     run, x, options = wkv_case(wkv6, 1, 3, 1, 130, 4)
     with pytest.warns(RuntimeWarning, match="wkv runs on its slow PyTorch reference: .* at most 128 channels, got 130"):
         run(**x, **options)
+
+
+def test_mlstm_in_float64_falls_back_aloud(emulated_cuda):
+    emulated_cuda("mlstm")
+    run, x, options = mlstm_case(1, 5, 1, 4)
+    with pytest.warns(RuntimeWarning, match="mlstm runs on its slow PyTorch reference: .* in float32, got torch.float6"):
+        run(**x, **options)
+
+
+def test_emulated_mlstm_does_not_lose_digits_with_length(emulated_cuda):
+    """Gates that forget next to nothing, or all at times: differences of sums are taken in double precision."""
+    torch.manual_seed(0)
+    emulated_cuda("mlstm")
+    run, x, options = mlstm_case(1, 1000, 1, 16, forget=8.0)
+    x["f"][:, ::50] = -3000
+    x = {name: t.float() for name, t in x.items()}
+    got = results(run, prepare(x, torch.float32), options)
+    with use_backend("reference"):
+        expected = results(run, prepare({n: t.double() for n, t in x.items()}, torch.float64), options, torch.float32)
+    for name, a, b in zip(("y", *x), got, expected, strict=True):
+        error = (a.double() - b).abs().max() / b.abs().max()
+        assert error <= 2e-5, f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("run", (wkv6, wkv7))
@@ -598,6 +636,7 @@ def opcheck(op, case, device):
         "causal_conv1d": (order, True),
         "deform_conv": (1, 1, 1, 1.0),
         "diagonal_scan": (True,),
+        "mlstm": (64, True),
         "rational": (),
         "selective_scan": (True, order, False, True),
         "wkv6": (order, True, True),
