@@ -7,10 +7,12 @@
 //
 // Steps are taken in chunks of 64. `maximum` goes through the gates; `carry` takes the states from chunk to chunk, and
 // backwards their adjoints D, the one sequential part; with these before it, `apply` does all chunks at once: from it
-// come h and the gradients of q, k and v. `through_h` precedes the backward pass, `gates` and `maximum_backward` end it.
+// come h and the gradients of q, k and v. `through_h` precedes the backward pass, `gates` and `maximum_backward` end
+// it.
 //
-// since_t, the sum of g from the start of the chunk to step t, is kept in double precision: between two steps, decays
-// are differences of it, and keep their digits. A state lies as (P + 1, P): key by value, and n in the last row.
+// m, and since_t, the sum of g from the start of the chunk to step t, are taken in double precision: decays between two
+// steps are differences of such sums, and keep their digits. A state lies as (P + 1, P): key by value, and n in the
+// last row.
 
 #include "device.cuh"
 
@@ -50,7 +52,8 @@ struct Piece {
     for (int i = 0; i < kCount; ++i) {
 #pragma unroll
       for (int v = 0; v < V; ++v) x[i][v] = 0;
-      if (has(i) && row(i) < rows && column(i) < columns) unpack(x[i], read<V>(advance(from + column(i), row(i), bytes)));
+      if (has(i) && row(i) < rows && column(i) < columns)
+        unpack(x[i], read<V>(advance(from + column(i), row(i), bytes)));
     }
   }
   template <int kStride>
@@ -123,14 +126,14 @@ __device__ __forceinline__ void add_scores(float (&scores)[kSteps / 8][4], const
 
 // --- the gates ------------------------------------------------------------------------------------------------------
 
-constexpr float kNothing = -1e30f;  // for -inf, which would leave NaNs
+constexpr double kNothing = -1e30;  // for -inf, which would leave NaNs
 
 __device__ __forceinline__ float log_sigmoid(float f) { return -softplus(-f); }
 
 // m -> max(slope + m, least), a step or many of the recurrence.
 struct Leap {
-  float slope = 0, least = kNothing;
-  __device__ __forceinline__ float of(float m) const { return larger(slope + m, least); }
+  double slope = 0, least = kNothing;
+  __device__ __forceinline__ double of(double m) const { return larger(slope + m, least); }
   __device__ __forceinline__ Leap then(const Leap& o) const { return {slope + o.slope, o.of(least)}; }
 };
 
@@ -141,10 +144,10 @@ __global__ void __launch_bounds__(32)
   const int lane = threadIdx.x;
   const i64 head = (blockIdx.x / H) * L * H + blockIdx.x % H;
   const float root = 1 / sqrtf(static_cast<float>(P));
-  float before = kNothing;  // m of the last step of the lanes' steps before
+  double before = kNothing;  // m of the last step of the lanes' steps before
   for (i64 start = 0; start < L; start += 32 * kOwn) {
-    float i[kOwn], log_f[kOwn], m[kOwn];
-    double since[kOwn];
+    float i[kOwn], log_f[kOwn];
+    double m[kOwn], since[kOwn];
     const i64 first = start + lane * kOwn;
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
@@ -160,17 +163,14 @@ __global__ void __launch_bounds__(32)
       const Leap past{__shfl_sync(0xffffffffu, all.slope, from), __shfl_sync(0xffffffffu, all.least, from)};
       if (lane >= offset) all = past.then(all);
     }
-    const float left = all.of(before), from_left = __shfl_sync(0xffffffffu, left, larger(lane - 1, 0));
-    float walked = lane ? from_left : before;
+    const double left = all.of(before), from_left = __shfl_sync(0xffffffffu, left, larger(lane - 1, 0));
+    double walked = lane ? from_left : before;
 #pragma unroll
-    for (int k = 0; k < kOwn; ++k) m[k] = walked = larger(log_f[k] + walked, i[k]);
-    // What the lane before has walked to differs from `from_left` by roundings: the decays join what is stored.
-    const float last = __shfl_sync(0xffffffffu, walked, larger(lane - 1, 0));
-    float previous = lane ? last : before;
-    double sum = 0;
+    for (int k = 0; k < kOwn; ++k) m[k] = walked = larger<double>(log_f[k] + walked, i[k]);
+    double previous = lane ? from_left : before, sum = 0;
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      sum += static_cast<double>(larger(log_f[k] + previous - m[k], -10000.f));  // whose decay is 0
+      sum += larger(log_f[k] + previous - m[k], -1e4);  // whose decay is 0
       since[k] = sum, previous = m[k];
     }
     double total = sum;  // of the lanes so far that are of the same chunk
@@ -183,9 +183,9 @@ __global__ void __launch_bounds__(32)
     for (int k = 0; k < kOwn; ++k) {
       if (first + k >= L) continue;
       const i64 at = head + (first + k) * H;
-      m_[at] = m[k];
+      m_[at] = static_cast<float>(m[k]);
       since_[at] = total - sum + since[k];
-      beta_[at] = exp_(i[k] - m[k]) * root;
+      beta_[at] = exp_of(i[k] - m[k]) * root;
     }
     before = __shfl_sync(0xffffffffu, walked, 31);
   }
@@ -430,8 +430,8 @@ __global__ void __launch_bounds__(kThreads, 3)
       const Halves<4> row = own.rows(work.terms.x + first, k);
 #pragma unroll
       for (int j = 0; j < kBlocks; ++j) {
-        mma(part[j], row, kTurned ? own.transposed(work.terms.state + 8 * j, k)
-                                  : own.columns(work.terms.state + k, 8 * j));
+        mma(part[j], row,
+            kTurned ? own.transposed(work.terms.state + 8 * j, k) : own.columns(work.terms.state + k, 8 * j));
       }
       if (kOut == kRead) {
 #pragma unroll
