@@ -269,30 +269,32 @@ __global__ void __launch_bounds__(32 * kRows)
 //   S becomes exp(since_end) S + sum_s beta_s exp(since_end - since_s) k_s v_s^T,     n the same with 1 for v_s
 //   D becomes exp(since_end) D + sum_t scale_t exp(since_t) q_t dh_t^T,               extra_t for dh_t
 //
-// A block has 48 rows and 48 columns of it, a warp 16 rows.
+// A block has 48 rows and 48 columns of it, a warp 16 rows. It reads half of a chunk at a time.
+constexpr int kHalf = kSteps / 2, kWidth = 2 * kWide;
+
 template <bool kBackward, int V>
-__global__ void __launch_bounds__(96, 4)
+__global__ void __launch_bounds__(kWidth, 5)
     carry(const float* x_, i64 x_batch, i64 x_token, i64 x_head, const float* z_, i64 z_batch, i64 z_token, i64 z_head,
           const double* since_, const float* factor_, const float* extra_, i64 L, i64 H, i64 P, i64 tiles,
           float* states) {
-  constexpr int kWidth = 96;
-  alignas(16) __shared__ float x[kSteps][kWide + 8], z[kSteps][kWide + 8];
-  __shared__ float weight[kSteps], extra[kSteps], whole;
+  alignas(16) __shared__ float x[kHalf][kWide + 8], z[kHalf][kWide + 8];
+  __shared__ float weight[kHalf], extra[kHalf], whole;
   const Lane own;
   const unsigned across = static_cast<unsigned>(tiles), task = blockIdx.x / across;
   const int row_tile = static_cast<int>(blockIdx.x % across), column_tile = static_cast<int>(task % across);
   const i64 head = task / across;
   const int top = row_tile * kWide, aside = column_tile * kWide, first = threadIdx.x / 32 * 16;
   const i64 chunks = (L + kSteps - 1) / kSteps;
-  Piece<kSteps, kWide, kWidth, V> xs, zs;
+  Piece<kHalf, kWide, kWidth, V> xs, zs;
   double since = 0, end = 0;
   float factor = 0, more = 0;
-  const auto fetch = [&](i64 i) {
-    const Chunk c(head, kBackward ? chunks - 1 - i : i, L, H);
-    xs.fetch(x_ + c.b * x_batch + c.start * x_token + c.h * x_head + top, x_token, c.count, int(P) - top);
-    zs.fetch(z_ + c.b * z_batch + c.start * z_token + c.h * z_head + aside, z_token, c.count, int(P) - aside);
-    const int t = threadIdx.x;
-    if (t < kSteps) {
+  const auto fetch = [&](int i) {
+    const Chunk c(head, kBackward ? chunks - 1 - i / 2 : i / 2, L, H);
+    const int begin = i % 2 * kHalf, count = c.count - begin, t = begin + static_cast<int>(threadIdx.x);
+    const i64 start = c.start + begin;
+    xs.fetch(x_ + c.b * x_batch + start * x_token + c.h * x_head + top, x_token, count, static_cast<int>(P) - top);
+    zs.fetch(z_ + c.b * z_batch + start * z_token + c.h * z_head + aside, z_token, count, static_cast<int>(P) - aside);
+    if (threadIdx.x < kHalf) {
       since = since_[c.at(t)], end = since_[c.at(kSteps - 1)];
       factor = t < c.count ? factor_[c.at(t)] : 0.f;
       more = kBackward ? extra_[c.at(t)] : 1.f;
@@ -300,34 +302,42 @@ __global__ void __launch_bounds__(96, 4)
   };
   float S[kBlocks][4] = {}, n[2] = {};  // rows g (twice), g + 8 (twice) of columns 8 j + 2q and 8 j + 2q + 1
   fetch(0);
-  for (i64 i = 0; i < chunks; ++i) {
+  for (int i = 0; i < 2 * chunks; ++i) {
     xs.put(x), zs.put(z);
-    if (threadIdx.x < kSteps) {
+    if (threadIdx.x < kHalf) {
       weight[threadIdx.x] = factor * exp_of(kBackward ? since : end - since);
       extra[threadIdx.x] = more;
       if (threadIdx.x == 0) whole = exp_of(end);
     }
     __syncthreads();
-    if (i + 1 < chunks) fetch(i + 1);
-    const Chunk c(head, kBackward ? chunks - 1 - i : i, L, H);
-    float* state = states + c.state(P);
+    if (i + 1 < 2 * chunks) fetch(i + 1);
+    if (i % 2 == 0) {
+      const Chunk c(head, kBackward ? chunks - 1 - i / 2 : i / 2, L, H);
+      float* state = states + c.state(P);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const i64 r = top + first + own.g + 8 * k;
-      if (r >= P) continue;
-      float* at = state + r * P + aside + 2 * own.q;
+      for (int k = 0; k < 2; ++k) {
+        const i64 r = top + first + own.g + 8 * k;
+        if (r >= P) continue;
+        float* at = state + r * P + aside + 2 * own.q;
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) {
+          const float two[2] = {S[j][2 * k], S[j][2 * k + 1]};
+          if (V > 1 && aside + 8 * j + 2 * own.q < P) write(at + 8 * j, two);
+          if (V == 1 && aside + 8 * j + 2 * own.q < P) write_one(at + 8 * j, two[0]);
+          if (V == 1 && aside + 8 * j + 2 * own.q + 1 < P) write_one(at + 8 * j + 1, two[1]);
+        }
+        if (column_tile == 0 && own.q == 0) state[P * P + r] = n[k];
+      }
 #pragma unroll
       for (int j = 0; j < kBlocks; ++j) {
-        const float two[2] = {S[j][2 * k], S[j][2 * k + 1]};
-        if (V > 1 && aside + 8 * j + 2 * own.q < P) write(at + 8 * j, two);
-        if (V == 1 && aside + 8 * j + 2 * own.q < P) write_one(at + 8 * j, two[0]);
-        if (V == 1 && aside + 8 * j + 2 * own.q + 1 < P) write_one(at + 8 * j + 1, two[1]);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) S[j][k] *= whole;
       }
-      if (column_tile == 0 && own.q == 0) state[P * P + r] = n[k];
+      n[0] *= whole, n[1] *= whole;
     }
     float part[kBlocks][4] = {}, sums[2] = {};
 #pragma unroll
-    for (int s = 0; s < kSteps; s += 8) {
+    for (int s = 0; s < kHalf; s += 8) {
       const int one = s + own.q, two = one + 4, r = first + own.g;  // the terms
       const float a[4] = {x[one][r] * weight[one], x[one][r + 8] * weight[one], x[two][r] * weight[two],
                           x[two][r + 8] * weight[two]};
@@ -340,13 +350,8 @@ __global__ void __launch_bounds__(96, 4)
       sums[0] += a[0] * extra[one] + a[2] * extra[two];
       sums[1] += a[1] * extra[one] + a[3] * extra[two];
     }
-#pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) S[j][k] = S[j][k] * whole + part[j][k];
-    }
-#pragma unroll
-    for (int k = 0; k < 2; ++k) n[k] = n[k] * whole + own.sum_of_row(sums[k]);
+    add_to(S, part);
+    n[0] += own.sum_of_row(sums[0]), n[1] += own.sum_of_row(sums[1]);
     __syncthreads();
   }
 }
