@@ -364,6 +364,13 @@ def scan_instances(dtype, one_state=ONE_STATE, scans=SCANS, ends=(False, True)):
 WKV = (("forward6", 64), ("backward6", 64), ("forward7", 64), ("backward7", 64))
 
 
+def mlstm_instances(width=4):
+    """Instances of mlstm for heads of any size whose rows are read `width` channels at a time."""
+    kernels = (("carry", False), ("carry", True), *(("apply", out) for out in range(4)), ("gates",))
+    gates = ("maximum<8>", "maximum_backward<8>", "through_h<4>")
+    return [("mlstm", name) for name in (*gates, *(template(*kernel, width) for kernel in kernels))]
+
+
 def usual_instances(dtypes=(torch.float32, torch.bfloat16)):
     """(operator, template instance) pairs that are launched when the published models are trained."""
     out = []
@@ -377,7 +384,7 @@ def usual_instances(dtypes=(torch.float32, torch.bfloat16)):
     for flag in (False, True):
         out.append(("selective_scan", template("carry", torch.float32, flag)))
         out += [("wkv", template(kernel, torch.float32, flag)) for kernel in ("bi_ends", "bi_carry", "bi_sweep")]
-    out += [("wkv", template(*kernel)) for kernel in WKV]
+    out += [("wkv", template(*kernel)) for kernel in WKV] + mlstm_instances()
     return sorted(set(out))
 
 

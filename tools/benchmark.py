@@ -387,6 +387,7 @@ CUDA_OPS = OPS | {
     "causal_conv1d": (causal_conv1d_case, [{"B": 64, "L": 197, "G": 2, "C": 768}]),
     "deform_conv": (deform_conv_case, [{"B": 32, "H": 64, "W": 64, "C": 64, "G": 4}]),
     "diagonal_scan": (diagonal_scan_case, [{"B": 32, "L": 1024, "P": 384}]),
+    "mlstm": (mlstm_case, [{"B": 8, "L": 3136, "H": 4, "P": 96}, {"B": 128, "L": 196, "H": 4, "P": 192}]),
     "rational": (rational_case, [{"B": 128, "L": 197, "C": 3072}]),
     "selective_scan": (
         selective_scan_case,

@@ -31,6 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from linzoo.ops import compile_cuda, nc_ssd, ssd
 from linzoo.ops.compile_cuda import template
+from linzoo.ops.mlstm import cuda as mlstm_cuda
+from linzoo.ops.mlstm import reference as mlstm_reference
 from linzoo.ops.selective_scan import cuda
 
 REMEDY = "install the CUDA toolkit, `pip install nvidia-cuda-nvdisasm`, or PyTorch's triton, which has it, too"
@@ -230,6 +232,9 @@ KERNELS = (
     Kernel("wkv", template("forward", F, 64, True), 1, 64),
     Kernel("wkv", template("backward", F, 64, False), 1, 64),
     Kernel("wkv", template("backward", F, 64, True), 1, 64),
+    *(Kernel("mlstm", template("carry", b, 4), 32, 96) for b in (False, True)),  # half a chunk of a tile of 48 x 48
+    *(Kernel("mlstm", template("apply", out, 4), 1) for out in range(4)),  # these two: 16 terms of a chunk's products
+    Kernel("mlstm", template("gates", 4), 1),
     Kernel("rational", template("forward", F, F, 4), 16),
     Kernel("rational", template("forward", H, F, 4), 16),
     Kernel("rational", template("backward", F, F, 4), 16),
@@ -420,6 +425,90 @@ def predict_heads(x: Heads, kernel: str, version: int = 6) -> dict:
     return ms | dict(low=max(ms.values()) / 0.8)
 
 
+class Memory(NamedTuple):
+    """A shape of `mlstm`."""
+
+    batch: int
+    steps: int
+    heads: int
+    channels: int
+
+
+MEMORIES = (Memory(8, 3136, 4, 96), *(Memory(128, 196, 4, channels) for channels in (96, 192, 384)))
+
+
+def _passes(x: Memory, kernel: str) -> list[tuple]:
+    """Kernels of `mlstm`: name, blocks, threads, iterations of the loop that writes, rows and states moved."""
+    heads, chunks, tiles = x.batch * x.heads, -(-x.steps // 64), -(-x.channels // 48)
+    gates, all_ = -(-x.steps // 256), heads * chunks
+    states = [(template("carry", b, 4), heads * tiles**2, 96, 2 * chunks, 2, 1) for b in (False, True)]
+    apply = [(template("apply", out, 4), all_ * tiles, 128, 1, 4 if out in (0, 3) else 5, 1) for out in range(4)]
+    forward = [(mlstm_cuda.MAXIMUM, heads, 32, gates, 0, 0), states[0]]
+    if kernel == "forward":
+        return [*forward, apply[0]]
+    first = (mlstm_cuda.THROUGH_H, heads * x.steps // 4, 128, 1, 2, 0)
+    last = (template("gates", 4), all_, 128, 1, 4, 2), (mlstm_cuda.MAXIMUM_BACKWARD, heads, 32, gates, 0, 0)
+    return [first, *forward, states[1], *apply[1:], *last]
+
+
+def _executed(sass: Sass, x: Memory, iterations: int) -> list[tuple[Instruction, float]]:
+    """The instructions of a warp, each with how often it runs: loops with products go through the channels."""
+    times = dict.fromkeys((i.address for i in sass.code), 1.0)
+    loops = sass.loops()
+    wide = max((widths(body, "LDG").count(16) for body in loops if not count(body, "HMMA")), default=0)
+    for body in loops:
+        trips = 1.0
+        if count(body, *STORES) and (count(body, "HMMA") or count(body, "BAR") or len(sass.code) < 1200):
+            trips = iterations
+        elif count(body, "HMMA"):
+            trips = -(-x.channels // 16)
+        elif wide and widths(body, "LDG").count(16) == wide:  # the states with their adjoints
+            trips = 2 * (x.channels + 1) * x.channels / 512 / wide
+        elif count(body, "LDS") and not count(body, "LDG", *STORES):  # the pairs of a chunk, four steps at a time
+            trips = 16
+        for i in body:
+            times[i.address] *= trips
+    return [(i, times[i.address]) for i in sass.code]
+
+
+def predict_memory(x: Memory, kernel: str) -> dict:
+    """Milliseconds of `mlstm` on an H100 by bound, of all its kernels; `low` sums the largest of each, at 80 %.
+
+    `chunked_gb`: what PyTorch's matrix products in its place move, and `chunked` the milliseconds of that.
+    """
+    ms, low = dict.fromkeys(("issue", "tensor", "shared", "latency", "hbm"), 0.0), 0.0
+    row, state = (4 * x.batch * x.heads * x.channels * n for n in (x.steps, -(-x.steps // 64) * (x.channels + 1)))
+    for name, blocks, threads, iterations, rows, states in _passes(x, kernel):
+        sass = read("mlstm", name)
+        executed = _executed(sass, x, iterations)
+        slots = SMS * resident_warps(sass.registers, sass.shared, threads) * 32 // threads
+        rounds = -(-blocks // slots) * slots if blocks > slots else blocks  # of a block, with the tail
+        warps, busy = threads // 32, min(SMS, blocks)
+
+        def cycles(cost, executed=executed, rounds=rounds, warps=warps, busy=busy):
+            return rounds * warps * sum(n * cost(i) for i, n in executed) / busy
+
+        deepest = max((n for i, n in executed if _is(i, "LDG")), default=0)
+        waits = ROUND_TRIP * (1 + deepest) + sum(n * (2 + BARRIER * _is(i, "BAR")) for i, n in executed)
+        bounds = dict(
+            issue=cycles(lambda i: 1) / min(4, warps * max(slots // SMS, 1)),
+            tensor=cycles(lambda i: PRODUCT * _is(i, "HMMA")),
+            shared=cycles(lambda i: max(i.bytes // 4, 1) * _is(i, "LDS", "STS")),
+            latency=rounds * waits / min(slots, blocks),
+        )
+        bounds = {key: 1e3 * n / CLOCK for key, n in bounds.items()}
+        bounds["hbm"] = 1e3 * (rows * row + states * state) / BANDWIDTH
+        ms = {key: ms[key] + n for key, n in bounds.items()}
+        low += max(bounds.values()) / 0.8
+    q, k, v = (torch.empty(*x, device="meta", requires_grad=kernel == "backward") for _ in range(3))
+    i, f = (torch.empty(*x[:3], device="meta", requires_grad=kernel == "backward") for _ in range(2))
+    with Traffic() as moved:
+        h = mlstm_reference.chunked(q, k, v, i, f, 1e-6, 64)
+        if kernel == "backward":  # the operator runs the products again for it
+            torch.autograd.grad(h, (q, k, v, i, f), torch.empty_like(h))
+    return ms | dict(low=low, chunked_gb=moved.bytes / 1e9, chunked=1e3 * moved.bytes / BANDWIDTH)
+
+
 class Traffic(TorchDispatchMode):
     """Counts what PyTorch's kernels read and write, each element once per operation; views are free."""
 
@@ -551,6 +640,19 @@ The same, along one order.
 """
 
 
+MODEL_MEMORY = """
+## mlstm
+
+Float32, ViL's heads; milliseconds summed over the kernels of a pass, `low` the sum of each one's largest bound. `hbm`:
+each kernel reads and writes for itself, blocks of one kernel share the cache. `chunked GB` is what PyTorch's matrix
+products move, which served before, operation by operation, and `chunked` the milliseconds of HBM of that; backward they
+run again.
+
+| pass | B | L | H | P | issue | tensor | shared | latency | hbm | low | chunked GB | chunked |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
 MODEL_DUALITY = """
 ## ssd and nc_ssd
 
@@ -580,7 +682,11 @@ def _lines_of_dualities() -> list[str]:
 def model() -> str:
     """The performance model's tables, as Markdown."""
     tables = ((MODEL, _lines_of_scans()), (MODEL_SHARED, _lines_of_shared()), (MODEL_HEADS, _lines_of_heads(6)))
-    tables += ((MODEL_HEADS7, _lines_of_heads(7)), (MODEL_DUALITY, _lines_of_dualities()))
+    tables += (
+        (MODEL_HEADS7, _lines_of_heads(7)),
+        (MODEL_MEMORY, _lines_of_memories()),
+        (MODEL_DUALITY, _lines_of_dualities()),
+    )
     return "".join(head + "\n".join(lines) + "\n" for head, lines in tables)
 
 
@@ -596,6 +702,12 @@ def _lines_of_shared() -> list[str]:
 def _lines_of_heads(version: int) -> list[str]:
     cells = [(kernel, *x, *(f"{n:.3f}" for n in predict_heads(x, kernel, version).values()))
              for x in HEADS for kernel in ("forward", "backward")]  # fmt: skip
+    return ["| " + " | ".join(map(str, row)) + " |" for row in cells]
+
+
+def _lines_of_memories() -> list[str]:
+    cells = [(kernel, *x, *(f"{n:.3f}" for n in predict_memory(x, kernel).values()))
+             for x in MEMORIES for kernel in ("forward", "backward")]  # fmt: skip
     return ["| " + " | ".join(map(str, row)) + " |" for row in cells]
 
 

@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   };
   alignas(16) __shared__ Work work;
   __shared__ double since[kSteps];
-  __shared__ float left[kSteps], right[kSteps], extra[kSteps];
+  __shared__ float left[kSteps], right[kSteps], extra[kSteps], of_n[kDeep];
   const Lane own;
   const unsigned across = static_cast<unsigned>(tiles), chunks = static_cast<unsigned>((L + kSteps - 1) / kSteps);
   const unsigned task = blockIdx.x / across;
@@ -406,10 +406,12 @@ __global__ void __launch_bounds__(kThreads, 3)
 
   Piece<kSteps, kDeep, kThreads, V> xs, ys;
   Piece<kTurned ? kWide : kDeep, kTurned ? kDeep : kWide, kThreads, V> ss;
+  float next_n = 0;
   const auto fetch = [&](int at) {
-    const int there = static_cast<int>(P) - at, beside = static_cast<int>(P) - aside;
+    const int there = static_cast<int>(P) - at, beside = static_cast<int>(P) - aside, t = threadIdx.x;
     xs.fetch(x + at, x_token, c.count, there);
     ys.fetch(y + at, y_token, c.count, there);
+    if (kOut == kRead && threadIdx.x < kDeep) next_n = t < there ? read<1>(n + at + t).x[0] : 0.f;
     ss.fetch(kTurned ? state + aside * P + at : state + at * P + aside, P, kTurned ? beside : there,
              kTurned ? there : beside);
   };
@@ -426,29 +428,31 @@ __global__ void __launch_bounds__(kThreads, 3)
   float scores[kSteps / 8][4] = {}, of_state[kBlocks][4] = {}, with_n[2] = {};
   for (int at = 0; at < P; at += kDeep) {
     xs.put(work.terms.x), ys.put(work.terms.y), ss.put(work.terms.state);
+    if (kOut == kRead && threadIdx.x < kDeep) of_n[threadIdx.x] = next_n;
     __syncthreads();
     if (at + kDeep < P) fetch(at + kDeep);
-    add_scores(scores, work.terms.x, work.terms.y, first, own, needed);
-    float part[kBlocks][4] = {};
+    if (first < c.count) {
+      add_scores(scores, work.terms.x, work.terms.y, first, own, needed);
+      float part[kBlocks][4] = {};
 #pragma unroll
-    for (int k = 0; k < kDeep; k += 8) {
-      const Halves<4> row = own.rows(work.terms.x + first, k);
+      for (int k = 0; k < kDeep; k += 8) {
+        const Halves<4> row = own.rows(work.terms.x + first, k);
 #pragma unroll
-      for (int j = 0; j < kBlocks; ++j) {
-        mma(part[j], row,
-            kTurned ? own.transposed(work.terms.state + 8 * j, k) : own.columns(work.terms.state + k, 8 * j));
-      }
-      if (kOut == kRead) {
+        for (int j = 0; j < kBlocks; ++j) {
+          mma(part[j], row,
+              kTurned ? own.transposed(work.terms.state + 8 * j, k) : own.columns(work.terms.state + k, 8 * j));
+        }
+        if (kOut == kRead) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int term = at + k + 2 * own.q + i;
-          const float weight = term < P ? n[term] : 0.f;
-          with_n[0] += work.terms.x[first + own.g][k + 2 * own.q + i] * weight;
-          with_n[1] += work.terms.x[first + own.g + 8][k + 2 * own.q + i] * weight;
+          for (int i = 0; i < 2; ++i) {
+            const int term = k + 2 * own.q + i;
+            with_n[0] += work.terms.x[first + own.g][term] * of_n[term];
+            with_n[1] += work.terms.x[first + own.g + 8][term] * of_n[term];
+          }
         }
       }
+      add_to(of_state, part);
     }
-    add_to(of_state, part);
     __syncthreads();
   }
   Piece<kSteps, kWide, kThreads, V> zs;

@@ -72,6 +72,7 @@ def instances():
             out += [("wkv", template(kernel, dtype, channels, flag)) for kernel in ("forward", "backward")]
     heads = ("forward6", "backward6", "forward7", "backward7")
     out += [("wkv", template(kernel, channels)) for kernel in heads for channels in (16, 32, 64)]
+    out += compile_cuda.mlstm_instances(4) + compile_cuda.mlstm_instances(1)
     return sorted(set(out))
 
 
@@ -83,6 +84,8 @@ def budget(name):
         return 256  # pointers, read again once a span: for another block on each multiprocessor
     if name.startswith("backward7"):
         return 160  # mostly addresses, read once a chunk
+    if name.startswith("carry") and name.endswith(" 1>"):
+        return 640  # mlstm, rows read one channel at a time
     return 256 if name.startswith("backward<float, 64") else 64  # 64 states and their adjoints
 
 
@@ -539,7 +542,9 @@ def test_wide_heads_fall_back_aloud(emulated_cuda):
 def test_mlstm_in_float64_falls_back_aloud(emulated_cuda):
     emulated_cuda("mlstm")
     run, x, options = mlstm_case(1, 5, 1, 4)
-    with pytest.warns(RuntimeWarning, match="mlstm runs on its slow PyTorch reference: .* in float32, got torch.float6"):
+    with pytest.warns(
+        RuntimeWarning, match="mlstm runs on its slow PyTorch reference: .* in float32, got torch.float6"
+    ):
         run(**x, **options)
 
 

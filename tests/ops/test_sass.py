@@ -164,6 +164,35 @@ def test_budget_of_wkv():
         assert sass.row(kernel)["lds"] <= loads
 
 
+# Kernel, instructions of a warp in its hot loop, products on tensor cores in it and around it.
+MEMORY = (
+    (template("carry", False, 4), 860, 72, 0),
+    (template("carry", True, 4), 860, 72, 0),
+    *((template("apply", out, 4), 660, 84, 144) for out in range(4)),
+    (template("gates", 4), 340, 48, 48),
+)
+
+
+@needs_tools
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+@pytest.mark.parametrize(("name", "instructions", "products", "around"), MEMORY, ids=str)
+def test_budget_of_mlstm(name, instructions, products, around, arch):
+    kernel = sass.read("mlstm", name, arch)
+    loop = max(kernel.loops(), key=lambda body: (sass.count(body, "HMMA"), len(body)))
+    assert sass.count(loop, "HMMA") == products and sass.count(kernel.code, "HMMA") == products + around
+    assert len(loop) <= instructions and kernel.spills <= 64
+    threads, warps = (96, 15) if name.startswith("carry") else (128, 12)
+    assert sass.resident_warps(kernel.registers, kernel.shared, threads) >= warps
+
+
+@needs_tools
+def test_the_model_says_what_mlstm_saves():
+    for shape in sass.MEMORIES:
+        for kernel in ("forward", "backward"):
+            found = sass.predict_memory(shape, kernel)
+            assert found["low"] < found["chunked"] / 2
+
+
 @needs_tools
 def test_the_model_predicts_what_the_kernels_aim_at():
     """The larger of its bounds, at 80 % of the hardware; HBM if the cache keeps what groups share."""
