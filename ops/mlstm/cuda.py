@@ -31,7 +31,7 @@ def _gates(q, i, f, m):
 
 def _carry(x, z, width, *, backward, factor, extra, since):
     """The states before the chunks, or the adjoints of those after them ``(B, H, chunks, P + 1, P)``."""
-    (B, L, H, P), (sizes, tiles, chunks) = x.shape, _sizes(x)
+    (B, _, H, P), (sizes, tiles, chunks) = x.shape, _sizes(x)
     states = x.new_empty(B, H, chunks, P + 1, P)
     name, rest = cuda.template("carry", backward, width), dict(since=since, factor=factor, extra=extra)
     cuda.launch(NAME, name, B * H * tiles**2, 96, x=x, z=z, **rest, **sizes, tiles=tiles, states=states)
@@ -41,14 +41,15 @@ def _carry(x, z, width, *, backward, factor, extra, since):
 OUT = {"kRead": 0, "kToQ": 1, "kToK": 2, "kToV": 3}
 
 
-def _apply(out, x, y, z, width, *, own=None, scale=None, extra=None, m=None, denominator=None, eps=0.0, **given):
-    """Returns what is asked for, and its products with `own`."""
-    (B, L, H, P), (sizes, tiles, chunks) = x.shape, _sizes(x)
+def _apply(out, x, y, z, width, states, weights, *, own=None, m=None, denominator=None, eps=0.0):
+    """Returns what is asked for, and its products with `own`. `weights`: since and beta, backward scale and extra."""
+    (B, L, H, _), (sizes, tiles, chunks) = x.shape, _sizes(x)
     result = x.new_empty(x.shape)
     sums = None if own is None else x.new_empty(2, tiles, B, L, H)
-    rest = dict(own=own, scale=scale, extra=extra, m=m, denominator=denominator, eps=eps, B=B, tiles=tiles, sums=sums)
+    rest = dict(own=own, m=m, denominator=denominator, eps=eps, B=B, tiles=tiles, sums=sums, states=states)
+    rest |= dict(scale=None, extra=None) | weights
     name, grid = cuda.template("apply", OUT[out], width), B * H * chunks * tiles
-    cuda.launch(NAME, name, grid, cuda.MAX_THREADS, x=x, y=y, z=z, **rest, **sizes, **given, out_=result)
+    cuda.launch(NAME, name, grid, cuda.MAX_THREADS, x=x, y=y, z=z, **rest, **sizes, out_=result)
     return result, sums
 
 
@@ -57,7 +58,7 @@ def forward(*, q, k, v, i, f, eps, m, denominator):
     width = cuda.vector(4, q, k, v)
     gates = _gates(q, i, f, m)
     states = _carry(k, v, width, backward=False, factor=gates["beta"], extra=None, since=gates["since"])
-    return _apply("kRead", q, k, v, width, states=states, m=m, denominator=denominator, eps=eps, **gates)[0]
+    return _apply("kRead", q, k, v, width, states, gates, m=m, denominator=denominator, eps=eps)[0]
 
 
 def backward(*, dh, q, k, v, i, f, eps, h, m, denominator):
@@ -73,12 +74,13 @@ def backward(*, dh, q, k, v, i, f, eps, h, m, denominator):
     since, beta = gates["since"], gates["beta"]
     states = _carry(k, v, width, backward=False, factor=beta, extra=None, since=since)
     adjoints = _carry(q, dh, width, backward=True, factor=scale, extra=extra, since=since)
-    dq, of_q = _apply("kToQ", dh, v, k, width, own=q, states=states, **gates, **rows)
-    dk, of_k = _apply("kToK", v, dh, q, width, own=k, states=adjoints, **gates, **rows)
-    dv, _ = _apply("kToV", k, q, dh, width, states=adjoints, **gates, **rows)
+    weights = gates | rows
+    dq, of_q = _apply("kToQ", dh, v, k, width, states, weights, own=q)
+    dk, of_k = _apply("kToK", v, dh, q, width, adjoints, weights, own=k)
+    dv, _ = _apply("kToV", k, q, dh, width, adjoints, weights)
     given = dict(q=q, k=k, v=v, dh=dh, states=states, adjoints=adjoints, of_q=of_q, of_k=of_k, B=B, tiles=tiles)
     name = cuda.template("gates", width)
-    cuda.launch(NAME, name, B * H * chunks, cuda.MAX_THREADS, **given, **gates, **rows, **sizes, dg=dg, di=di)
+    cuda.launch(NAME, name, B * H * chunks, cuda.MAX_THREADS, **given, **weights, **sizes, dg=dg, di=di)
     named = dict(dm=dm, dg=dg, i=i, f=f, m=m, L=L, H=H, di=di, df=df)
     cuda.launch(NAME, MAXIMUM_BACKWARD, B * H, 32, **named)
     return [dq, dk, dv, di, df]

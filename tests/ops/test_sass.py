@@ -169,7 +169,7 @@ MEMORY = (
     (template("carry", False, 4), 860, 72, 0),
     (template("carry", True, 4), 860, 72, 0),
     *((template("apply", out, 4), 660, 84, 144) for out in range(4)),
-    (template("gates", 4), 340, 48, 48),
+    (template("gates", 4), 410, 48, 48),
 )
 
 
