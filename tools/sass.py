@@ -232,9 +232,7 @@ KERNELS = (
     Kernel("wkv", template("forward", F, 64, True), 1, 64),
     Kernel("wkv", template("backward", F, 64, False), 1, 64),
     Kernel("wkv", template("backward", F, 64, True), 1, 64),
-    *(Kernel("mlstm", template("carry", b, 4), 32, 96) for b in (False, True)),  # half a chunk of a tile of 48 x 48
-    *(Kernel("mlstm", template("apply", out, 4), 1) for out in range(4)),  # these two: 16 terms of a chunk's products
-    Kernel("mlstm", template("gates", 4), 1),
+    *(Kernel("mlstm", template("carry", b, 4), 32, 96) for b in (False, True)),  # steps of 48 x 48 of a state
     Kernel("rational", template("forward", F, F, 4), 16),
     Kernel("rational", template("forward", H, F, 4), 16),
     Kernel("rational", template("backward", F, F, 4), 16),
@@ -458,7 +456,7 @@ def _executed(sass: Sass, x: Memory, iterations: int) -> list[tuple[Instruction,
     wide = max((widths(body, "LDG").count(16) for body in loops if not count(body, "HMMA")), default=0)
     for body in loops:
         trips = 1.0
-        if count(body, *STORES) and (count(body, "HMMA") or count(body, "BAR") or len(sass.code) < 1200):
+        if count(body, *STORES):
             trips = iterations
         elif count(body, "HMMA"):
             trips = -(-x.channels // 16)

@@ -27,8 +27,8 @@ def mlstm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, *, chunk_size: 
         h_t = C_t^T q_t / (max(|n_t . q_t|, exp(-m_t)) + 1e-6)
 
     On the CPU a kernel goes step by step. Elsewhere it is computed chunk by chunk, as matrix products: masked
-    attention within a chunk, states between chunks. On CUDA kernels do so, on tensor cores, 64 steps at a time; with a
-    warning PyTorch's products take their place in float64 or before sm_80.
+    attention within a chunk, states between chunks. On CUDA kernels do so for any P, on tensor cores, 64 steps at a
+    time; in float64, or before sm_80, PyTorch's products take their place, with a warning.
 
     Args:
         q, k, v: ``(B, L, H, P)``: H heads of P channels. float64, float32, bfloat16 or float16.

@@ -5,14 +5,12 @@
 //   S_t = exp(g_t) S_{t-1} + beta_t k_t v_t^T,      n_t = exp(g_t) n_{t-1} + beta_t k_t
 //   h_t = S_t^T q_t / (max(|n_t . q_t|, exp(-m_t)) + eps)
 //
-// Steps are taken in chunks of 64. `maximum` goes through the gates; `carry` takes the states from chunk to chunk, and
-// backwards their adjoints D, the one sequential part; with these before it, `apply` does all chunks at once: from it
-// come h and the gradients of q, k and v. `through_h` precedes the backward pass, `gates` and `maximum_backward` end
-// it.
+// Steps are taken in chunks of 64. `maximum` goes through the gates. `carry`, the one sequential part, takes the states
+// from chunk to chunk, and backwards their adjoints D. Then `apply` does all chunks at once: from it come h and the
+// gradients of q, k and v. The backward pass begins with `through_h` and ends with `gates` and `maximum_backward`.
 //
 // m, and since_t, the sum of g from the start of the chunk to step t, are taken in double precision: decays between two
-// steps are differences of such sums, and keep their digits. A state lies as (P + 1, P): key by value, and n in the
-// last row.
+// steps are differences of such sums, and keep their digits. A state lies as (P + 1, P), key by value and n last.
 
 #include "device.cuh"
 
@@ -39,13 +37,13 @@ struct Chunk {
 };
 
 // Rows of some columns on their way from global to shared memory, the part of a thread; 0 beyond what is there.
-template <int kRows, int kColumns, int kWidth, int V>
+template <int kRows, int kColumns, int kBlock, int V>
 struct Piece {
-  static constexpr int kAll = kRows * kColumns / V, kCount = (kAll + kWidth - 1) / kWidth;  // accesses, of a thread
+  static constexpr int kAll = kRows * kColumns / V, kCount = (kAll + kBlock - 1) / kBlock;  // accesses, of a thread
   float x[kCount][V];
-  __device__ __forceinline__ static int row(int i) { return (threadIdx.x + i * kWidth) / (kColumns / V); }
-  __device__ __forceinline__ static int column(int i) { return (threadIdx.x + i * kWidth) % (kColumns / V) * V; }
-  __device__ __forceinline__ static bool has(int i) { return kAll % kWidth == 0 || row(i) < kRows; }
+  __device__ __forceinline__ static int row(int i) { return (threadIdx.x + i * kBlock) / (kColumns / V); }
+  __device__ __forceinline__ static int column(int i) { return (threadIdx.x + i * kBlock) % (kColumns / V) * V; }
+  __device__ __forceinline__ static bool has(int i) { return kAll % kBlock == 0 || row(i) < kRows; }
   __device__ __forceinline__ void fetch(const float* from, i64 stride, int rows, int columns) {
     const unsigned bytes = static_cast<unsigned>(stride) * sizeof(float);
 #pragma unroll
@@ -238,7 +236,7 @@ __global__ void __launch_bounds__(32)
   }
 }
 
-__device__ __forceinline__ float floor_of(float m) { return exp_(smaller(-m, 79.f)); }  // `reference.floor`
+__device__ __forceinline__ float floor_of(float m) { return exp_(smaller(-m, 79.85f)); }  // `reference.floor`
 
 // A warp is a row of h: of its numerator the gradient is scale dh, of n . q it is scale extra.
 template <int kRows>
@@ -246,10 +244,12 @@ __global__ void __launch_bounds__(32 * kRows)
     through_h(const float* dh_, i64 dh_batch, i64 dh_token, i64 dh_head, const float* h_, const float* m_,
               const float* denominator_, i64 B, i64 L, i64 H, i64 P, double eps, float* scale, float* extra,
               float* dm) {
-  const i64 row = static_cast<i64>(blockIdx.x) * kRows + threadIdx.x / 32;
+  const i64 row = static_cast<i64>(blockIdx.x) * kRows + threadIdx.x / 32;  // of fewer than 2^32
   const bool there = row < B * L * H;
-  const i64 at = there ? row : 0, b = at / (L * H), t = at / H % L;
-  const float* dh = dh_ + b * dh_batch + t * dh_token + at % H * dh_head;
+  const i64 at = there ? row : 0;
+  const unsigned heads = static_cast<unsigned>(H), token = static_cast<unsigned>(at) / heads;
+  const unsigned b = token / static_cast<unsigned>(L), t = token - b * static_cast<unsigned>(L);
+  const float* dh = dh_ + b * dh_batch + t * dh_token + (at - static_cast<i64>(token) * H) * dh_head;
   float sum = 0;
   for (i64 c = threadIdx.x % 32; c < P; c += 32) sum += dh[c] * h_[at * P + c];
 #pragma unroll
