@@ -474,7 +474,8 @@ def predict_memory(x: Memory, kernel: str) -> dict:
 
     `chunked_gb`: what PyTorch's matrix products in its place move, and `chunked` the milliseconds of that.
     """
-    ms, low = dict.fromkeys(("issue", "tensor", "shared", "latency", "hbm"), 0.0), 0.0
+    names, low = ("issue", "tensor", "shared", "latency", "hbm"), 0.0
+    ms: dict[str, float] = dict.fromkeys(names, 0.0)
     row, state = (4 * x.batch * x.heads * x.channels * n for n in (x.steps, -(-x.steps // 64) * (x.channels + 1)))
     for name, blocks, threads, iterations, rows, states in _passes(x, kernel):
         sass = read("mlstm", name)
