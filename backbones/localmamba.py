@@ -64,7 +64,7 @@ LOCAL_VSSM_S = (
 
 def filled(n, K):
     """The side n of a map after zeros have filled up its windows of K x K."""
-    return -(-n // K) * K
+    return (n + K - 1) // K * K  # not -(-n // K): ONNX rounds quotients towards 0
 
 
 def larger(m, n):

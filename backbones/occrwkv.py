@@ -249,7 +249,7 @@ def coarsen(coordinates, size, factor):
         Their coordinates ``(M, 4)``, sorted; the cell of each voxel ``(N,)``; the coarse grid's size.
     """
     divisor = coordinates.new_tensor([1, factor, factor, factor])
-    size = (size[0], *(-(-n // factor) for n in size[1:]))
+    size = (size[0], *((n + factor - 1) // factor for n in size[1:]))
     index, cell = torch.unique(flat_index(coordinates // divisor, size), return_inverse=True)
     return torch.stack(torch.unravel_index(index, size), 1), cell, size
 

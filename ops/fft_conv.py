@@ -107,7 +107,11 @@ def _by_spectra(u, kernels, backward, out_channels):
     if out_channels is None:
         transformed = transformed * spectrum
     else:
-        transformed = torch.einsum("bh...,oh...->bo...", transformed, spectrum.unflatten(0, (out_channels, -1)))
+        # Channels are mixed frequency by frequency. ONNX has products of complex matrices, but no einsum of them.
+        frequencies = transformed.shape[2:]
+        mixing = spectrum.unflatten(0, (out_channels, -1)).flatten(2).permute(2, 1, 0)
+        mixed = transformed.flatten(2).permute(2, 0, 1) @ mixing
+        transformed = mixed.permute(1, 2, 0).unflatten(2, frequencies)
     y = torch.fft.irfftn(transformed, s=sizes, dim=axes)
     for axis in axes:
         y = y.narrow(axis, 0, u.shape[axis - 1])

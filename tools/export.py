@@ -13,6 +13,7 @@ printed.
 """
 
 import argparse
+import functools
 import shutil
 import sys
 import time
@@ -32,6 +33,8 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from linzoo.backbones import kind_of
+from linzoo.backbones.layers.s4 import DiagonalKernel, LowRankKernel
+from linzoo.backbones.layers.s5 import DiagonalSystem
 from linzoo.ops import use_backend
 from linzoo.ops.aoti import linked
 from linzoo.quantization.integer import per_group, qdq
@@ -48,6 +51,7 @@ AXES = ("batch", "depth", "height", "width")  # depth only for volumes
 KINDS = (None, "backbone", "adopted", "pyramid", "segmentation", "restoration", "fixed", "volume")  # take images alone
 VOLUME = 64  # default side of exported volumes
 SCANS = {"loop": "export", "chunked": "export_chunked"}  # backends, by --scan
+COMPLEX = (DiagonalKernel, DiagonalSystem, LowRankKernel)  # ONNX has few operations on their complex numbers
 TOLERANCE = 1e-3  # relative to the outputs' standard deviation
 
 
@@ -87,9 +91,42 @@ def to_onnx(
     rules = tuple(rule for rule in getattr(rewriter, "_DEFAULT_REWRITE_RULES", ()) if rule.name != "SlicesSplit")
     fast = mock.patch.object(rewriter, "_DEFAULT_REWRITE_RULES", rules, create=True)
     with use_backend(SCANS[scan]), torch.no_grad(), fast:
+        if any(isinstance(layer, COMPLEX) for layer in model.modules()):
+            model = _fold_constants(torch.export.export(model, (x,), dynamic_shapes=(dynamic,)))
         program = torch.onnx.export(model, (x,), dynamic_shapes=(dynamic,), dynamo=True, verbose=False)
     write_atomically(file, lambda partial: program.save(partial))
     return _onnx_runtime(file)
+
+
+def _fold_constants(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
+    """The program as a module in which whatever the inputs do not reach is a constant.
+
+    So kernels and gains that layers compute of weights, in complex numbers, need not be written.
+    """
+    module, constants = program.module(), {}
+    nodes = list(module.graph.nodes)
+    for node in nodes:
+        if node.op == "get_attr":
+            value = functools.reduce(getattr, node.target.split("."), module)
+            if isinstance(value, Tensor):
+                constants[node] = value
+        elif node.op == "call_function" and all(x in constants for x in node.all_input_nodes):
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                continue
+            args, named = torch.fx.node.map_arg((node.args, node.kwargs), constants.get)
+            constants[node] = node.target(*args, **named)
+    for node in nodes:
+        if isinstance(constants.get(node), Tensor) and any(user not in constants for user in node.users):
+            module.register_buffer(name := f"folded_{node.name}", constants[node])
+            with module.graph.inserting_before(node):
+                read = module.graph.get_attr(name)
+            node.replace_all_uses_with(read, delete_user_cb=lambda user: user not in constants)
+    for node in reversed(nodes):
+        if node in constants and not node.users:
+            module.graph.erase_node(node)
+    module.recompile()
+    module.training = False  # of a program's module, `eval` is forbidden
+    return module
 
 
 def _onnx_runtime(file: Path) -> Callable[[Tensor], Sequence[Tensor]]:

@@ -216,7 +216,8 @@ class DenseModel(nn.Module):
     def _crop(y: Tensor, x: Tensor, padded: Tensor) -> Tensor:
         """Crops a map y of the padded input to the part that shows the input x."""
         for axis in range(2, x.dim()):
-            y = y.narrow(axis, 0, -(-x.shape[axis] * y.shape[axis] // padded.shape[axis]))
+            shown, whole = x.shape[axis] * y.shape[axis], padded.shape[axis]
+            y = y.narrow(axis, 0, (shown + whole - 1) // whole)
         return y
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

@@ -31,13 +31,15 @@ def token_place(tokens, first=False):
 def without_token(x, first=False):
     """Tokens ``(B, M + 1, C)`` without the class token in their middle, or with `first` in front of them."""
     index = token_place(x.shape[1], first)
-    return torch.cat([x[:, :index], x[:, index + 1 :]], dim=1)
+    before, _, after = x.split([index, 1, x.shape[1] - index - 1], dim=1)  # exports know the sizes, as slices' not
+    return torch.cat([before, after], dim=1)
 
 
 def with_token(x, token, first=False):
     """Inserts `token` ``(B, 1, C)`` in the middle of ``(B, M, C)``, before token floor(M / 2), or in front of all."""
     index = 0 if first else x.shape[1] // 2
-    return torch.cat([x[:, :index], token, x[:, index:]], dim=1)
+    before, after = x.split([index, x.shape[1] - index], dim=1)
+    return torch.cat([before, token, after], dim=1)
 
 
 @register_notrace_function  # FX cannot trace what depends on the image's size

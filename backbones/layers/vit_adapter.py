@@ -343,7 +343,7 @@ class ViTAdapter(nn.Module):
                 continue
             (t,) = as_maps(t, [grid])
             y = norm(y + F.interpolate(t, size=y.shape[2:], mode="bilinear", align_corners=False))
-            height, width = (-(-side // stride) for side in sides)
+            height, width = ((side + stride - 1) // stride for side in sides)
             out.append(y[:, :, :height, :width])
         return out
 

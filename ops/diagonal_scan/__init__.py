@@ -76,6 +76,7 @@ _operator = Operator(
     "(Tensor a, Tensor b, Tensor? initial, bool reverse) -> Tensor h",
     kernel="diagonal_scan",
     reference=reference.diagonal_scan,
+    export=reference.looped,
     forward=_forward,
     backward=_backward,
     fake=lambda a, b, initial, reverse: b.new_empty(b.shape),

@@ -12,6 +12,7 @@ from mmengine.config import ConfigDict
 from mmengine.model import revert_sync_batchnorm
 from PIL import Image
 
+from linzoo.backbones.layers.s4 import S4ND
 from linzoo.ops import aoti, backend_info, compile_cpu
 from linzoo.tools import cli, export
 from linzoo.tools.engine.config import load_config
@@ -44,6 +45,37 @@ def test_onnx_of_any_size(tmp_path, capsys, name, size):
     [found] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.inference_mode():
         torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-3, atol=1e-4)
+
+
+class Layer(torch.nn.Sequential):
+    in_chans = 3
+
+
+LAYERS = {
+    # kernels of complex numbers, which depend on weights alone; a stem mixes channels per frequency
+    "S4ND": lambda: Layer(S4ND(3, length=16, linear=True, out_channels=5), S4ND(5, length=8)),
+    "S5": lambda: timm.create_model("s5_pixel_s", depth=1),
+    "S4D": lambda: timm.create_model("s4d_pixel_s", depth=1),
+    "Vim": lambda: timm.create_model("vim_t", depth=1, img_size=64),  # a class token in the middle
+    "LocalVim": lambda: timm.create_model("localvim_t", routes=("h v_flip w7 w7_flip",), img_size=64),  # filled windows
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_onnx_of(tmp_path, name):
+    """Where sizes may change, the file is right at another one, which windows and strides do not divide."""
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model, auto = LAYERS[name]().eval(), torch.export.Dim.AUTO
+    if name == "S4ND":
+        x, other, dynamic = torch.randn(2, 12, 20, 3), torch.randn(3, 20, 9, 3), {0: auto, 1: auto, 2: auto}
+    elif name in ("S5", "S4D"):
+        x, other, dynamic = torch.randn(2, 3, 32, 32), torch.randn(3, 3, 32, 32), {0: auto}
+    else:
+        x, other, dynamic = torch.randn(2, 3, 64, 64), torch.randn(3, 3, 80, 144), {0: auto, 2: auto, 3: auto}
+    run = export.to_onnx(model, x, dynamic, tmp_path / "model.onnx")
+    assert max(export.compare(run, model, images)[0] for images in (x, other)) < export.TOLERANCE
 
 
 @pytest.mark.slow
