@@ -92,7 +92,7 @@ class ChannelScan(nn.Module):
         B, H, W, C = v.shape
         v = v.permute(0, 3, 1, 2).contiguous()  # (B, C, H, W)
         cells = F.adaptive_avg_pool2d(v, self.grid).flatten(2)
-        cells = cells[..., scan_order.cross(self.grid, self.grid, v.device)]  # (B, C, scan, cell)
+        cells = cells[..., scan_order.cross(self.grid, self.grid, v.device).long()]  # (B, C, scan, cell)
         selection = torch.einsum("bckp,kop->bcko", cells, self.x_proj)  # (B, C, scan, 1 + 2 N)
         dt, B_c, C_c = selection.split([1, self.d_state, self.d_state], dim=-1)
 

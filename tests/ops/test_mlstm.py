@@ -96,7 +96,7 @@ def test_any_number_of_threads_gives_the_same_bits():
             torch.set_num_threads(threads)
         torch.testing.assert_close(*found, rtol=0, atol=0)
         for ours, expected in zip(found[0], results(inputs, "reference"), strict=True):
-            assert (ours - expected).abs().max() <= 2e-5 * expected.abs().max()
+            assert (ours - expected).abs().max() <= 5e-5 * expected.abs().max()
 
 
 def test_views_and_other_memory_layouts():

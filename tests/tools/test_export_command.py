@@ -57,6 +57,7 @@ LAYERS = {
     "S5": lambda: timm.create_model("s5_pixel_s", depth=1),
     "S4D": lambda: timm.create_model("s4d_pixel_s", depth=1),
     "Vim": lambda: timm.create_model("vim_t", depth=1, img_size=64),  # a class token in the middle
+    "ViM2": lambda: timm.create_model("vim2_t", depths=(1, 1), dims=(32, 64)),
     "LocalVim": lambda: timm.create_model("localvim_t", routes=("h v_flip w7 w7_flip",), img_size=64),  # filled windows
 }
 
