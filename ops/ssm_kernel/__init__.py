@@ -162,7 +162,7 @@ _vandermonde_operator = Operator(
 def _cauchy_forward(backend, v, w, nodes):
     r = v.new_empty(*v.shape[:2], 2, nodes.shape[0])  # real and imaginary parts apart: SIMD lanes are nodes
     _kernels(backend).cauchy_forward(v.contiguous(), w.contiguous(), nodes.contiguous(), r)
-    return r.transpose(2, 3).contiguous()
+    return r.transpose(2, 3).clone(memory_format=torch.contiguous_format)  # `contiguous` keeps odd strides of one node
 
 
 def _cauchy_backward(backend, dr, v, w, nodes):
