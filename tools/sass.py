@@ -667,58 +667,60 @@ The products are not the bound: `cores` is below `hbm`. What lies around them is
 """
 
 
-def _lines_of_dualities() -> list[str]:
-    lines = []
+def _rows_of_dualities() -> list[tuple]:
+    rows = []
     for x in DUALITIES:
         for backward in (False, True):
-            cells = ["ssd" if x.causal else "nc_ssd", "both" if backward else "forward", *x[:4]]
-            cells += [str(x.dtype).removeprefix("torch."), *(f"{n:.3f}" for n in predict_duality(x, backward).values())]
-            cells.append("" if x.causal else f"{block_gb(x, backward):.3f}")
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+            kind, figures = (
+                ("ssd" if x.causal else "nc_ssd", "both" if backward else "forward"),
+                predict_duality(x, backward),
+            )
+            block = "" if x.causal else f"{block_gb(x, backward):.3f}"
+            rows.append((*kind, *x[:4], _name(x.dtype), *_milli(figures), block))
+    return rows
 
 
 def model() -> str:
     """The performance model's tables, as Markdown."""
-    tables = ((MODEL, _lines_of_scans()), (MODEL_SHARED, _lines_of_shared()), (MODEL_HEADS, _lines_of_heads(6)))
-    tables += (
-        (MODEL_HEADS7, _lines_of_heads(7)),
-        (MODEL_MEMORY, _lines_of_memories()),
-        (MODEL_DUALITY, _lines_of_dualities()),
+    tables = (
+        (MODEL, _rows_of_scans()),
+        (MODEL_SHARED, _rows_of_shared()),
+        (MODEL_HEADS, _rows_of_heads(6)),
+        (MODEL_HEADS7, _rows_of_heads(7)),
+        (MODEL_MEMORY, [(k, *x, *_milli(predict_memory(x, k))) for x in MEMORIES for k in PASSES]),
+        (MODEL_DUALITY, _rows_of_dualities()),
     )
-    return "".join(head + "\n".join(lines) + "\n" for head, lines in tables)
+    return "".join(head + "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows) for head, rows in tables)
 
 
-def _lines_of_shared() -> list[str]:
-    lines = []
-    for x in SHAPES:
-        values = shared_gradient(x).items()
-        cells = [*x[:4], str(x.dtype).removeprefix("torch."), *(f"{n:.{0 if 'mb' in k else 3}f}" for k, n in values)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+PASSES = ("forward", "backward")
 
 
-def _lines_of_heads(version: int) -> list[str]:
-    cells = [(kernel, *x, *(f"{n:.3f}" for n in predict_heads(x, kernel, version).values()))
-             for x in HEADS for kernel in ("forward", "backward")]  # fmt: skip
-    return ["| " + " | ".join(map(str, row)) + " |" for row in cells]
+def _milli(figures: dict) -> list[str]:
+    return [f"{n:.3f}" for n in figures.values()]
 
 
-def _lines_of_memories() -> list[str]:
-    cells = [(kernel, *x, *(f"{n:.3f}" for n in predict_memory(x, kernel).values()))
-             for x in MEMORIES for kernel in ("forward", "backward")]  # fmt: skip
-    return ["| " + " | ".join(map(str, row)) + " |" for row in cells]
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _lines_of_scans() -> list[str]:
-    lines = []
+def _rows_of_shared() -> list[tuple]:
+    figures = [(x, shared_gradient(x).items()) for x in SHAPES]
+    return [(*x[:4], _name(x.dtype), *(f"{n:.{0 if 'mb' in k else 3}f}" for k, n in found)) for x, found in figures]
+
+
+def _rows_of_heads(version: int) -> list[tuple]:
+    return [(kernel, *x, *_milli(predict_heads(x, kernel, version))) for x in HEADS for kernel in PASSES]
+
+
+def _rows_of_scans() -> list[tuple]:
+    rows = []
     for x in SHAPES:
         kernels = ("forward", *(("forward (powers)",) if x.states > 1 else ()), "backward")
         for kernel in kernels:
             ms = predict(x, kernel.split()[0], "powers" in kernel)
-            cells = [kernel, *x[:-1], str(x.dtype).removeprefix("torch."), *(f"{n:.3f}" for n in ms.values())]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+            rows.append((kernel, *x[:-1], _name(x.dtype), *_milli(ms)))
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:

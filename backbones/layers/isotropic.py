@@ -31,7 +31,7 @@ def token_place(tokens, first=False):
 def without_token(x, first=False):
     """Tokens ``(B, M + 1, C)`` without the class token in their middle, or with `first` in front of them."""
     index = token_place(x.shape[1], first)
-    before, _, after = x.split([index, 1, x.shape[1] - index - 1], dim=1)  # exports know the sizes, as slices' not
+    before, _, after = x.split([index, 1, x.shape[1] - index - 1], dim=1)  # unlike slices, of sizes that exports know
     return torch.cat([before, after], dim=1)
 
 

@@ -47,13 +47,9 @@ def test_onnx_of_any_size(tmp_path, capsys, name, size):
         torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-3, atol=1e-4)
 
 
-class Layer(torch.nn.Sequential):
-    in_chans = 3
-
-
 LAYERS = {
     # kernels of complex numbers, which depend on weights alone; a stem mixes channels per frequency
-    "S4ND": lambda: Layer(S4ND(3, length=16, linear=True, out_channels=5), S4ND(5, length=8)),
+    "S4ND": lambda: torch.nn.Sequential(S4ND(3, length=16, linear=True, out_channels=5), S4ND(5, length=8)),
     "S5": lambda: timm.create_model("s5_pixel_s", depth=1),
     "S4D": lambda: timm.create_model("s4d_pixel_s", depth=1),
     "Vim": lambda: timm.create_model("vim_t", depth=1, img_size=64),  # a class token in the middle
