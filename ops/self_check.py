@@ -62,9 +62,7 @@ def _mlstm(normal):
     inputs = {name: normal(B, L, H, P) for name in "qkv"} | {name: normal(B, L, H) for name in "if"}
 
     def run(i, f, **x):
-        narrow = {
-            name: t[..., :16].contiguous() for name, t in x.items()
-        }  # rows that CUDA reads four channels at a time
+        narrow = {name: t[..., :16].contiguous() for name, t in x.items()}  # CUDA reads these rows four at a time
         return torch.cat([mlstm(**x, i=i, f=f), mlstm(**narrow, i=i, f=f)], 3)
 
     return run, inputs
