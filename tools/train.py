@@ -37,8 +37,10 @@ def main(argv: list[str] | None = None) -> None:
 
     _check_launcher(args.launcher)
     cfg = load_config(args.config, args.cfg_options)
-    cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
-    cfg.setdefault("experiment_name", cfg.work_dir)  # runs with one name share loggers and histories in mmengine
+    before = cfg.get("work_dir")  # if the config is what another run wrote, it names that run
+    cfg.work_dir = args.work_dir or before or f"work_dirs/{Path(args.config).stem}"
+    if cfg.get("experiment_name", before) == before:  # runs with one name share loggers and histories in mmengine
+        cfg.experiment_name = cfg.work_dir
     cfg.resume = args.resume
     cfg.launcher = args.launcher
     if args.seed is not None:

@@ -246,6 +246,15 @@ def test_options_and_seed(config, tmp_path):
     assert any(not torch.equal(states[0][key], states[2][key]) for key in states[0])
 
 
+def test_config_that_a_run_wrote(config, tmp_path):
+    """Trained again in another folder within the same second, it shares nothing with the first run."""
+    path = config("train_cfg.update(max_epochs=1)\n")
+    for name in ("first", "second"):
+        train.main([path, "--work-dir", str(tmp_path / name)])
+        path = str(tmp_path / name / "tiny.py")
+        assert Config.fromfile(path).experiment_name == str(tmp_path / name)
+
+
 @pytest.mark.slow
 def test_two_processes(config, tmp_path):
     """torchrun with two processes on CPU: one set of files, whole and resumable."""
