@@ -180,7 +180,10 @@ def _check_option(cfg: Config, option: str) -> None:
 
 
 def _check_top_level(cfg: Config, path: str) -> None:
-    """Top-level names must be mmengine's, or be used by the config's files."""
+    """Top-level names must be mmengine's, or be used by the config's files; then they are dropped, as they have served.
+
+    A run writes its config, where nothing would use them.
+    """
     used, files, seen = set(), [Path(path)], set()
     while files:
         file = files.pop()
@@ -191,9 +194,10 @@ def _check_top_level(cfg: Config, path: str) -> None:
         used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
         used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         files += [Path(Config._get_cfg_path(base, str(file))[0]) for base in Config._get_base_files(str(file))]
-    for key in cfg:
-        if key not in TOP_LEVEL and key not in used:
+    for key in [key for key in cfg if key not in TOP_LEVEL]:
+        if key not in used:
             raise InputError(f"config {path!r}: unknown key {key!r}{did_you_mean(key, TOP_LEVEL)}")
+        cfg.pop(key)
 
 
 def _check(node: Any, path: str, scope: str | None) -> None:
