@@ -11,6 +11,7 @@ from .mlstm import mlstm
 from .rational import rational
 from .scan_order import cross
 from .selective_scan import selective_scan
+from .ssd import ssd_state
 from .ssm_kernel import ssm_kernel
 from .wkv import bi_wkv, wkv6, wkv7
 
@@ -68,6 +69,18 @@ def _mlstm(normal):
     return run, inputs
 
 
+def _ssd(normal):
+    batch, L, H, P, G, N = 2, 37, 4, 19, 2, 7
+    inputs = dict(x=normal(batch, L, H, P), dt=normal(batch, L, H), A=normal(H), D=normal(H))
+    inputs |= {name: normal(batch, L, G, N) / N**0.5 for name in "BC"} | dict(initial=normal(batch, H, P, N))
+
+    def run(dt, A, **x):
+        y, state = ssd_state(dt=dt.sigmoid(), A=-A.exp(), **x)
+        return torch.cat([y.flatten(), state.flatten()])
+
+    return run, inputs
+
+
 def _ssm_kernel(normal):
     A = normal(3, 9, 2) * torch.tensor([0.3, 5.0]) - torch.tensor([1.0, 0.0])
     inputs = dict(A=A, B=normal(3, 9, 2), C=normal(2, 3, 9, 2), dt=0.1 * normal(3).exp(), P=0.3 * normal(1, 3, 9, 2))
@@ -99,6 +112,7 @@ EXAMPLES = {
     "mlstm": _mlstm,
     "rational": _rational,
     "selective_scan": _selective_scan,
+    "ssd": _ssd,
     "ssm_kernel": _ssm_kernel,
     "wkv": _wkv,
 }

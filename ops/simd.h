@@ -78,6 +78,23 @@ inline void store(S* p, typename Simd<T>::vec v, int n) {
   }
 }
 
+// Whether a comparison holds in every lane.
+template <class I>
+inline bool all(I mask) {
+  int64_t words[8], together = -1;
+  std::memcpy(words, &mask, sizeof words);
+  for (const int64_t word : words) together &= word;
+  return together == -1;
+}
+
+// f(d, lanes) for the channels begin to end, a vector at a time; `lanes` is a constant wherever a vector is full.
+template <class T, class F>
+void by_channels(int64_t begin, int64_t end, F f) {
+  constexpr int width = Simd<T>::width;
+  for (; begin + width <= end; begin += width) f(begin, std::integral_constant<int, width>{});
+  if (begin < end) f(begin, static_cast<int>(end - begin));
+}
+
 // out[i] = sum over the lanes of rows[i], for `count` rows (a multiple of a vector's width).
 template <class T>
 inline void sum_lanes(const typename Simd<T>::vec* rows, int64_t count, T* out) {

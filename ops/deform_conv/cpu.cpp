@@ -44,95 +44,109 @@ struct Sizes {
         dilation(dilation),
         centre(dilation * (K - 1) / 2),
         first(centre - padding),
-        scale(scale) {}
+        scale(scale) {
+    STD_TORCH_CHECK(H * W * C < int64_t(1) << 31, "x: expected less than 2^31 values an image, got ", H, " x ", W,
+                    " x ", C);
+  }
 };
 
-// The sampling points of one output pixel and group, found a vector of taps at a time. Corner n of a point is the pixel
-// at (y + n / 2, x + n % 2): `pixel` holds its index, moved into the image where it lies outside, and `share` its
-// bilinear weight, 0 where it lies outside.
+// The sampling points of successive output pixels of a row, for one group: lanes are taps of pixels, (pixel, tap).
+// Corner n of a point is the pixel at (y + n / 2, x + n % 2): `corner` holds where its channels begin, moved into the
+// image where it lies outside, and `share` its bilinear weight, 0 where it lies outside.
 template <class T>
 struct Points {
   using V = typename Simd<T>::vec;
   using I = decltype(V{} < V{});
   using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   static constexpr int width = Simd<T>::width;
-  int64_t taps;
-  std::vector<T> column, row;               // of each tap in the window, from the window's centre
-  std::vector<T> dx, dy;                    // their offsets
-  std::vector<T> x0, x1, y0, y1;            // weights of the two columns and rows around the point, 0 for those outside
-  std::vector<T> left, right, top, bottom;  // 1 for columns and rows inside the image, else 0
-  std::vector<Index> pixel[4];
-  std::vector<T> share[4];
+  static constexpr int64_t kPixels = 32;  // at most
+  const int64_t taps, size;               // size of the arrays, with room for whole vectors
+  std::vector<T> centre, column, row;     // of each tap: its window's centre from the first one's, and the tap from it
+  std::vector<T> dx, dy;                  // their offsets
+  std::vector<Index> corner;              // (4, size)
+  std::vector<T> share;                   // (4, size)
+  std::vector<T> weights;  // (4, size): of the columns x, x + 1 and the rows y, y + 1, 0 for those outside
+  std::vector<T> held;     // (4, size): 1 for corners inside the image, else 0
+  bool inside[kPixels];    // all corners of this pixel's points lie inside the image; else unknown
 
-  explicit Points(const Sizes& s) : taps(s.K * s.K) {
-    const int64_t padded = (taps + width - 1) / width * width;
-    for (auto* v : {&column, &row, &dx, &dy, &x0, &x1, &y0, &y1, &left, &right, &top, &bottom}) v->resize(padded);
-    for (auto& v : pixel) v.resize(padded);
-    for (auto& v : share) v.resize(padded);
-    for (int64_t k = 0; k < taps; ++k) {
-      column[k] = T(k / s.K * s.dilation - s.centre);
-      row[k] = T(k % s.K * s.dilation - s.centre);
+  explicit Points(const Sizes& s) : taps(s.K * s.K), size(kPixels * taps + width) {
+    for (auto* v : {&centre, &column, &row, &dx, &dy}) v->resize(size);
+    for (auto* v : {&share, &weights, &held}) v->resize(4 * size);
+    corner.resize(4 * size);
+    for (int64_t i = 0; i < kPixels * taps; ++i) {
+      const int64_t k = i % taps;
+      centre[i] = T(i / taps * s.stride);
+      column[i] = T(k / s.K * s.dilation - s.centre);
+      row[i] = T(k % s.K * s.dilation - s.centre);
     }
   }
 
-  // A point out of reach of the image, or not a number, gets weights of 0.
-  void locate(const Sizes& s, int64_t r, int64_t c, const T* offset) {
-    const T centre_x = T(c * s.stride + s.first), centre_y = T(r * s.stride + s.first), scale = T(s.scale);
-    for (int64_t k = 0; k < taps; ++k) {
-      dx[k] = offset[2 * k];
-      dy[k] = offset[2 * k + 1];
-    }
-    for (int64_t k = 0; k < taps; k += width) {
-      V x = centre_x + scale * (load<T>(&column[k], width) + load<T>(&dx[k], width));
-      V y = centre_y + scale * (load<T>(&row[k], width) + load<T>(&dy[k], width));
-      const I near = (x > T(-1)) & (y > T(-1)) & (x < T(s.W)) & (y < T(s.H));
-      x = near ? x : broadcast<T>(-2);
-      y = near ? y : broadcast<T>(-2);
-      const Axis across(x, Index(s.W)), down(y, Index(s.H));
-      for (int n = 0; n < 4; ++n) {
-        const I at = down.at[n / 2] * Index(s.W) + across.at[n % 2];
-        std::memcpy(&pixel[n][k], &at, sizeof at);
-        store<T>(&share[n][k], across.weight[n % 2] * down.weight[n / 2], width);
+  // Of `pixels` output pixels from (r, c) on. A point out of reach of the image, or not a number, gets weights of 0.
+  // Without `kGradients`, only x + 1 and y + 1 have `weights`, and `held` is not set.
+  template <bool kGradients>
+  void locate(const Sizes& s, const Taps<T>& offset, int64_t b, int64_t r, int64_t c, int64_t pixels, int64_t g) {
+    const T first_x = T(c * s.stride + s.first), centre_y = T(r * s.stride + s.first), scale = T(s.scale);
+    for (int64_t i = 0; i < pixels; ++i) {
+      const T* from = offset.at(b, r, c + i, g);
+      inside[i] = true;
+      for (int64_t k = 0; k < taps; ++k) {
+        dx[i * taps + k] = from[2 * k];
+        dy[i * taps + k] = from[2 * k + 1];
       }
-      store<T>(&x0[k], across.weight[0], width);
-      store<T>(&x1[k], across.weight[1], width);
-      store<T>(&y0[k], down.weight[0], width);
-      store<T>(&y1[k], down.weight[1], width);
-      store<T>(&left[k], across.inside[0], width);
-      store<T>(&right[k], across.inside[1], width);
-      store<T>(&top[k], down.inside[0], width);
-      store<T>(&bottom[k], down.inside[1], width);
+    }
+    for (int64_t i = 0; i < pixels * taps; i += width) {
+      V x = (first_x + load<T>(&centre[i], width)) + scale * (load<T>(&column[i], width) + load<T>(&dx[i], width));
+      V y = centre_y + scale * (load<T>(&row[i], width) + load<T>(&dy[i], width));
+      const I near = (x > T(-1)) & (y > T(-1)) & (x < T(s.W)) & (y < T(s.H));
+      Axis across(near ? x : broadcast<T>(-2)), down(near ? y : broadcast<T>(-2));
+      if (!all((across.at[0] >= 0) & (across.at[1] < Index(s.W)) & (down.at[0] >= 0) & (down.at[1] < Index(s.H)))) {
+        across.move_inside(s.W);
+        down.move_inside(s.H);
+        for (int64_t pixel = i / taps; pixel <= std::min((i + width - 1) / taps, pixels - 1); ++pixel) {
+          inside[pixel] = false;
+        }
+      }
+      for (int n = 0; n < 4; ++n) {
+        if (kGradients || n % 2) store<T>(&weights[n * size + i], (n / 2 ? down : across).weight[n % 2], width);
+        const I at = (down.at[n / 2] * Index(s.W) + across.at[n % 2]) * Index(s.C);
+        std::memcpy(&corner[n * size + i], &at, sizeof at);
+        store<T>(&share[n * size + i], across.weight[n % 2] * down.weight[n / 2], width);
+        if (kGradients) store<T>(&held[n * size + i], across.inside[n % 2] * down.inside[n / 2], width);
+      }
     }
   }
 
  private:
-  // The two pixels around coordinates on one axis of `length` pixels: where they are, moved inside; 1 for those that
-  // lay inside, else 0; and their weights.
+  // The two pixels around coordinates on one axis: where they are, 1 for those inside the image, else 0, and weights.
   struct Axis {
     I at[2];
     V inside[2], weight[2];
-    Axis(V x, Index length) {
-      I i = __builtin_convertvector(x, I);
-      i += __builtin_convertvector(i, V) > x;  // -1 where rounding towards 0 went up
-      const V fraction = x - __builtin_convertvector(i, V), one = broadcast<T>(1), zero = {};
-      const Index last = length - 1;
-      inside[0] = i >= 0 ? one : zero;
-      inside[1] = (i >= -1) & (i < last) ? one : zero;
-      weight[0] = (one - fraction) * inside[0];
-      weight[1] = fraction * inside[1];
-      const I none = {}, next = i + 1;
-      at[0] = i < 0 ? none : i;
-      at[1] = next < 0 ? none : next > last ? none + last : next;
+    explicit Axis(V x) {
+      const V one = broadcast<T>(1);
+      at[0] = __builtin_convertvector(x, I);
+      at[0] += __builtin_convertvector(at[0], V) > x;  // -1 where rounding towards 0 went up
+      at[1] = at[0] + 1;
+      inside[0] = inside[1] = one;
+      weight[1] = x - __builtin_convertvector(at[0], V);
+      weight[0] = one - weight[1];
+    }
+    void move_inside(int64_t length) {
+      for (int i = 0; i < 2; ++i) {
+        const I first = {}, last = first + Index(length - 1);
+        inside[i] = (at[i] >= first) & (at[i] <= last) ? inside[i] : V{};
+        weight[i] *= inside[i];
+        at[i] = at[i] < first ? first : at[i] > last ? last : at[i];
+      }
     }
   };
 };
 
-// f(d, lanes) for the channels begin to end, a vector at a time; `lanes` is a constant wherever a vector is full.
-template <class T, class F>
-void by_channels(int64_t begin, int64_t end, F f) {
-  constexpr int width = Simd<T>::width;
-  for (; begin + width <= end; begin += width) f(begin, std::integral_constant<int, width>{});
-  if (begin < end) f(begin, static_cast<int>(end - begin));
+// f(taps, inside), with `inside` as a constant, and the taps of a 3 x 3 window.
+template <class F>
+void for_window(int64_t taps, bool inside, F f) {
+  auto with_taps = [&](auto taps) { inside ? f(taps, std::true_type{}) : f(taps, std::false_type{}); };
+  const std::integral_constant<int64_t, 9> nine;
+  taps == nine ? with_taps(nine) : with_taps(taps);
 }
 
 template <class S, class T>
@@ -143,22 +157,37 @@ void run_forward(const S* x, const Taps<T>& offset, const Taps<T>& weight, S* y,
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / s.rows, r = task % s.rows;
       const S* image = x + b * s.H * s.W * s.C;
-      for (int64_t c = 0; c < s.columns; ++c) {
+      for (int64_t first = 0; first < s.columns; first += p.kPixels) {
+        const int64_t pixels = std::min(p.kPixels, s.columns - first);
         for (int64_t g = 0; g < s.G; ++g) {
-          const T* w = weight.at(b, r, c, g);
-          p.locate(s, r, c, offset.at(b, r, c, g));
-          by_channels<T>(g * s.D, (g + 1) * s.D, [&](int64_t d, auto lanes) {
-            V sum = {};
-            for (int64_t k = 0; k < p.taps; ++k) {
-              V sample = {};
-              for (int corner = 0; corner < 4; ++corner) {
-                const T share = p.share[corner][k];
-                if (share != T(0)) sample += share * load<T>(image + p.pixel[corner][k] * s.C + d, lanes);
-              }
-              sum += w[k] * sample;
-            }
-            store<T>(y + ((b * s.rows + r) * s.columns + c) * s.C + d, sum, lanes);
-          });
+          p.template locate<false>(s, offset, b, r, first, pixels, g);
+          for (int64_t i = 0; i < pixels; ++i) {
+            const T* w = weight.at(b, r, first + i, g);
+            S* out = y + (task * s.columns + first + i) * s.C;
+            for_window(p.taps, p.inside[i], [&](auto taps, auto inside) {
+              const auto* corners = p.corner.data() + i * taps;
+              const T *shares = p.share.data() + i * taps, *weights = p.weights.data() + i * taps;
+              by_channels<T>(g * s.D, (g + 1) * s.D, [&](int64_t d, auto lanes) {
+                V sum = {};
+                for (int64_t k = 0; k < taps; ++k) {
+                  if constexpr (inside) {
+                    const S *above = image + corners[k] + d, *below = above + s.W * s.C;
+                    const V v0 = load<T>(above, lanes), v1 = load<T>(above + s.C, lanes);
+                    const V v2 = load<T>(below, lanes), v3 = load<T>(below + s.C, lanes);
+                    const T x1 = weights[p.size + k], y1 = weights[3 * p.size + k];
+                    const V upper = v0 + x1 * (v1 - v0), lower = v2 + x1 * (v3 - v2);
+                    sum += w[k] * (upper + y1 * (lower - upper));
+                  } else {
+                    for (int n = 0; n < 4; ++n) {
+                      const T share = shares[n * p.size + k];
+                      if (share != T(0)) sum += w[k] * share * load<T>(image + corners[n * p.size + k] + d, lanes);
+                    }
+                  }
+                }
+                store<T>(out + d, sum, lanes);
+              });
+            });
+          }
         }
       }
     }
@@ -174,9 +203,10 @@ void run_backward(const S* dy, const S* x, const Taps<T>& offset, const Taps<T>&
   const int64_t split_rows = (s.rows + splits - 1) / splits, image_size = s.H * s.W * s.C;
   torch::stable::parallel_for(0, splits * s.B * s.G, 1, [&](int64_t begin, int64_t end) {
     Points<T> p(s);
-    const int64_t corners = (4 * p.taps + width - 1) / width * width;
-    std::vector<V> products(corners);  // of dy and each corner's pixel, to be summed over channels
-    std::vector<T> q(corners);
+    const int64_t sums = (4 * p.taps + width - 1) / width * width;
+    std::vector<V> products(sums);             // of dy and each corner's pixel, to be summed over channels
+    std::vector<T> summed(4 * p.size + sums);  // (pixel, tap, corner)
+    std::vector<T> to_x(p.size), to_y(p.size), to_weight(p.size);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task % s.G, b = task / s.G % s.B, split = task / (s.G * s.B);
       const S* image = x + b * image_size;
@@ -185,31 +215,46 @@ void run_backward(const S* dy, const S* x, const Taps<T>& offset, const Taps<T>&
         std::fill_n(dimage + pixel * s.C + g * s.D, s.D, T(0));
       }
       for (int64_t r = split * split_rows; r < std::min(s.rows, (split + 1) * split_rows); ++r) {
-        for (int64_t c = 0; c < s.columns; ++c) {
-          const T* w = weight.at(b, r, c, g);
-          const S* gradient = dy + ((b * s.rows + r) * s.columns + c) * s.C;
-          p.locate(s, r, c, offset.at(b, r, c, g));
-          std::fill(products.begin(), products.end(), V{});
-          by_channels<T>(g * s.D, (g + 1) * s.D, [&](int64_t d, auto lanes) {
-            const V dv = load<T>(gradient + d, lanes);
+        for (int64_t start = 0; start < s.columns; start += p.kPixels) {
+          const int64_t pixels = std::min(p.kPixels, s.columns - start), first = g * s.D;
+          p.template locate<true>(s, offset, b, r, start, pixels, g);
+          for (int64_t i = 0; i < pixels; ++i) {
+            const T* w = weight.at(b, r, start + i, g);
+            const S* gradient = dy + ((b * s.rows + r) * s.columns + start + i) * s.C;
+            for_window(p.taps, p.inside[i], [&](auto taps, auto inside) {
+              const auto* corners = p.corner.data() + i * taps;
+              const T *shares = p.share.data() + i * taps, *held = p.held.data() + i * taps;
+              by_channels<T>(first, first + s.D, [&](int64_t d, auto lanes) {
+                const V dv = load<T>(gradient + d, lanes);
+                for (int64_t k = 0; k < taps; ++k) {
+                  for (int n = 0; n < 4; ++n) {
+                    V& product = products[4 * k + n];
+                    if (d == first) product = V{};
+                    if (!inside && held[n * p.size + k] == T(0)) continue;
+                    const int64_t at = corners[n * p.size + k] + d;
+                    product += dv * load<T>(image + at, lanes);
+                    store<T>(dimage + at, load<T>(dimage + at, lanes) + (w[k] * shares[n * p.size + k]) * dv, lanes);
+                  }
+                }
+              });
+            });
+            sum_lanes<T>(products.data(), sums, summed.data() + 4 * p.taps * i);
+          }
+          const T *x0 = p.weights.data(), *x1 = x0 + p.size, *y0 = x1 + p.size, *y1 = y0 + p.size;
+          for (int64_t i = 0; i < pixels * p.taps; ++i) {  // products of corners outside are 0
+            const T* n = summed.data() + 4 * i;
+            to_x[i] = T(s.scale) * (y0[i] * (n[1] - n[0]) + y1[i] * (n[3] - n[2]));
+            to_y[i] = T(s.scale) * (x0[i] * (n[2] - n[0]) + x1[i] * (n[3] - n[1]));
+            to_weight[i] = x0[i] * (y0[i] * n[0] + y1[i] * n[2]) + x1[i] * (y0[i] * n[1] + y1[i] * n[3]);
+          }
+          for (int64_t i = 0; i < pixels; ++i) {
+            const T* w = weight.at(b, r, start + i, g);
+            T *d_o = doffset.at(b, r, start + i, g), *d_w = dweight.at(b, r, start + i, g);
             for (int64_t k = 0; k < p.taps; ++k) {
-              for (int corner = 0; corner < 4; ++corner) {
-                if ((corner & 1 ? p.right : p.left)[k] * (corner & 2 ? p.bottom : p.top)[k] == T(0)) continue;
-                const int64_t at = p.pixel[corner][k] * s.C + d;
-                products[4 * k + corner] += dv * load<T>(image + at, lanes);
-                store<T>(dimage + at, load<T>(dimage + at, lanes) + (w[k] * p.share[corner][k]) * dv, lanes);
-              }
+              d_o[2 * k] = w[k] * to_x[i * p.taps + k];
+              d_o[2 * k + 1] = w[k] * to_y[i * p.taps + k];
+              d_w[k] = to_weight[i * p.taps + k];
             }
-          });
-          sum_lanes<T>(products.data(), corners, q.data());
-          T *d_o = doffset.at(b, r, c, g), *d_w = dweight.at(b, r, c, g);
-          for (int64_t k = 0; k < p.taps; ++k) {
-            const T *n = q.data() + 4 * k, slope = T(s.scale) * w[k];
-            d_o[2 * k] = slope * (p.y0[k] * (p.right[k] * n[1] - p.left[k] * n[0]) +
-                                  p.y1[k] * (p.right[k] * n[3] - p.left[k] * n[2]));
-            d_o[2 * k + 1] = slope * (p.x0[k] * (p.bottom[k] * n[2] - p.top[k] * n[0]) +
-                                      p.x1[k] * (p.bottom[k] * n[3] - p.top[k] * n[1]));
-            d_w[k] = p.x0[k] * (p.y0[k] * n[0] + p.y1[k] * n[2]) + p.x1[k] * (p.y0[k] * n[1] + p.y1[k] * n[3]);
           }
         }
       }

@@ -58,9 +58,10 @@ def _forward(backend, x, numerator, denominator):
     rows = x.contiguous().view(-1, x.shape[-1])
     y = torch.empty_like(rows)
     table = _table(numerator, denominator, x.shape[-1])
-    split_rows = _split_rows(backend, rows)
-    kernel = cuda.forward if backend == "cuda" else torch.ops.linzoo_cpu.rational_forward
-    kernel(x=rows, table=table, split_rows=split_rows, y=y)
+    if backend == "cuda":
+        cuda.forward(x=rows, table=table, split_rows=_split_rows(backend, rows), y=y)
+    else:
+        torch.ops.linzoo_cpu.rational_forward(rows, table, y)
     return y.view(x.shape)
 
 

@@ -63,16 +63,23 @@ void for_tiles(int64_t first, int64_t channels, int64_t begin, int64_t end, F f)
   }
 }
 
+// A task is a few rows, side by side: their vectors at a channel share its coefficients, and are all loaded before the
+// first is stored. Rows often lie a multiple of 4096 bytes apart, and then a load waits for the store before it.
 template <class S, class T>
-void run_forward(const S* x, const T* table, S* y, int64_t rows, int64_t D, int64_t split_rows) {
-  for_tasks<T>(rows, D, split_rows, [&](int64_t first, int64_t channels, int64_t begin, int64_t end, int64_t) {
-    for_tiles<T>(first, channels, begin, end, [&](int64_t, int64_t channel, int lanes, int64_t from, int64_t to) {
-      const Coefficients<T> c(table, D, channel, lanes);
-      for (int64_t r = from; r < to; ++r) {
-        const auto v = load<T>(x + r * D + channel, lanes);
-        store<T>(y + r * D + channel, c.numerator(v) / c.denominator(absolute(v)), lanes);
-      }
-    });
+void run_forward(const S* x, const T* table, S* y, int64_t rows, int64_t D) {
+  using V = typename Simd<T>::vec;
+  constexpr int64_t kTile = 4;
+  torch::stable::parallel_for(0, (rows + kTile - 1) / kTile, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kTile * D, count = std::min(kTile, rows - tile * kTile);
+      by_channels<T>(0, D, [&](int64_t d, auto lanes) {
+        const Coefficients<T> c(table, D, d, lanes);
+        V v[kTile] = {};
+        for (int64_t r = 0; r < count; ++r) v[r] = load<T>(x + first + r * D + d, lanes);
+        for (V& value : v) value = c.numerator(value) / c.denominator(absolute(value));
+        for (int64_t r = 0; r < count; ++r) store<T>(y + first + r * D + d, v[r], lanes);
+      });
+    }
   });
 }
 
@@ -86,8 +93,13 @@ void run_backward(const S* dy, const S* x, const T* table, S* dx, T* sums, int64
     for_tiles<T>(first, channels, begin, end, [&](int64_t k, int64_t channel, int lanes, int64_t from, int64_t to) {
       const Coefficients<T> c(table, D, channel, lanes);
       V da[kNum] = {}, db[kDen] = {};
+      V loaded[kRows][2];
       for (int64_t r = from; r < to; ++r) {
-        const V v = load<T>(x + r * D + channel, lanes), g = load<T>(dy + r * D + channel, lanes);
+        loaded[r - from][0] = load<T>(x + r * D + channel, lanes);
+        loaded[r - from][1] = load<T>(dy + r * D + channel, lanes);
+      }
+      for (int64_t r = from; r < to; ++r) {
+        const V v = loaded[r - from][0], g = loaded[r - from][1];
         const V u = absolute(v), inverse = T(1) / c.denominator(u), value = c.numerator(v) * inverse;
         V slope_p = T(kNum - 1) * c.a[kNum - 1], slope_q = T(kDen) * c.b[kDen - 1];
         for (int i = kNum - 2; i >= 1; --i) slope_p = slope_p * v + T(i) * c.a[i];
@@ -117,13 +129,13 @@ void run_backward(const S* dy, const S* x, const T* table, S* dx, T* sums, int64
   });
 }
 
-void forward(Tensor x, Tensor table, int64_t split_rows, Tensor y) {
+void forward(Tensor x, Tensor table, Tensor y) {
   const int64_t D = x.size(1), rows = x.size(0);
   dispatch(x, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
     run_forward(static_cast<const S*>(x.data_ptr()), static_cast<const T*>(table.data_ptr()),
-                static_cast<S*>(y.data_ptr()), rows, D, split_rows);
+                static_cast<S*>(y.data_ptr()), rows, D);
   });
 }
 
@@ -142,7 +154,7 @@ void backward(Tensor dy, Tensor x, Tensor table, int64_t split_rows, Tensor dx, 
 }  // namespace linzoo
 
 STABLE_TORCH_LIBRARY_FRAGMENT(linzoo_cpu, m) {
-  m.def("rational_forward(Tensor x, Tensor table, int split_rows, Tensor(a!) y) -> ()");
+  m.def("rational_forward(Tensor x, Tensor table, Tensor(a!) y) -> ()");
   m.def("rational_backward(Tensor dy, Tensor x, Tensor table, int split_rows, Tensor(a!) dx, Tensor(b!) sums) -> ()");
 }
 

@@ -1,11 +1,11 @@
 """State-space duality (SSD): Mamba-2's scan with one decay per head, and its non-causal form, as matrix products."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import forced_backend
-from ..tensors import check, state_dtype
+from ..operator import CHUNK, Operator
+from ..tensors import check, dense_rows, state_dtype
 from . import reference
 
 __all__ = ["nc_ssd", "ssd", "ssd_state"]
@@ -21,7 +21,8 @@ def ssd(
         S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T,     S_0 = 0, in R^(N x P)
         y_t = S_t^T C_t + D x_t
 
-    computed chunk by chunk: masked attention within a chunk, final states between chunks.
+    On the CPU a kernel goes step by step. Elsewhere it is computed chunk by chunk, as matrix products: masked
+    attention within a chunk, final states between chunks.
 
     Args:
         x: ``(B, L, H, P)``: H heads of P channels. float64, float32, bfloat16 or float16.
@@ -29,7 +30,7 @@ def ssd(
         A: Negative rates ``(H,)``.
         B, C: ``(B, L, G, N)``, each group shared by H / G successive heads.
         D: Skip weights ``(H,)``, None for no skip.
-        chunk_size: Steps in a chunk. It does not change the result.
+        chunk_size: Steps in a chunk of the matrix products. It does not change the result.
 
     Returns:
         ``(B, L, H, P)`` in the dtype of `x`; states and sums are float32 (float64 for float64).
@@ -73,34 +74,73 @@ def ssd_state(
     if forced_backend() == "reference":
         return reference.ssd_state(x, dt, A, B, C, D, initial)
 
-    length, dtype = x.shape[1], state_dtype(x.dtype)
-    pad = -length % chunk_size  # steps with dt 0, which leave the state as it is
+    dtype = state_dtype(x.dtype)
+    x_, dt, B, C = (t.to(dtype) for t in (x, dt, B, C))
+    run = _operator if x.device.type == "cpu" else reference.chunked
+    packed = run(C, B, x_, dt * A.to(dtype), dt, None if initial is None else initial.to(dtype).mT, chunk_size)
+    y, state = packed.split([sizes["L"], sizes["N"]], 1)
+    y = y if D is None else torch.addcmul(y, x_, D.to(dtype)[:, None])
+    return y.to(x.dtype), state.permute(0, 2, 3, 1)
 
-    def chunks(t, heads):  # (B, G, heads of a group, chunks, steps, ...)
-        t = F.pad(t.to(dtype), (0, 0) * (t.dim() - 2) + (0, pad))
-        return t.unflatten(1, (-1, chunk_size)).unflatten(3, (sizes["G"], heads)).movedim((3, 4), (1, 2))
 
-    heads = sizes["H"] // sizes["G"]
-    u, log_decay = chunks(x.to(dtype) * dt.to(dtype).unsqueeze(-1), heads), chunks(dt.to(dtype) * A.to(dtype), heads)
-    B, C = chunks(B, 1), chunks(C, 1)
+# Output and last state are one tensor, (B, L + N, H, P), because an operator has one differentiable result. The second
+# result holds the states before each chunk of CHUNK steps, from which the kernel's backward pass recomputes the others.
 
-    # (..., l, s): the decay from step s to step l, summed separately for each pair. Differences of running sums would
-    # lose the digits of A's gradient.
-    since = log_decay.unsqueeze(-1).expand(*log_decay.shape, chunk_size).tril(-1).cumsum(-2).exp().tril()
-    y = (C @ B.mT * since) @ u
 
-    final = (B * since[..., -1, :].unsqueeze(-1)).mT @ u  # (B, G, h, c, N, P)
-    total = log_decay.cumsum(-1).exp().unsqueeze(-1)
-    state, before = torch.zeros_like(final[:, :, :, 0]), []
-    if initial is not None:
-        state = initial.to(dtype).mT.unflatten(1, (sizes["G"], heads))
-    for decay, written in zip(total[..., -1:, :].unbind(3), final.unbind(3), strict=True):
-        before.append(state)
-        state = torch.addcmul(written, decay, state)
-    y = torch.addcmul(y, total, C @ torch.stack(before, 3))
-    y = y.movedim((1, 2), (3, 4)).flatten(3, 4).flatten(1, 2)[:, :length]
-    y = y if D is None else y + D.to(dtype)[:, None] * x.to(dtype)
-    return y.to(x.dtype), state.flatten(1, 2).mT
+def _empty(C, B, x, g, dt, initial, chunk_size, save):
+    batch, length, heads, values = x.shape
+    keys = B.shape[3]
+    states = (batch, heads, (length + CHUNK["cpu"] - 1) // CHUNK["cpu"], keys, values) if save else (0,)
+    return x.new_empty(batch, length + keys, heads, values), x.new_empty(states)
+
+
+def _reference(C, B, x, g, dt, initial, chunk_size, save):
+    with torch.autocast(x.device.type, enabled=False):  # the states stay in float32
+        packed = reference.chunked(C, B, x, g, dt, initial, chunk_size)
+    return packed, _empty(C, B, x, g, dt, initial, chunk_size, save)[1]
+
+
+def _kernel_inputs(C, B, x, g, dt, initial):
+    q, k = (dense_rows(t.repeat_interleave(x.shape[2] // t.shape[2], 2)) for t in (C, B))
+    initial = None if initial is None else initial.contiguous()
+    return dict(q=q, k=k, v=dense_rows(x), g=g.contiguous(), beta=dt.contiguous(), initial=initial)
+
+
+def _forward(backend, C, B, x, g, dt, initial, chunk_size, save):
+    packed, states = _empty(C, B, x, g, dt, initial, chunk_size, save)
+    torch.ops.linzoo_cpu.ssd_forward(**_kernel_inputs(C, B, x, g, dt, initial), packed=packed, states=states)
+    return packed, states
+
+
+def _backward(backend, dpacked, C, B, x, g, dt, initial, chunk_size, states):
+    if states.dim() == 1:
+        states = _forward(backend, C, B, x, g, dt, initial, chunk_size, True)[1]
+    inputs = _kernel_inputs(C, B, x, g, dt, initial)
+    grads = {f"d{name}": None if t is None else t.new_empty(t.shape) for name, t in inputs.items()}
+    torch.ops.linzoo_cpu.ssd_backward(dpacked=dpacked.contiguous(), **inputs, states=states, **grads)
+    dC, dB, *rest = (t for t in grads.values() if t is not None)
+    return [*(t.unflatten(2, (B.shape[2], -1)).sum(3) for t in (dC, dB)), *rest]
+
+
+def _flops(C, x, chunk_size, **_):
+    """A multiply-add per product: with the steps of a chunk, and with the state when it is written and read."""
+    (batch, length, groups, keys), (*_, heads, values) = C, x
+    chunk = min(chunk_size, length)
+    return batch * length * (chunk * (groups * keys + heads * values) + 2 * heads * keys * values)
+
+
+_operator = Operator(
+    "ssd",
+    "(Tensor C, Tensor B, Tensor x, Tensor g, Tensor dt, Tensor? initial, int chunk_size, bool save) "
+    "-> (Tensor packed, Tensor states)",
+    kernel="ssd",
+    devices=("cpu",),
+    reference=_reference,
+    forward=_forward,
+    backward=_backward,
+    fake=_empty,
+    flops=_flops,
+)
 
 
 def nc_ssd(x: Tensor, weight: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:

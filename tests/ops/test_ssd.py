@@ -1,10 +1,10 @@
-"""State-space duality: the chunked products against the recurrence, and against the selective scan."""
+"""State-space duality: the kernel and the chunked products against the recurrence, and against the selective scan."""
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 
-from linzoo.ops import nc_ssd, selective_scan, ssd, use_backend
+from linzoo.ops import nc_ssd, selective_scan, ssd, ssd_state, use_backend
 
 
 def make_inputs(B=2, L=37, H=4, P=3, G=2, N=5, dtype=torch.float64):
@@ -33,11 +33,37 @@ def results(op, inputs, backend, **options):
 
 @pytest.mark.parametrize("L", (1, 7, 16, 37))
 @pytest.mark.parametrize("chunk_size", (1, 8, 64))
-def test_chunks_equal_the_recurrence(L, chunk_size):
-    inputs = make_inputs(L=L)
-    torch.testing.assert_close(
-        results(ssd, inputs, None, chunk_size=chunk_size), results(ssd, inputs, "reference", chunk_size=chunk_size)
-    )
+@pytest.mark.parametrize("backend", ("cpu", "export"))
+def test_kernel_and_chunks_equal_the_recurrence(L, chunk_size, backend):
+    """ "export" runs the chunked products, as CUDA does."""
+    inputs = make_inputs(L=L) | dict(initial=torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True))
+
+    def run(**x):
+        y, state = ssd_state(**x, chunk_size=chunk_size)
+        return torch.cat([y.flatten(), state.flatten()])
+
+    torch.testing.assert_close(results(run, inputs, backend), results(run, inputs, "reference"))
+
+
+@pytest.mark.parametrize("G", (1, 4))
+def test_wide_heads_with_a_strided_input(G):
+    """More channels than a task's columns, and slices of one projection."""
+    inputs = {k: v.detach() for k, v in make_inputs(L=70, P=70, N=19, G=G, dtype=torch.float32).items()}
+    inputs["x"] = torch.randn(2, 70, 4, 80)[..., 5:75]
+    inputs = {k: v.requires_grad_() for k, v in inputs.items()}
+    for ours, expected in zip(results(ssd, inputs, "cpu"), results(ssd, inputs, "reference"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+def test_threads_do_not_change_results(threads):
+    inputs = {k: v.detach().requires_grad_() for k, v in make_inputs(L=70, P=70, dtype=torch.float32).items()}
+    expected, before = results(ssd, inputs, "cpu"), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.testing.assert_close(results(ssd, inputs, "cpu"), expected, rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("L", (1, 37))
@@ -95,6 +121,14 @@ def test_compile():
     compiled = torch.compile(ssd, fullgraph=True, backend="aot_eager")
     inputs = make_inputs()
     torch.testing.assert_close(compiled(**inputs), ssd(**inputs))
+
+
+@pytest.mark.parametrize("save", (False, True))
+def test_operator(save):
+    C, B, x = torch.randn(2, 9, 2, 5), torch.randn(2, 9, 2, 5), torch.randn(2, 9, 4, 3)
+    dt, initial = torch.rand(2, 9, 4), torch.randn(2, 4, 5, 3)
+    inputs = [t.requires_grad_() for t in (C, B, x, -dt, dt, initial)]
+    torch.library.opcheck(torch.ops.linzoo.ssd.default, (*inputs, 4, save))
 
 
 def test_bad_arguments():
