@@ -28,7 +28,7 @@ from timm.models._features_fx import register_notrace_module
 from timm.models.resnet import Bottleneck, downsample_conv
 from torch import nn
 
-from linzoo.ops import deform_conv
+from linzoo.ops import deform_conv, depthwise_conv2d
 
 from .layers import SS2D, Conv2dNHWC, Pyramid, Stage
 from .layers.checkpoint import SS2D_NAMES, rename, reshape_as, unwrap_state_dict
@@ -100,10 +100,14 @@ class MultiScaleConv(nn.Module):
 
     def forward(self, x):
         convs, reach = self.conv.values(), self.kernels[-1] // 2
-        weight = torch.cat([F.pad(conv.weight, [reach - conv.padding[0]] * 4) for conv in convs])
+        weight = torch.cat([F.pad(conv.weight.squeeze(1), [reach - conv.padding[0]] * 4) for conv in convs])
         bias = torch.cat([conv.bias for conv in convs])
-        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=reach, groups=len(weight)).permute(0, 2, 3, 1)
-        return y.unflatten(-1, (len(self.kernels), -1)).transpose(-1, -2).flatten(-2)
+        return (
+            depthwise_conv2d(x, weight, bias, padding=reach)
+            .unflatten(-1, (len(self.kernels), -1))
+            .transpose(-1, -2)
+            .flatten(-2)
+        )
 
 
 class DVSSBlock(nn.Module):

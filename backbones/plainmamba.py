@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from linzoo.ops import scan_order
 
-from .layers import S6, Isotropic, unwrap_state_dict
+from .layers import S6, Conv2dNHWC, Isotropic, unwrap_state_dict
 from .layers.checkpoint import rename
 from .layers.padding import pad_to_multiple
 from .layers.pretrained import imagenet_cfg
@@ -66,7 +66,7 @@ class PlainMambaMixer(nn.Module):
         super().__init__()
         self.consistent = consistent
         self.in_proj = nn.Linear(dim, 4 * dim, **dd)
-        self.conv = nn.Conv2d(2 * dim, 2 * dim, 7, padding=3, groups=2 * dim, **dd)
+        self.conv = Conv2dNHWC(2 * dim, 2 * dim, 7, padding=3, groups=2 * dim, **dd)
         self.direction = nn.Parameter(torch.empty(5, d_state, **dd))
         self.s6 = S6(2 * dim, 1, d_state, dt_rank=-(-dim // 16), bias_twice=True, **dd)
         self.out_proj = nn.Linear(2 * dim, dim, **dd)
@@ -78,7 +78,7 @@ class PlainMambaMixer(nn.Module):
 
     def forward(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
         x, z = self.in_proj(u).chunk(2, dim=-1)
-        x = F.silu(self.conv(x.mT.unflatten(2, grid))).flatten(2).mT
+        x = F.silu(self.conv(x.unflatten(1, grid))).flatten(1, 2)
         order = snakes(*grid, u.device).long()  # ONNX indexes only by int64
         place = order.argsort(dim=1)  # the step that visits each token
         projected = F.linear(x, self.s6.x_proj[0])

@@ -18,7 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features_fx import register_notrace_module
 from torch import nn
 
-from linzoo.ops import selective_states
+from linzoo.ops import depthwise_conv2d, selective_states
 
 from .layers import S6, Conv2dNHWC, Pyramid, Stage
 from .layers.checkpoint import SS2D_NAMES, rename, reshape_as, unwrap_state_dict
@@ -50,16 +50,13 @@ class StateFusion(nn.Module):
 
     def forward(self, h):
         """States ``(B, H, W, C)`` to the same."""
-        h = h.permute(0, 3, 1, 2)
-        height, width, border = h.shape[2], h.shape[3], max(self.dilations)
-        padded = F.pad(h, (border,) * 4, mode="replicate")
+        height, width, border = h.shape[1], h.shape[2], max(self.dilations)
+        padded = F.pad(h.permute(0, 3, 1, 2), (border,) * 4, mode="replicate").permute(0, 2, 3, 1)
         fused = 0
         for i, d in enumerate(self.dilations):
-            inside = padded[:, :, border - d : border + d + height, border - d : border + d + width]
-            fused = fused + F.conv2d(
-                inside, self.alpha[i] * self.kernels[i].unsqueeze(1), dilation=d, groups=h.shape[1]
-            )
-        return fused.permute(0, 2, 3, 1)
+            inside = padded[:, border - d : border + d + height, border - d : border + d + width]
+            fused = fused + depthwise_conv2d(inside, self.alpha[i] * self.kernels[i], dilation=d)
+        return fused
 
     @torch.no_grad()
     def fuse(self):

@@ -6,6 +6,7 @@ from . import scan_order
 from .backend import backend_info, use_backend
 from .causal_conv1d import causal_conv1d
 from .deform_conv import deform_conv
+from .depthwise_conv2d import depthwise_conv2d
 from .diagonal_scan import diagonal_scan
 from .fft_conv import fft_conv
 from .gated_delta import gated_delta
@@ -21,6 +22,7 @@ __all__ = [
     "bi_wkv",
     "causal_conv1d",
     "deform_conv",
+    "depthwise_conv2d",
     "diagonal_scan",
     "fft_conv",
     "gated_delta",
@@ -45,6 +47,7 @@ __all__ = [
 for _function in (
     causal_conv1d,
     deform_conv,
+    depthwise_conv2d,
     diagonal_scan,
     gated_delta,
     mlstm,

@@ -5,6 +5,7 @@ import torch
 from .backend import use_backend
 from .causal_conv1d import causal_conv1d
 from .deform_conv import deform_conv
+from .depthwise_conv2d import depthwise_conv2d
 from .diagonal_scan import diagonal_scan
 from .gated_delta import gated_delta
 from .mlstm import mlstm
@@ -39,6 +40,11 @@ def _deform_conv(normal):
 def _rational(normal):
     inputs = dict(x=normal(9, 24), numerator=normal(1, 6), denominator=normal(8, 4))
     return lambda **x: rational(**x), inputs
+
+
+def _depthwise_conv2d(normal):
+    inputs = dict(x=normal(2, 9, 11, 19), weight=normal(19, 3, 5), bias=normal(19))
+    return lambda **x: depthwise_conv2d(**x, padding=(3, 2), dilation=2), inputs
 
 
 def _diagonal_scan(normal):
@@ -107,6 +113,7 @@ def _wkv(normal):
 EXAMPLES = {
     "causal_conv1d": _causal_conv1d,
     "deform_conv": _deform_conv,
+    "depthwise_conv2d": _depthwise_conv2d,
     "diagonal_scan": _diagonal_scan,
     "gated_delta": _gated_delta,
     "mlstm": _mlstm,

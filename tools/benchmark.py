@@ -35,6 +35,7 @@ from linzoo.ops import (
     bi_wkv,
     causal_conv1d,
     deform_conv,
+    depthwise_conv2d,
     diagonal_scan,
     gated_delta,
     mlstm,
@@ -285,6 +286,14 @@ def deform_conv_case(device, B, H, W, C, G):
     return call, leaves, lambda: torch.nn.functional.conv2d(image, kernel, padding=1, groups=C)
 
 
+def depthwise_conv2d_case(device, B, H, W, C, K, dilation):
+    """A wide or dilated window, as in HRVMamba and Spatial-Mamba. The floor: a copy of the map."""
+    x, reach = torch.randn(B, H, W, C, device=device), dilation * (K // 2)
+    leaves = [t.requires_grad_() for t in (x, torch.randn(C, K, K, device=device) / K)]
+    values, out = x.detach(), torch.empty_like(x)
+    return lambda: depthwise_conv2d(*leaves, padding=reach, dilation=dilation), leaves, lambda: out.copy_(values)
+
+
 def ssm_kernel_case(device, H, N, L, rank):
     """S4D's kernels, or S4's with that rank. The floor: the sum over modes as a matrix product, with given powers."""
     A = torch.stack([-torch.full((H, N), 0.5), math.pi * torch.arange(N).expand(H, N)], -1).to(device)
@@ -342,6 +351,13 @@ OPS = {
     ),
     "bi_wkv": (bi_wkv_case, [{"B": 1, "L": 4096, "C": 192}, {"B": 8, "L": 196, "C": 192}]),
     "deform_conv": (deform_conv_case, [{"B": 4, "H": 64, "W": 64, "C": 64, "G": 4}]),
+    "depthwise_conv2d": (
+        depthwise_conv2d_case,
+        [
+            {"B": 4, "H": 14, "W": 14, "C": 512, "K": 3, "dilation": 3},
+            {"B": 4, "H": 56, "W": 56, "C": 16, "K": 9, "dilation": 1},
+        ],
+    ),
     "diagonal_scan": (diagonal_scan_case, [{"B": 8, "L": 1024, "P": 64}, {"B": 8, "L": 1024, "P": 384}]),
     "gated_delta": (
         gated_delta_case,

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from linzoo.ops import depthwise_conv2d
+
 from .conv import Conv2dNHWC
 
 
@@ -60,7 +62,7 @@ class OmniShift(nn.Module):
 
     def forward(self, x):
         kernel = self.merge() if self.training else self.merged
-        return F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=2, groups=x.shape[-1]).permute(0, 2, 3, 1)
+        return depthwise_conv2d(x, kernel.squeeze(1), padding=2)
 
     @torch.no_grad()
     def fuse(self):

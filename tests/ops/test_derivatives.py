@@ -10,6 +10,7 @@ from linzoo.ops import (
     bi_wkv,
     causal_conv1d,
     deform_conv,
+    depthwise_conv2d,
     diagonal_scan,
     fft_conv,
     gated_delta,
@@ -75,6 +76,10 @@ CASES = {
             offset=(8 * normal(1, 3, 4, 2, 9, 2)).floor() / 8 + 1 / 16,
             weight=normal(1, 3, 4, 2, 9),
         ),
+    ),
+    "depthwise_conv2d": lambda: (
+        lambda **x: depthwise_conv2d(**x, padding=2, dilation=2),
+        dict(x=normal(1, 4, 5, 2), weight=normal(2, 3, 3), bias=normal(2)),
     ),
     "ssm_kernel": lambda: (lambda **x: ssm_kernel(**x, length=5), kernel_inputs(0)),
     "ssm_kernel_low_rank": lambda: (dplr_kernel, kernel_inputs(1)),
