@@ -116,15 +116,16 @@ def _backward(backend, dh, q, k, v, i, f, chunk_size, h, states, m, denominator)
     floor = reference.floor(m)
     divisor = torch.maximum(denominator.abs(), floor) + EPS
     read = (dh * h).sum(3) / divisor
-    dnumerator = dh / divisor.unsqueeze(3)
-    ddenominator = torch.where(denominator.abs() > floor, -read * denominator.sign(), 0)
     dm = -read * EPS
 
-    dpacked = F.pad(torch.cat([dnumerator, ddenominator.unsqueeze(3)], 3), (0, 0, 0, 0, 0, q.shape[3]))
+    dpacked = q.new_empty(q.shape[0], q.shape[1] + q.shape[3], q.shape[2], q.shape[3] + 1)
+    dpacked[:, q.shape[1] :] = 0  # of the last state
+    torch.div(dh, divisor.unsqueeze(3), out=dpacked[:, : q.shape[1], :, :-1])
+    dpacked[:, : q.shape[1], :, -1] = torch.where(denominator.abs() > floor, -read * denominator.sign(), 0)
     inputs = _scan_inputs(q, k, v, i, log_f, m)
     dq, dk, dv, dlog_f, dweight = (inputs[name].new_empty(inputs[name].shape) for name in ("q", "k", "v", "g", "beta"))
     grads = dict(dq=dq, dk=dk, dv=dv, dg=dlog_f, dbeta=dweight, dinitial=None)
-    torch.ops.linzoo_cpu.mlstm_backward(dpacked=dpacked.contiguous(), **inputs, initial=None, states=states, **grads)
+    torch.ops.linzoo_cpu.mlstm_backward(dpacked=dpacked, **inputs, initial=None, states=states, **grads)
     di = dweight * inputs["beta"]
     torch.ops.linzoo_cpu.mlstm_maximum_backward(dm.contiguous(), i, log_f, m, di, dlog_f)
     return [dq, dk, dv[..., :-1].contiguous(), di, dlog_f * torch.sigmoid(-f)]
