@@ -640,17 +640,21 @@ def peak_bytes(call, device):
 def model_rows(names, size, args):
     """Times `names` in turns on images of one size."""
     networks = {name: network(name, size, args) for name in names}
-    if args.compile:
-        networks |= {f"{name} (compiled)": network(name, size, args, compiled=True) for name in names}
+    compiled = {f"{name} (compiled)": network(name, size, args, compiled=True) for name in names if args.compile}
+    compile_seconds = {name: seconds(call, args.device) for name, (_, call) in compiled.items()}
+    networks |= compiled
     times = medians({name: call for name, (_, call) in networks.items()}, args.device, args.budget)
     rows = []
     for name, (model, call) in networks.items():
-        params, macs = measure(name.removesuffix(" (compiled)"), size)
+        eager = name.removesuffix(" (compiled)")
+        params, macs = measure(eager, size)
         stride = model.feature_info[0]["reduction"]
         row = {"model": name, "size": size, "tokens": math.ceil(size / stride) ** 2, "params": params, "macs": macs}
         row |= {"seconds": times[name], "images_per_s": args.batch / times[name]}
         row["operator_share"] = operator_share(call, args.device)
         row["peak_bytes"] = peak_bytes(call, args.device)
+        if name in compiled:
+            row |= {"compile_seconds": compile_seconds[name], "of_eager": times[eager] / times[name]}
         rows.append(row)
     rates = {row["model"]: row["images_per_s"] * row["macs"] for row in rows}
     for row in rows:
@@ -677,6 +681,9 @@ def model_columns(rows):
     columns["peak MiB"] = lambda r: f"{r['peak_bytes'] / 2**20:.0f}"
     if any(r["of_swin_tiny"] for r in rows):
         columns["MACs/s of swin_tiny's"] = lambda r: f"{r['of_swin_tiny']:.2f}"
+    if any("of_eager" in r for r in rows):
+        columns["speed of eager's"] = lambda r: f"{r['of_eager']:.2f}" if "of_eager" in r else ""
+        columns["first call s"] = lambda r: f"{r['compile_seconds']:.0f}" if "of_eager" in r else ""
     if any("exponent" in r for r in rows):
         columns["tokens"] = lambda r: f"{r['tokens']}"
         columns["time ~ tokens^"] = lambda r: f"{r['exponent']:.2f}"

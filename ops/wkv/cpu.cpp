@@ -199,6 +199,8 @@ void bi_backward(Tensor dy, Tensor k, Tensor v, Tensor w, Tensor u, std::optiona
 //   wkv6:  y_t = r_t S_t + (r_t . u k_t) v_t,  S_{t+1} = d_t S_t + k_t v_t
 //   wkv7:  S_t = d_t S_{t-1} + b_t (a_t S_{t-1}) + k_t v_t,  y_t = r_t S_t
 
+constexpr int64_t kTogether = 8;  // tasks that a thread takes chunk by chunk
+
 template <class T>
 struct Problem {
   int64_t B, L, H, N, P, chunks, directions;
@@ -450,7 +452,8 @@ void backward_columns(const Head<T>& head, const Gradients<T>& o, int64_t first)
   }
 }
 
-// Where there are few heads, a task is half of one's columns: by the problem's shape alone.
+// Where there are few heads, a task is half of one's columns: by the problem's shape alone. A thread takes a few tasks
+// chunk by chunk together, since the rows of a batch item's heads lie side by side.
 template <bool kDelta, class T>
 void run_forward(const Problem<T>& p, T* y) {
   constexpr int W = Simd<T>::width;
@@ -458,16 +461,21 @@ void run_forward(const Problem<T>& p, T* y) {
   const int64_t width = (blocks + splits - 1) / splits * W;
   torch::stable::parallel_for(0, p.B * p.H * splits, 1, [&](int64_t begin, int64_t end) {
     Steps<T> steps(p.N);
-    for (int64_t task = begin; task < end; ++task)
+    const int64_t held = width / W * p.N;
+    for (int64_t group = begin; group < end; group += kTogether)
       for (int64_t direction = 0; direction < p.directions; ++direction) {
-        const Head<T> head(p, direction, task / splits);
-        const int64_t left = task % splits * width, right = std::min(p.P, left + width);
-        std::vector<Wide<T, 1>> S(width / W * p.N);
+        std::vector<Wide<T, 1>> states(std::min(kTogether, end - group) * held);
         for (int64_t start = 0; start < p.order.steps; start += kChunk) {
           const int64_t length = std::min<int64_t>(kChunk, p.order.steps - start);
-          steps.template read<false>(head, start, length);
-          for (int64_t first = left; first < right; first += W)
-            forward_columns<kDelta>(head, steps, start, start + length, first, S.data() + (first - left) / W * p.N, y);
+          for (int64_t task = group; task < std::min(group + kTogether, end); ++task) {
+            const Head<T> head(p, direction, task / splits);
+            const int64_t left = task % splits * width, right = std::min(p.P, left + width);
+            if (task == group || left == 0) steps.template read<false>(head, start, length);
+            for (int64_t first = left; first < right; first += W) {
+              Wide<T, 1>* S = states.data() + (task - group) * held + (first - left) / W * p.N;
+              forward_columns<kDelta>(head, steps, start, start + length, first, S, y);
+            }
+          }
         }
       }
   });
