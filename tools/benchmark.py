@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Times the zoo: `ops` each backend of an operator, `models` whole networks beside common baselines, `linfusion`
 linear beside softmax attention, `quantized` 8-bit networks beside float32, `exports` the files of `linzoo export`
-beside the network itself.
+beside the network itself. `tables` prints what earlier runs wrote, as README shows it.
 
 Everything that is compared is timed in turns within one run, so a busy moment of the machine hits all alike. The
 median counts. The first line names the hardware, the software and the settings.
@@ -641,7 +641,8 @@ def model_rows(names, size, args):
     """Times `names` in turns on images of one size."""
     networks = {name: network(name, size, args) for name in names}
     compiled = {f"{name} (compiled)": network(name, size, args, compiled=True) for name in names if args.compile}
-    compile_seconds = {name: seconds(call, args.device) for name, (_, call) in compiled.items()}
+    with torch._inductor.config.patch(force_disable_caches=True) if args.compile else contextlib.nullcontext():
+        compile_seconds = {name: seconds(call, args.device) for name, (_, call) in compiled.items()}  # as if new here
     networks |= compiled
     times = medians({name: call for name, (_, call) in networks.items()}, args.device, args.budget)
     rows = []
@@ -932,6 +933,92 @@ def run_exports(args):
     print_rows("exports", facts, rows, EXPORT_COLUMNS, None)
 
 
+# --- README's tables ------------------------------------------------------------------------------------------------
+
+
+def markdown(columns, rows):
+    """A Markdown table of `columns`, `{heading: row -> text}`."""
+    lines = [
+        list(columns),
+        ["---", *["---:"] * (len(columns) - 1)],
+        *([cell(r) for cell in columns.values()] for r in rows),
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def operator_markdown(tables):
+    """All operators against their references, in one table."""
+    rows = [{**row, "operator": t["title"].partition(":")[0]} for t in tables for row in t["rows"]]
+    columns = {
+        "operator": lambda r: f"`{r['operator']}`",
+        "shape": OP_COLUMNS["shape"],
+        "forward ms": OP_COLUMNS["forward ms"],
+        "reference / ours": lambda r: OP_COLUMNS["/ ours"](r).removesuffix("x"),
+        "ours / floor": lambda r: f"{r['forward_ms'] / r['floor_ms']:.1f}",
+        "backward / forward": lambda r: f"{backward_ms(r) / r['forward_ms']:.1f}",
+        "reference / ours, both": lambda r: OP_COLUMNS["/ ours "](r).removesuffix("x"),
+    }
+    return markdown(columns, rows)
+
+
+def length_markdown(tables):
+    """Exponents of time against length, a row for each operator."""
+    rows = [{**t["rows"][-1], "operator": t["title"].partition(":")[0], "first": t["rows"][0]} for t in tables]
+    columns = {
+        "operator": lambda r: f"`{r['operator']}`",
+        "steps": lambda r: f"{r['first']['shape']['L']} to {r['shape']['L']}",
+        "forward ~ L^": LENGTH_COLUMNS["~ L^"],
+        "with backward ~ L^": LENGTH_COLUMNS["~ L^ "],
+    }
+    return markdown(columns, rows)
+
+
+EAGER_CELLS = {  # by heading: the field that it needs, and its text
+    "images/s": ("images_per_s", lambda r: f"{r['images_per_s']:.1f}"),
+    "of swin_tiny's MACs/s": ("of_swin_tiny", lambda r: f"{r['of_swin_tiny']:.2f}"),
+}
+TRAIN_CELLS = EAGER_CELLS | {"peak MiB": ("peak_bytes", lambda r: f"{r['peak_bytes'] / 2**20:.0f}")}
+COMPILED_CELLS = {
+    "compiled images/s": ("images_per_s", lambda r: f"{r['images_per_s']:.1f}"),
+    "of eager's": ("of_eager", lambda r: f"{r['of_eager']:.2f}"),
+    "first call s": ("compile_seconds", lambda r: f"{r['compile_seconds']:.0f}"),
+}
+
+
+def model_markdown(tables):
+    """Runs over the same models: a row for each model, columns for each size of each run."""
+    rows, columns = {}, {}  # rows: by model, what each (run, size, compiled) gave
+    for run, table in enumerate(tables):
+        train, batch = table["environment"]["pass"] == "train", table["environment"]["batch"]
+        for row in table["rows"]:
+            name, compiled, _ = row["model"].partition(" (compiled)")
+            rows.setdefault(name, {})[run, row["size"], bool(compiled)] = row
+        for key, row in next(iter(rows.values())).items():
+            cells = COMPILED_CELLS if key[2] else TRAIN_CELLS if train else EAGER_CELLS
+            for heading, (field, text) in cells.items():
+                if key[0] == run and row.get(field) is not None:
+                    columns[f"{heading}, {batch} x {key[1]} px"] = lambda r, key=key, text=text: text(r[1][key])
+        if "exponent" in table["rows"][0]:
+            columns["time ~ tokens^"] = lambda r, key=key: f"{r[1][key]['exponent']:.2f}"
+    first = {"model": lambda r: f"`{r[0]}`", "GMACs": lambda r: f"{next(iter(r[1].values()))['macs'] / 1e9:.2f}"}
+    return markdown(first | columns, rows.items())
+
+
+def run_tables(args):
+    """The `tables` part."""
+    kinds = {}
+    for table in tables_of(args.file):
+        kind = table["title"].partition(": ")[2]
+        if table["title"] == "models":  # runs of training over the same models stand side by side
+            kind = tuple(row["model"] for row in table["rows"])
+            kind = (*kind, "train" if table["environment"]["pass"] == "train" else len(kinds))
+        kinds.setdefault(kind, []).append(table)
+    makers = {"cpu backend against the reference": operator_markdown, "time against length": length_markdown}
+    for kind, tables in kinds.items():
+        if make := model_markdown if isinstance(kind, tuple) else makers.get(kind):
+            print(make(tables), end="\n\n")
+
+
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -971,8 +1058,11 @@ def parse(argv):
     exports.add_argument("--scan", choices=list(export.SCANS), default="loop", help="form of scans in ONNX")
     exports.add_argument("--size", type=int, default=64, help="side of the square images")
     exports.add_argument("--threads", type=int, help="of torch and ONNX Runtime; default: torch's own")
+    tables = parts.add_parser("tables", help="Markdown of what runs of `ops` and `models` on a CPU wrote")
+    tables.add_argument("file", type=Path, help="from --json")
     quantized.set_defaults(device="cpu")
     exports.set_defaults(device="cpu")
+    tables.set_defaults(device="cpu", json=None)
     for part in (ops, models, linfusion):
         part.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     for part in (ops, models, linfusion, quantized, exports):
@@ -986,6 +1076,11 @@ def parse(argv):
             tables_of(args.json)
         except (OSError, TypeError, ValueError) as e:
             parser.error(f"--json: cannot add to {str(args.json)!r}: {e}")
+    if args.part == "tables":
+        try:
+            tables_of(args.file.resolve(strict=True))
+        except (OSError, TypeError, ValueError) as e:
+            parser.error(f"file: cannot read {str(args.file)!r}: {e}")
     if args.part == "models":
         families = sorted({family_of(n) for n in backbones()})
         wrong = [n for n in args.models if not timm.is_model(n)], [f for f in args.family if f not in families]
@@ -1028,10 +1123,10 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler reports a missing GPU as an error
     args = parse(argv)
     load = environment(args.device).get("load") or 0
-    if load > torch.get_num_threads():
+    if load > torch.get_num_threads() and args.part != "tables":
         warn(f"the machine is busy: a load of {load:.1f} on {torch.get_num_threads()} threads")
     parts = {"ops": run_ops, "models": run_models, "linfusion": run_linfusion}
-    parts |= {"quantized": run_quantized, "exports": run_exports}
+    parts |= {"quantized": run_quantized, "exports": run_exports, "tables": run_tables}
     parts[args.part](args)
 
 

@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,7 +106,7 @@ def test_cuda_row(name):
     """What a table of `ops --device cuda` holds, run on the CPU: every shape's keys fit its case."""
     case, shapes = benchmark.CUDA_OPS[name]
     sizes = {"B": 1, "L": 16, "G": 2, "H": 4, "W": 4, "C": 16, "D": 16, "K": 8, "P": 8, "N": 8}
-    shape = {k: sizes[k] if isinstance(v, int) and not isinstance(v, bool) else v for k, v in shapes[0].items()}
+    shape = {k: sizes.get(k, v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in shapes[0].items()}
     rivals = benchmark.RIVALS.get(name, lambda device, **shape: {})
     row = benchmark.cuda_op_row(case, rivals, shape, "cpu", 0)
     assert row["error"] < 1e-3 and row["gb_s"] == pytest.approx(row["bytes"] / row["forward_ms"] / 1e6)
@@ -286,3 +288,21 @@ def test_exports_that_fail(monkeypatch, capsys):
     benchmark.main(["exports", "--models", "test_byobnet", "--formats", "torch", "--budget", "0"])
     said = capsys.readouterr()
     assert "IndexError" in said.out and "test_byobnet, torch, batch: IndexError" in said.err
+
+
+def test_readme_shows_what_runs_wrote(capsys):
+    """Every row of README's tables of times is in the file that it names, as `tables` prints it."""
+    root = Path(__file__).parents[2]
+    benchmark.main(["tables", str(root / "benchmarks/cpu-2026-11-28.json")])
+    printed = set(capsys.readouterr().out.splitlines())
+    speed = (root / "README.md").read_text().partition("## Speed")[2].partition("\n## ")[0]
+    shown = [line for line in speed.splitlines() if line.startswith("| `")]
+    assert len(shown) > 50 and printed.issuperset(shown)
+
+
+def test_tables_of_no_file(capsys, tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    for path, why in ((tmp_path / "none", "No such file"), (tmp_path / "x.json", "holds no tables")):
+        with pytest.raises(SystemExit):
+            benchmark.main(["tables", str(path)])
+        assert re.search(f"file: cannot read .*{why}", capsys.readouterr().err)
