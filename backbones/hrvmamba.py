@@ -102,12 +102,8 @@ class MultiScaleConv(nn.Module):
         convs, reach = self.conv.values(), self.kernels[-1] // 2
         weight = torch.cat([F.pad(conv.weight.squeeze(1), [reach - conv.padding[0]] * 4) for conv in convs])
         bias = torch.cat([conv.bias for conv in convs])
-        return (
-            depthwise_conv2d(x, weight, bias, padding=reach)
-            .unflatten(-1, (len(self.kernels), -1))
-            .transpose(-1, -2)
-            .flatten(-2)
-        )
+        y = depthwise_conv2d(x, weight, bias, padding=reach)
+        return y.unflatten(-1, (len(self.kernels), -1)).transpose(-1, -2).flatten(-2)
 
 
 class DVSSBlock(nn.Module):

@@ -38,8 +38,8 @@ def depthwise_conv2d(
         dilation: Distance between taps, in pixels.
 
     Returns:
-        ``(B, H', W', C)`` in the dtype of `x`, H' = H + 2 padding - dilation (K - 1); sums are float32 (float64 for
-        float64).
+        ``(B, H', W', C)`` in the dtype of `x`, or autocast's; H' = H + 2 padding - dilation (K - 1). Sums are float32
+        (float64 for float64).
 
     Raises:
         ValueError: a shape does not fit, an option is out of range, or tensors lie on different devices.
@@ -52,6 +52,8 @@ def depthwise_conv2d(
     if min(_output(x.shape, weight.shape, rows, columns, dilation)) < 1:
         window = f"window of {sizes['K']} x {sizes['J']} taps, dilation {dilation}"
         raise ValueError(f"x: a {sizes['H']} x {sizes['W']} map with padding {padding} is smaller than the {window}")
+    if not torch.is_autocast_enabled(x.device.type):  # else PyTorch's convolution chooses the dtype
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     run = _operator if _slow_backward(x, weight, rows, columns, dilation) else reference.depthwise_conv2d
     return run(x, weight, bias, rows, columns, dilation)
 
@@ -66,7 +68,7 @@ def _slow_backward(x, weight, pad_rows, pad_columns, dilation):
     """Whether gradients will be asked for, by PyTorch as it is, that our kernel computes in less time."""
     if x.device.type != "cpu" or not (torch.is_grad_enabled() and weight.requires_grad):
         return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or x.dtype != weight.dtype:
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     K, J = weight.shape[1:]
     return (dilation > 1 or K * J > 9) and pad_rows <= dilation * (K - 1) and pad_columns <= dilation * (J - 1)

@@ -51,7 +51,9 @@ def test_low_precision_sums_in_float32(dtype):
     low = {name: x.detach().to(dtype).requires_grad_() for name, x in make_inputs(30, 30, 16, 5, 5).items()}
     exact = {name: x.detach().double().requires_grad_() for name, x in low.items()}
     g = torch.randn(2, 30, 30, 16).to(dtype)
-    grads = torch.autograd.grad(depthwise_conv2d(**low, padding=2), list(low.values()), g)
+    y = depthwise_conv2d(**low, padding=2)
+    torch.testing.assert_close(depthwise_conv2d(low["x"], exact["weight"], exact["bias"], padding=2), y)
+    grads = torch.autograd.grad(y, list(low.values()), g)
     for ours, expected in zip(
         grads, torch.autograd.grad(depthwise_conv2d(**exact, padding=2), list(exact.values()), g.double()), strict=True
     ):
