@@ -52,8 +52,7 @@ def depthwise_conv2d(
     if min(_output(x.shape, weight.shape, rows, columns, dilation)) < 1:
         window = f"window of {sizes['K']} x {sizes['J']} taps, dilation {dilation}"
         raise ValueError(f"x: a {sizes['H']} x {sizes['W']} map with padding {padding} is smaller than the {window}")
-    if not torch.is_autocast_enabled(x.device.type):  # else PyTorch's convolution chooses the dtype
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     run = _operator if _slow_backward(x, weight, rows, columns, dilation) else reference.depthwise_conv2d
     return run(x, weight, bias, rows, columns, dilation)
 
