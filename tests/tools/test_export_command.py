@@ -123,7 +123,9 @@ def test_trace_at_the_size_of_the_positions(name):
 def test_every_kernel_has_a_function_for_packages():
     for op in compile_cpu.sources():
         if backend_info()[op]["cpu"] is None:
-            assert [aoti._declaration(kernel) for kernel in compile_cpu.kernels(op)]
+            kernels = compile_cpu.kernels(op)
+            assert all(aoti._declaration(kernel) for kernel in kernels)
+            assert kernels or op == "depthwise_conv2d"  # which has a kernel for its backward pass alone
 
 
 DENSE = {
