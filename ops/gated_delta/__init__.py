@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from .. import matrix_scan
 from ..backend import forced_backend
-from ..operator import CHUNK, Operator
-from ..tensors import check, dense_rows, promote, state_dtype
+from ..operator import Operator
+from ..tensors import check, promote, state_dtype
 from . import reference
 
 __all__ = ["gated_delta"]
@@ -61,53 +62,30 @@ def gated_delta(
     return y.to(dtype), state.transpose(1, 2)
 
 
-# Here output and last state are one tensor, (B, L + K, H, P), because an operator has one differentiable result.
-# The second result holds the states before each chunk of CHUNK steps. The kernel's backward pass recomputes the others
-# from them; without them it runs the forward pass again. The WY form needs none.
+# The first result holds output and last state, the second the states that the kernel's backward pass starts from (see
+# `matrix_scan.empty`). The WY form needs none.
 
 
 def _chunked(q, k, v, g, beta, initial, chunk_size, save):
     with torch.autocast(q.device.type, enabled=False):  # the states stay in float32
         packed = reference.chunked(q, k, v, g, beta, initial, chunk_size)
-    return packed, _states(k, v, save)
+    return packed, matrix_scan.empty(k, v, save)[1]
 
 
 def _export(q, k, v, g, beta, initial, chunk_size, save):
-    return reference.gated_delta(q, k, v, g, beta, initial, use_scan=True), _states(k, v, save)
-
-
-def _states(k, v, save):
-    """Where the kernel stores its states ``(B, H, chunks, K, P)``; empty if none are kept."""
-    (batch, length, heads, keys), values = k.shape, v.shape[3]
-    chunks = (length + CHUNK["cpu"] - 1) // CHUNK["cpu"]
-    return k.new_empty((batch, heads, chunks, keys, values) if save and k.device.type == "cpu" else (0,))
+    return reference.gated_delta(q, k, v, g, beta, initial, use_scan=True), matrix_scan.empty(k, v, save)[1]
 
 
 def _empty(q, k, v, g, beta, initial, chunk_size, save):
-    batch, length, heads, values = v.shape
-    return v.new_empty(batch, length + k.shape[3], heads, values), _states(k, v, save)
-
-
-def _kernel_inputs(**tensors):
-    """All contiguous, except that the heads' rows in `q`, `k` and `v` may have any stride."""
-    rows = {name: dense_rows(tensors.pop(name)) for name in "qkv"}
-    return rows | {name: None if x is None else x.contiguous() for name, x in tensors.items()}
+    return matrix_scan.empty(k, v, save)
 
 
 def _forward(backend, q, k, v, g, beta, initial, chunk_size, save):
-    packed, states = _empty(q, k, v, g, beta, initial, chunk_size, save)
-    inputs = _kernel_inputs(q=q, k=k, v=v, g=g, beta=beta, initial=initial)
-    torch.ops.linzoo_cpu.gated_delta_forward(**inputs, packed=packed, states=states)
-    return packed, states
+    return matrix_scan.forward("gated_delta", save, q=q, k=k, v=v, g=g, beta=beta, initial=initial)
 
 
 def _backward(backend, dpacked, q, k, v, g, beta, initial, chunk_size, states):
-    if states.dim() == 1:
-        states = _forward(backend, q, k, v, g, beta, initial, chunk_size, True)[1]
-    inputs = _kernel_inputs(q=q, k=k, v=v, g=g, beta=beta, initial=initial)
-    grads = {f"d{name}": None if x is None else x.new_empty(x.shape) for name, x in inputs.items()}
-    torch.ops.linzoo_cpu.gated_delta_backward(dpacked=dpacked.contiguous(), **inputs, states=states, **grads)
-    return [x for x in grads.values() if x is not None]
+    return matrix_scan.backward("gated_delta", dpacked, states, q=q, k=k, v=v, g=g, beta=beta, initial=initial)
 
 
 def _flops(q, v, chunk_size, **_):

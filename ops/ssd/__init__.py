@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from .. import matrix_scan
 from ..backend import forced_backend
-from ..operator import CHUNK, Operator
-from ..tensors import check, dense_rows, state_dtype
+from ..operator import Operator
+from ..tensors import check, state_dtype
 from . import reference
 
 __all__ = ["nc_ssd", "ssd", "ssd_state"]
@@ -83,42 +84,31 @@ def ssd_state(
     return y.to(x.dtype), state.permute(0, 2, 3, 1)
 
 
-# Output and last state are one tensor, (B, L + N, H, P), because an operator has one differentiable result. The second
-# result holds the states before each chunk of CHUNK steps, from which the kernel's backward pass recomputes the others.
+# The first result holds output and last state, the second the states that the kernel's backward pass starts from (see
+# `matrix_scan.empty`).
 
 
 def _empty(C, B, x, g, dt, initial, chunk_size, save):
-    batch, length, heads, values = x.shape
-    keys = B.shape[3]
-    states = (batch, heads, (length + CHUNK["cpu"] - 1) // CHUNK["cpu"], keys, values) if save else (0,)
-    return x.new_empty(batch, length + keys, heads, values), x.new_empty(states)
+    return matrix_scan.empty(B, x, save)
 
 
 def _reference(C, B, x, g, dt, initial, chunk_size, save):
     with torch.autocast(x.device.type, enabled=False):  # the states stay in float32
         packed = reference.chunked(C, B, x, g, dt, initial, chunk_size)
-    return packed, _empty(C, B, x, g, dt, initial, chunk_size, save)[1]
+    return packed, matrix_scan.empty(B, x, save)[1]
 
 
-def _kernel_inputs(C, B, x, g, dt, initial):
-    q, k = (dense_rows(t.repeat_interleave(x.shape[2] // t.shape[2], 2)) for t in (C, B))
-    initial = None if initial is None else initial.contiguous()
-    return dict(q=q, k=k, v=dense_rows(x), g=g.contiguous(), beta=dt.contiguous(), initial=initial)
+def _by_head(C, B, x, g, dt, initial):
+    q, k = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (C, B))
+    return dict(q=q, k=k, v=x, g=g, beta=dt, initial=initial)
 
 
 def _forward(backend, C, B, x, g, dt, initial, chunk_size, save):
-    packed, states = _empty(C, B, x, g, dt, initial, chunk_size, save)
-    torch.ops.linzoo_cpu.ssd_forward(**_kernel_inputs(C, B, x, g, dt, initial), packed=packed, states=states)
-    return packed, states
+    return matrix_scan.forward("ssd", save, **_by_head(C, B, x, g, dt, initial))
 
 
 def _backward(backend, dpacked, C, B, x, g, dt, initial, chunk_size, states):
-    if states.dim() == 1:
-        states = _forward(backend, C, B, x, g, dt, initial, chunk_size, True)[1]
-    inputs = _kernel_inputs(C, B, x, g, dt, initial)
-    grads = {f"d{name}": None if t is None else t.new_empty(t.shape) for name, t in inputs.items()}
-    torch.ops.linzoo_cpu.ssd_backward(dpacked=dpacked.contiguous(), **inputs, states=states, **grads)
-    dC, dB, *rest = (t for t in grads.values() if t is not None)
+    dC, dB, *rest = matrix_scan.backward("ssd", dpacked, states, **_by_head(C, B, x, g, dt, initial))
     return [*(t.unflatten(2, (B.shape[2], -1)).sum(3) for t in (dC, dB)), *rest]
 
 
