@@ -11,6 +11,7 @@ from .diagonal_scan import diagonal_scan
 from .fft_conv import fft_conv
 from .gated_delta import gated_delta
 from .mlstm import mlstm
+from .onednn import use_onednn
 from .rational import rational
 from .selective_scan import selective_scan, selective_scan_state, selective_states
 from .ssd import nc_ssd, ssd, ssd_state
@@ -37,6 +38,7 @@ __all__ = [
     "ssd_state",
     "ssm_kernel",
     "use_backend",
+    "use_onednn",
     "wkv6",
     "wkv6_state",
     "wkv7",

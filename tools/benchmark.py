@@ -40,6 +40,7 @@ from linzoo.ops import (
     gated_delta,
     mlstm,
     nc_ssd,
+    onednn,
     rational,
     scan_order,
     selective_scan,
@@ -72,6 +73,7 @@ def environment(device, dtype="float32"):
     else:
         facts["cpu"] = cpu_name()
         facts["threads"] = torch.get_num_threads()
+        facts["matmul"] = "onednn" if onednn.is_used() else "torch"
         facts["load"] = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return facts
 
@@ -604,6 +606,16 @@ def network(name, size, args, compiled=False):
     return model, call
 
 
+def by_onednn(call):
+    """`call` with its matrix products by oneDNN."""
+
+    def run():
+        with onednn.use_onednn():
+            call()
+
+    return run
+
+
 def operator_share(call, device):
     """The share of the time of `call()` spent inside `linzoo` operators, including everything they call."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -641,21 +653,25 @@ def model_rows(names, size, args):
     """Times `names` in turns on images of one size."""
     networks = {name: network(name, size, args) for name in names}
     compiled = {f"{name} (compiled)": network(name, size, args, compiled=True) for name in names if args.compile}
+    if args.onednn:
+        networks |= {f"{name} (onednn)": (model, by_onednn(call)) for name, (model, call) in networks.items()}
     with torch._inductor.config.patch(force_disable_caches=True) if args.compile else contextlib.nullcontext():
         compile_seconds = {name: seconds(call, args.device) for name, (_, call) in compiled.items()}  # as if new here
     networks |= compiled
     times = medians({name: call for name, (_, call) in networks.items()}, args.device, args.budget)
     rows = []
     for name, (model, call) in networks.items():
-        eager = name.removesuffix(" (compiled)")
+        eager = name.partition(" (")[0]
         params, macs = measure(eager, size)
         stride = model.feature_info[0]["reduction"]
         row = {"model": name, "size": size, "tokens": math.ceil(size / stride) ** 2, "params": params, "macs": macs}
         row |= {"seconds": times[name], "images_per_s": args.batch / times[name]}
         row["operator_share"] = operator_share(call, args.device)
         row["peak_bytes"] = peak_bytes(call, args.device)
+        if name != eager:
+            row["of_eager"] = times[eager] / times[name]
         if name in compiled:
-            row |= {"compile_seconds": compile_seconds[name], "of_eager": times[eager] / times[name]}
+            row["compile_seconds"] = compile_seconds[name]
         rows.append(row)
     rates = {row["model"]: row["images_per_s"] * row["macs"] for row in rows}
     for row in rows:
@@ -684,7 +700,8 @@ def model_columns(rows):
         columns["MACs/s of swin_tiny's"] = lambda r: f"{r['of_swin_tiny']:.2f}"
     if any("of_eager" in r for r in rows):
         columns["speed of eager's"] = lambda r: f"{r['of_eager']:.2f}" if "of_eager" in r else ""
-        columns["first call s"] = lambda r: f"{r['compile_seconds']:.0f}" if "of_eager" in r else ""
+    if any("compile_seconds" in r for r in rows):
+        columns["first call s"] = lambda r: f"{r['compile_seconds']:.0f}" if "compile_seconds" in r else ""
     if any("exponent" in r for r in rows):
         columns["tokens"] = lambda r: f"{r['tokens']}"
         columns["time ~ tokens^"] = lambda r: f"{r['exponent']:.2f}"
@@ -699,7 +716,8 @@ def run_models(args):
         names += [n for n in BASELINES if n not in names]
     facts = environment(args.device, args.dtype) | {"batch": args.batch, "pass": "train" if args.train else "inference"}
     rows = [row for size in args.sizes for row in model_rows(names, size, args)]
-    names = [n for n in names for n in ((n, f"{n} (compiled)") if args.compile else (n,))]
+    variants = ["", *[" (onednn)"] * args.onednn, *[" (compiled)"] * args.compile]
+    names = [name + variant for name in names for variant in variants]
     for name in names if len(args.sizes) > 1 else ():
         own = [r for r in rows if r["model"] == name]
         slope = exponent([r["tokens"] for r in own], [r["seconds"] for r in own])
@@ -983,18 +1001,23 @@ COMPILED_CELLS = {
     "of eager's": ("of_eager", lambda r: f"{r['of_eager']:.2f}"),
     "first call s": ("compile_seconds", lambda r: f"{r['compile_seconds']:.0f}"),
 }
+ONEDNN_CELLS = {
+    "images/s by oneDNN": ("images_per_s", lambda r: f"{r['images_per_s']:.1f}"),
+    "speed-up": ("of_eager", lambda r: f"{r['of_eager']:.2f}"),
+}
 
 
 def model_markdown(tables):
     """Runs over the same models: a row for each model, columns for each size of each run."""
-    rows, columns = {}, {}  # rows: by model, what each (run, size, compiled) gave
+    rows, columns = {}, {}  # rows: by model, what each (run, size, variant) gave
     for run, table in enumerate(tables):
         train, batch = table["environment"]["pass"] == "train", table["environment"]["batch"]
         for row in table["rows"]:
-            name, compiled, _ = row["model"].partition(" (compiled)")
-            rows.setdefault(name, {})[run, row["size"], bool(compiled)] = row
+            name, _, variant = row["model"].partition(" (")
+            rows.setdefault(name, {})[run, row["size"], variant] = row
+        eager = TRAIN_CELLS if train else EAGER_CELLS
         for key, row in next(iter(rows.values())).items():
-            cells = COMPILED_CELLS if key[2] else TRAIN_CELLS if train else EAGER_CELLS
+            cells = {"": eager, "compiled)": COMPILED_CELLS, "onednn)": ONEDNN_CELLS}[key[2]]
             for heading, (field, text) in cells.items():
                 if key[0] == run and row.get(field) is not None:
                     columns[f"{heading}, {batch} x {key[1]} px"] = lambda r, key=key, text=text: text(r[1][key])
@@ -1036,6 +1059,7 @@ def parse(argv):
     models.add_argument("--batch", type=int, default=4)
     models.add_argument("--dtype", choices=list(DTYPES), help="autocast dtype (default: float32; on CUDA bfloat16)")
     models.add_argument("--train", action="store_true", help="forward and backward in training mode")
+    models.add_argument("--onednn", action="store_true", help="also time each model under use_onednn")
     models.add_argument("--compile", action="store_true", help="also time each model under torch.compile")
     models.add_argument(
         "--picture", type=Path, metavar="FILE", help="plot time and memory against pixels; needs several sizes"

@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import platform
+import time
 import warnings
 
 import rich.box
@@ -12,7 +13,7 @@ import torch
 
 import linzoo.backbones
 from linzoo.backbones.openmmlab_ops import stand_in
-from linzoo.ops import backend_info, compile_cpu, compile_cuda, kernel_cache
+from linzoo.ops import backend_info, compile_cpu, compile_cuda, kernel_cache, onednn
 from linzoo.ops.backend import resolve
 from linzoo.ops.self_check import self_check
 
@@ -52,6 +53,30 @@ def cpu_kernels():
         return str(error)
 
 
+def matrix_products():
+    """GFLOP/s of a float32 product on the CPU as PyTorch computes it, and by oneDNN."""
+    if onednn.is_used():
+        return f"{gflops():.0f} GFLOP/s by oneDNN (LINZOO_MATMUL)"
+    if not torch.backends.mkldnn.is_available():
+        return f"{gflops():.0f} GFLOP/s"
+    ours = gflops()
+    with onednn.use_onednn():
+        theirs = gflops()
+    hint = f"; LINZOO_MATMUL=onednn is {theirs / ours:.1f} times as fast" if theirs > 1.2 * ours else ""
+    return f"{ours:.0f} GFLOP/s, by oneDNN {theirs:.0f}{hint}"
+
+
+def gflops(m=2048, k=384, n=1536):
+    """GFLOP/s of the fastest of several products of an m x k and a k x n matrix."""
+    a, b = torch.randn(m, k), torch.randn(k, n)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2e-9 * m * k * n / min(times)
+
+
 def check(op, device):
     """The backend that runs `op` on `device`, its self-check, and whether that is good enough."""
     with warnings.catch_warnings():
@@ -71,6 +96,7 @@ def main(argv=None):
         "python": f"{platform.python_version()} on {platform.platform()}",
         "packages": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
         "threads": str(torch.get_num_threads()),
+        "matrix products": matrix_products(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "cpu kernels": cpu_kernels(),
         "kernel cache": str(kernel_cache.cache_dir()),
