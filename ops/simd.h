@@ -6,6 +6,10 @@
 #include <immintrin.h>
 #endif
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -28,6 +32,8 @@ struct Simd {
 typedef Simd<float>::vec vfloat;
 typedef Simd<double>::vec vdouble;
 typedef int32_t vint __attribute__((vector_size(64)));
+typedef uint32_t vuint __attribute__((vector_size(64)));
+typedef uint16_t vshort __attribute__((vector_size(32)));
 
 template <class T>
 inline typename Simd<T>::vec broadcast(T x) {
@@ -45,36 +51,71 @@ struct Sum {
   }
 };
 
+// Sixteen numbers of 16 bits to float32 and back, rounded to the nearest, ties to even.
+inline vfloat widen(const c10::BFloat16* p) {
+  vshort bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (vfloat)(__builtin_convertvector(bits, vuint) << 16);
+}
+
+inline void narrow(c10::BFloat16* p, vfloat v) {
+  const vuint bits = (vuint)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = vuint{} + 0x7fc0;
+  const vshort out = __builtin_convertvector(v == v ? rounded : nan, vshort);
+  std::memcpy(p, &out, sizeof out);
+}
+
+inline vfloat widen(const c10::Half* p) {
+#ifdef __AVX512F__
+  return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+  vfloat v;
+  for (int i = 0; i < 16; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+#endif
+}
+
+inline void narrow(c10::Half* p, vfloat v) {
+#ifdef __AVX512F__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<c10::Half>(v[i]);
+#endif
+}
+
 // n <= width leading lanes; the others read as 0.
 template <class T, class S>
 inline typename Simd<T>::vec load(const S* p, int n) {
-  typename Simd<T>::vec v;
-  if (std::is_same_v<S, T> && n == Simd<T>::width) {
-    std::memcpy(&v, p, sizeof v);
+  constexpr int width = Simd<T>::width;
+  if constexpr (std::is_same_v<S, T>) {
+    typename Simd<T>::vec v = {};
+    if (n == width) {
+      std::memcpy(&v, p, sizeof v);
+    } else {
+      for (int i = 0; i < n; ++i) v[i] = p[i];
+    }
     return v;
-  }
-  T lanes[Simd<T>::width] = {};
-  if (n == Simd<T>::width) {
-    for (int i = 0; i < Simd<T>::width; ++i) lanes[i] = static_cast<T>(p[i]);
   } else {
-    for (int i = 0; i < n; ++i) lanes[i] = static_cast<T>(p[i]);
+    if (n == width) return widen(p);
+    S lanes[width] = {};
+    for (int i = 0; i < n; ++i) lanes[i] = p[i];
+    return widen(lanes);
   }
-  std::memcpy(&v, lanes, sizeof v);
-  return v;
 }
 
 template <class T, class S>
 inline void store(S* p, typename Simd<T>::vec v, int n) {
-  if (std::is_same_v<S, T> && n == Simd<T>::width) {
-    std::memcpy(p, &v, sizeof v);
-    return;
-  }
-  T lanes[Simd<T>::width];
-  std::memcpy(lanes, &v, sizeof v);
-  if (n == Simd<T>::width) {
-    for (int i = 0; i < Simd<T>::width; ++i) p[i] = static_cast<S>(lanes[i]);
+  constexpr int width = Simd<T>::width;
+  if constexpr (std::is_same_v<S, T>) {
+    if (n == width) {
+      std::memcpy(p, &v, sizeof v);
+    } else {
+      for (int i = 0; i < n; ++i) p[i] = v[i];
+    }
   } else {
-    for (int i = 0; i < n; ++i) p[i] = static_cast<S>(lanes[i]);
+    if (n == width) return narrow(p, v);
+    S lanes[width];
+    narrow(lanes, v);
+    std::copy_n(lanes, n, p);
   }
 }
 

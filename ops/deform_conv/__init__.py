@@ -66,7 +66,8 @@ def deform_conv(
         raise ValueError(f"offset: {G} groups do not divide the {C} channels of x")
     if [sizes["h"], sizes["w"]] != size:
         raise ValueError(f"offset: expected (B, {size[0]}, {size[1]}, G, K K, 2), got {tuple(offset.shape)}")
-    offset, weight = (t.to(state_dtype(x.dtype)) for t in (offset, weight))
+    if not offset.dtype == weight.dtype == x.dtype:
+        offset, weight = (t.to(state_dtype(x.dtype)) for t in (offset, weight))
     return _operator(x, offset, weight, stride, padding, dilation, float(offset_scale))
 
 
@@ -77,24 +78,32 @@ def _dense_taps(offset, weight):
     return offset, dense_rows(weight)
 
 
+def _wide_taps(offset, weight):
+    """Both in the dtype of the sums, as the CUDA kernels need them."""
+    return _dense_taps(*(t.to(state_dtype(t.dtype)) for t in (offset, weight)))
+
+
 def _forward(backend, x, offset, weight, *options):
     y = x.new_empty(*weight.shape[:3], x.shape[-1])
-    kernel = cuda.forward if backend == "cuda" else torch.ops.linzoo_cpu.deform_conv_forward
-    kernel(x.contiguous(), *_dense_taps(offset, weight), *options, y)
+    if backend == "cuda":
+        cuda.forward(x.contiguous(), *_wide_taps(offset, weight), *options, y)
+    else:
+        torch.ops.linzoo_cpu.deform_conv_forward(x.contiguous(), *_dense_taps(offset, weight), *options, y)
     return y
 
 
 def _backward(backend, dy, x, offset, weight, *options):
-    inputs = dy.contiguous(), x.contiguous(), *_dense_taps(offset, weight)
+    dy, x = dy.contiguous(), x.contiguous()
     if backend == "cuda":
-        dx, doffset, dweight = cuda.backward(*inputs, *options)
-        return [dx.to(x.dtype), doffset, dweight]
-    doffset, dweight = offset.new_empty(offset.shape), weight.new_empty(weight.shape)
-    B, rows, _, G, _ = weight.shape
-    splits = min(max(PARALLEL_TASKS // max(B * G, 1), 1), rows)  # from the shape only, so threads do not change results
-    dx = weight.new_empty(splits, *x.shape)
-    torch.ops.linzoo_cpu.deform_conv_backward(*inputs, *options, dx, doffset, dweight)
-    return [dx.sum(0).to(x.dtype), doffset, dweight]
+        grads = cuda.backward(dy, x, *_wide_taps(offset, weight), *options)
+    else:
+        B, rows, _, G, _ = weight.shape
+        splits = min(max(PARALLEL_TASKS // max(B * G, 1), 1), rows)  # from the shape only: whatever the threads
+        shapes = (splits, *x.shape), offset.shape, weight.shape
+        dx, *dtaps = (x.new_empty(shape, dtype=state_dtype(x.dtype)) for shape in shapes)
+        torch.ops.linzoo_cpu.deform_conv_backward(dy, x, *_dense_taps(offset, weight), *options, dx, *dtaps)
+        grads = dx.sum(0), *dtaps
+    return [grad.to(t.dtype) for grad, t in zip(grads, (x, offset, weight), strict=True)]
 
 
 def _flops(x, weight, **_):

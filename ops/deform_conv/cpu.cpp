@@ -9,20 +9,34 @@
 namespace linzoo {
 namespace {
 
-// Offsets or weights (B, H', W', G, ...) whose last axes, a pixel's taps of one group, are contiguous.
-template <class T>
-struct Taps {
-  T* data;
-  int64_t batch, row, column, group;
-  explicit Taps(const Tensor& t)
-      : data(static_cast<T*>(t.data_ptr())),
-        batch(t.stride(0)),
-        row(t.stride(1)),
-        column(t.stride(2)),
-        group(t.stride(3)) {}
-  T* at(int64_t b, int64_t r, int64_t c, int64_t g) const {
-    return data + b * batch + r * row + c * column + g * group;
+// Offsets or weights (B, H', W', G, ...) of any dtype, whose last axes, a pixel's taps of one group, are contiguous.
+class Taps {
+ public:
+  explicit Taps(const Tensor& t) : data_(static_cast<char*>(t.data_ptr())), type_(t.scalar_type()) {
+    for (int axis = 0; axis < 4; ++axis) strides_[axis] = t.stride(axis) * t.element_size();
   }
+  char* at(int64_t b, int64_t r, int64_t c, int64_t g) const {
+    return data_ + b * strides_[0] + r * strides_[1] + c * strides_[2] + g * strides_[3];
+  }
+  // A pixel's `count` taps; `room` holds them if they are of another type than T.
+  template <class T>
+  const T* read(int64_t b, int64_t r, int64_t c, int64_t g, int64_t count, T* room) const {
+    using torch::headeronly::ScalarType;
+    const char* from = at(b, r, c, g);
+    if (type_ == ScalarType::BFloat16) return convert(reinterpret_cast<const c10::BFloat16*>(from), count, room);
+    if (type_ == ScalarType::Half) return convert(reinterpret_cast<const c10::Half*>(from), count, room);
+    return reinterpret_cast<const T*>(from);
+  }
+
+ private:
+  template <class S, class T>
+  static const T* convert(const S* from, int64_t count, T* room) {
+    for (int64_t i = 0; i < count; ++i) room[i] = static_cast<T>(from[i]);
+    return room;
+  }
+  char* data_;
+  torch::headeronly::ScalarType type_;
+  int64_t strides_[4];
 };
 
 struct Sizes {
@@ -63,6 +77,7 @@ struct Points {
   const int64_t taps, size;               // size of the arrays, with room for whole vectors
   std::vector<T> centre, column, row;     // of each tap: its window's centre from the first one's, and the tap from it
   std::vector<T> dx, dy;                  // their offsets
+  std::vector<T> room;                    // for taps of another type
   std::vector<Index> corner;              // (4, size)
   std::vector<T> share;                   // (4, size)
   std::vector<T> weights;  // (4, size): of the columns x, x + 1 and the rows y, y + 1, 0 for those outside
@@ -70,7 +85,7 @@ struct Points {
   bool inside[kPixels];    // all corners of this pixel's points lie inside the image; else unknown
 
   explicit Points(const Sizes& s) : taps(s.K * s.K), size(kPixels * taps + width) {
-    for (auto* v : {&centre, &column, &row, &dx, &dy}) v->resize(size);
+    for (auto* v : {&centre, &column, &row, &dx, &dy, &room}) v->resize(size);
     for (auto* v : {&share, &weights, &held}) v->resize(4 * size);
     corner.resize(4 * size);
     for (int64_t i = 0; i < kPixels * taps; ++i) {
@@ -84,10 +99,10 @@ struct Points {
   // Of `pixels` output pixels from (r, c) on. A point out of reach of the image, or not a number, gets weights of 0.
   // Without `kGradients`, only x + 1 and y + 1 have `weights`, and `held` is not set.
   template <bool kGradients>
-  void locate(const Sizes& s, const Taps<T>& offset, int64_t b, int64_t r, int64_t c, int64_t pixels, int64_t g) {
+  void locate(const Sizes& s, const Taps& offset, int64_t b, int64_t r, int64_t c, int64_t pixels, int64_t g) {
     const T first_x = T(c * s.stride + s.first), centre_y = T(r * s.stride + s.first), scale = T(s.scale);
     for (int64_t i = 0; i < pixels; ++i) {
-      const T* from = offset.at(b, r, c + i, g);
+      const T* from = offset.read(b, r, c + i, g, 2 * taps, room.data());
       inside[i] = true;
       for (int64_t k = 0; k < taps; ++k) {
         dx[i * taps + k] = from[2 * k];
@@ -149,8 +164,8 @@ void for_window(int64_t taps, bool inside, F f) {
   taps == nine ? with_taps(nine) : with_taps(taps);
 }
 
-template <class S, class T>
-void run_forward(const S* x, const Taps<T>& offset, const Taps<T>& weight, S* y, const Sizes& s) {
+template <class T, class S>
+void run_forward(const S* x, const Taps& offset, const Taps& weight, S* y, const Sizes& s) {
   using V = typename Simd<T>::vec;
   torch::stable::parallel_for(0, s.B * s.rows, 1, [&](int64_t begin, int64_t end) {
     Points<T> p(s);
@@ -162,7 +177,7 @@ void run_forward(const S* x, const Taps<T>& offset, const Taps<T>& weight, S* y,
         for (int64_t g = 0; g < s.G; ++g) {
           p.template locate<false>(s, offset, b, r, first, pixels, g);
           for (int64_t i = 0; i < pixels; ++i) {
-            const T* w = weight.at(b, r, first + i, g);
+            const T* w = weight.read(b, r, first + i, g, p.taps, p.room.data());
             S* out = y + (task * s.columns + first + i) * s.C;
             for_window(p.taps, p.inside[i], [&](auto taps, auto inside) {
               const auto* corners = p.corner.data() + i * taps;
@@ -196,8 +211,8 @@ void run_forward(const S* x, const Taps<T>& offset, const Taps<T>& weight, S* y,
 
 // dx: (splits, B, H, W, C), one copy for each split of the rows.
 template <class S, class T>
-void run_backward(const S* dy, const S* x, const Taps<T>& offset, const Taps<T>& weight, T* dx, const Taps<T>& doffset,
-                  const Taps<T>& dweight, const Sizes& s, int64_t splits) {
+void run_backward(const S* dy, const S* x, const Taps& offset, const Taps& weight, T* dx, const Taps& doffset,
+                  const Taps& dweight, const Sizes& s, int64_t splits) {
   using V = typename Simd<T>::vec;
   constexpr int width = Simd<T>::width;
   const int64_t split_rows = (s.rows + splits - 1) / splits, image_size = s.H * s.W * s.C;
@@ -219,7 +234,7 @@ void run_backward(const S* dy, const S* x, const Taps<T>& offset, const Taps<T>&
           const int64_t pixels = std::min(p.kPixels, s.columns - start), first = g * s.D;
           p.template locate<true>(s, offset, b, r, start, pixels, g);
           for (int64_t i = 0; i < pixels; ++i) {
-            const T* w = weight.at(b, r, start + i, g);
+            const T* w = weight.read(b, r, start + i, g, p.taps, p.room.data());
             const S* gradient = dy + ((b * s.rows + r) * s.columns + start + i) * s.C;
             for_window(p.taps, p.inside[i], [&](auto taps, auto inside) {
               const auto* corners = p.corner.data() + i * taps;
@@ -248,8 +263,9 @@ void run_backward(const S* dy, const S* x, const Taps<T>& offset, const Taps<T>&
             to_weight[i] = x0[i] * (y0[i] * n[0] + y1[i] * n[2]) + x1[i] * (y0[i] * n[1] + y1[i] * n[3]);
           }
           for (int64_t i = 0; i < pixels; ++i) {
-            const T* w = weight.at(b, r, start + i, g);
-            T *d_o = doffset.at(b, r, start + i, g), *d_w = dweight.at(b, r, start + i, g);
+            const T* w = weight.read(b, r, start + i, g, p.taps, p.room.data());
+            T* d_o = reinterpret_cast<T*>(doffset.at(b, r, start + i, g));
+            T* d_w = reinterpret_cast<T*>(dweight.at(b, r, start + i, g));
             for (int64_t k = 0; k < p.taps; ++k) {
               d_o[2 * k] = w[k] * to_x[i * p.taps + k];
               d_o[2 * k + 1] = w[k] * to_y[i * p.taps + k];
@@ -268,8 +284,8 @@ void forward(Tensor x, Tensor offset, Tensor weight, int64_t stride, int64_t pad
   dispatch(x, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
-    run_forward(static_cast<const S*>(x.data_ptr()), Taps<T>(offset), Taps<T>(weight), static_cast<S*>(y.data_ptr()),
-                sizes);
+    run_forward<T>(static_cast<const S*>(x.data_ptr()), Taps(offset), Taps(weight), static_cast<S*>(y.data_ptr()),
+                   sizes);
   });
 }
 
@@ -279,9 +295,8 @@ void backward(Tensor dy, Tensor x, Tensor offset, Tensor weight, int64_t stride,
   dispatch(x, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
-    run_backward(static_cast<const S*>(dy.data_ptr()), static_cast<const S*>(x.data_ptr()), Taps<T>(offset),
-                 Taps<T>(weight), static_cast<T*>(dx.data_ptr()), Taps<T>(doffset), Taps<T>(dweight), sizes,
-                 dx.size(0));
+    run_backward(static_cast<const S*>(dy.data_ptr()), static_cast<const S*>(x.data_ptr()), Taps(offset), Taps(weight),
+                 static_cast<T*>(dx.data_ptr()), Taps(doffset), Taps(dweight), sizes, dx.size(0));
   });
 }
 
