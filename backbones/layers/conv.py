@@ -1,5 +1,6 @@
 """Convolutions of channel-last maps."""
 
+import torch
 from torch import nn
 
 from linzoo.ops import depthwise_conv2d
@@ -12,7 +13,10 @@ class Conv2dNHWC(nn.Conv2d):
         if self._is_wide_and_depthwise():
             weight = self.weight.squeeze(1)
             return depthwise_conv2d(x, weight, self.bias, padding=self.padding, dilation=self.dilation[0])
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        maps = x.permute(0, 3, 1, 2)
+        if self.weight.numel() > x.numel() and self.groups == 1 and x.is_cpu and not torch.compiler.is_compiling():
+            maps = maps.contiguous()  # PyTorch copies the weights into the layout of the maps, so the maps are copied
+        return super().forward(maps).permute(0, 2, 3, 1)
 
     def _is_wide_and_depthwise(self):
         """Whether `depthwise_conv2d` has a faster backward pass."""

@@ -14,6 +14,7 @@ __all__ = ["selective_scan", "selective_scan_state", "selective_states"]
 
 LANES = 16  # the CPU kernel walks this many channels at once
 PARALLEL_TASKS = 16  # the CPU kernel splits the channels into about this many tasks
+FEW_IMAGES = 4  # the CPU kernel's tasks for fewer take one group each
 
 
 def selective_scan(
@@ -258,17 +259,22 @@ def _backward(backend, dy, u, dt, A, B, C, D, dt_weight, dt_bias, dt_softplus, o
         dy = dy.contiguous().unsqueeze(2).expand(shape)
     new = torch.empty if order is None or order.shape[-1] == length else torch.zeros  # 0 where no step visits a token
     named = _kernel_inputs(*inputs) | dict(dy=dense_rows(dy), states=states)
+    # Where groups share u, a kernel may add up its gradient: on the CPU if there are tasks enough without groups, on
+    # CUDA in an order that changes.
+    shared = u.shape[2] < groups
+    merged = shared and (batch >= FEW_IMAGES if backend == "cpu" else not torch.are_deterministic_algorithms_enabled())
     if backend == "cuda":
         of_plan = ("u", "dt", "A", "order", "dt_weight", "D", "dt_bias", "dy")
         p = cuda.plan(*(named[name] for name in of_plan))
         splits, parts, split = p.blocks, batch * p.segments, dict(p=p)  # sums over steps
     else:
-        split = dict(split_channels=_split_channels(u, batch * groups))
+        split = dict(split_channels=_split_channels(u, batch * (1 if merged else groups)))
         splits, parts = -(-channels // split["split_channels"]), batch
     sums = dict(dtype=A.dtype, device=u.device)
-    shared = u.shape[2] < groups  # then kernels for CUDA sum du over groups themselves, in an order that changes
-    merged = shared and backend == "cuda" and not torch.are_deterministic_algorithms_enabled()
-    du = torch.zeros(u.shape, **sums) if merged else new(shape, dtype=u.dtype, device=u.device)
+    if merged:
+        du = (torch.zeros if backend == "cuda" else new)(u.shape, **sums)
+    else:
+        du = new(shape, dtype=u.dtype, device=u.device)
     dB, dC = (new(splits, batch, length, groups, A.shape[2], **sums) for _ in range(2))
     dA = torch.empty(parts, groups, A.shape[2], channels, **sums)
     dD, dbias = (torch.empty(parts, groups, channels, **sums) for _ in range(2))

@@ -189,6 +189,7 @@ template <class S, class T>
 struct Gradients {
   Activation<const S> dy;
   Activation<S> du, ddt;  // ddt only without the low-rank step
+  Activation<T> merged;   // instead of du where all groups read the same input: (batch, token, 1, channel)
   // Sums over the channels of a split, (split, batch, token, group, -), and over tokens, (batch, G, -, D).
   T *dB, *dC, *ddt_low, *dA, *dskip, *dweight, *dbias;
 };
@@ -228,7 +229,8 @@ void backward_block(const Problem<S, T>& p, const Gradients<S, T>& o, const Bloc
   for (int64_t k = p.chunks - 1; k >= 0; --k) {
     load_chunk<true>(p, block, k, c);
     for (int64_t t = 0; t < c.length; ++t) {
-      prefetch<true>(block, o.du.at(b, c.tokens[t], g));
+      if (o.merged.data) prefetch<true>(block, o.merged.at(b, c.tokens[t], 0));
+      else prefetch<true>(block, o.du.at(b, c.tokens[t], g));
       prefetch<false>(block, o.dy.at(b, p.token(b, g, std::max<int64_t>((k - 1) * kChunk + t, 0)), g));
       for (int v = 0; v < vecs; ++v) {
         dy[v][t] = block.get(o.dy.at(b, c.tokens[t], g), v);
@@ -285,7 +287,13 @@ void backward_block(const Problem<S, T>& p, const Gradients<S, T>& o, const Bloc
         ddelta[v][t] = (ddelta[v][t] * T(0.6931471805599453) + dinput[v][t] * c.u[v][t]) * c.slope[v][t];
         dskip[v] += dy[v][t] * c.u[v][t];
         dbias[v] += ddelta[v][t];
-        block.put(o.du.at(b, l, g), v, dinput[v][t] * c.delta[v][t] + block.skip[v] * dy[v][t]);
+        const V du = dinput[v][t] * c.delta[v][t] + block.skip[v] * dy[v][t];
+        if (o.merged.data) {
+          T* row = o.merged.at(b, l, 0);
+          block.put(row, v, g || p.steps < p.L ? block.get(row, v) + du : du);
+        } else {
+          block.put(o.du.at(b, l, g), v, du);
+        }
         if (!p.low_rank) block.put(o.ddt.at(b, l, g), v, ddelta[v][t]);
       }
     for (int64_t r = 0; r < R; ++r) {
@@ -357,12 +365,14 @@ void run_forward(const Problem<S, T>& p, const Tensor& y) {
 
 template <class S, class T>
 void run_backward(const Problem<S, T>& p, const Gradients<S, T>& o) {
-  torch::stable::parallel_for(0, p.B * p.G * p.splits, 1, [&](int64_t begin, int64_t end) {
+  const int64_t together = o.merged.data ? p.G : 1;  // groups of a task
+  torch::stable::parallel_for(0, p.B * p.G / together * p.splits, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t split = task % p.splits, bg = task / p.splits;
-      for_blocks<T>(p, split, [&](int64_t d0, int64_t dn) {
-        backward_block(p, o, Block<T>(p, bg / p.G, bg % p.G, d0, dn), split);
-      });
+      const int64_t split = task % p.splits, first = task / p.splits * together;
+      for (int64_t bg = first; bg < first + together; ++bg)
+        for_blocks<T>(p, split, [&](int64_t d0, int64_t dn) {
+          backward_block(p, o, Block<T>(p, bg / p.G, bg % p.G, d0, dn), split);
+        });
     }
   });
 }
@@ -413,7 +423,9 @@ void backward(Tensor dy, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, std:
     using T = decltype(t);
     auto data = [](const Tensor& x) { return static_cast<T*>(x.data_ptr()); };
     Gradients<S, T> o;
-    o.dy = Activation<const S>(dy), o.du = Activation<S>(du);
+    o.dy = Activation<const S>(dy);
+    if (du.size(2) < u.size(2)) o.merged = Activation<T>(du);
+    else o.du = Activation<S>(du);
     if (dt_weight) o.ddt_low = data(ddt);
     else o.ddt = Activation<S>(ddt);
     o.dA = data(dA), o.dB = data(dB), o.dC = data(dC);

@@ -175,6 +175,16 @@ def test_one_group_of_inputs_is_read_by_all(backend, merge):
         torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), list(inputs.values())) for y in results))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", (3, 5))
+@pytest.mark.parametrize("steps", (20, 35))
+def test_gradient_of_inputs_that_groups_share(dtype, batch, steps):
+    """Added up over groups by the kernel in large batches, by PyTorch in small ones."""
+    inputs = make_inputs(B=batch, D=87, R=2, dtype=dtype)
+    inputs["u"] = inputs["u"].detach()[:, :, :1].clone().requires_grad_()
+    assert_backends_agree(inputs, order=scan_order.cross(5, 7)[:, :steps], merge=True)
+
+
 def test_one_group_of_inputs_without_a_kernel():
     inputs = make_inputs(L=6, D=3, R=2)
     inputs["u"] = inputs["u"].detach()[:, :, :1].clone().requires_grad_()
@@ -307,8 +317,10 @@ def test_autocast(dtype):
     assert all(v.grad is not None and v.grad.dtype == torch.float32 for v in inputs.values())
 
 
-def test_results_do_not_depend_on_threads():
-    inputs = make_inputs(B=3, L=63, D=87, N=3, R=6, dtype=torch.float32)
+@pytest.mark.parametrize(("batch", "groups_of_u"), ((3, 4), (5, 1)))
+def test_results_do_not_depend_on_threads(batch, groups_of_u):
+    inputs = make_inputs(B=batch, L=63, D=87, N=3, R=6, dtype=torch.float32)
+    inputs["u"] = inputs["u"].detach()[:, :, :groups_of_u].clone().requires_grad_()
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.models import get_pretrained_cfg
 
 from linzoo.backbones import list_models
-from linzoo.ops import use_backend
+from linzoo.ops import onednn, use_backend
 from linzoo.tools import benchmark
 
 SMALL = {"B": 1, "L": 64, "G": 4, "D": 32, "N": 2}
@@ -137,6 +137,19 @@ def test_compiled_models_stand_beside_eager_ones(monkeypatch, tmp_path):
     assert rows[0]["params"] == rows[1]["params"]
 
 
+def test_models_by_onednn_stand_beside_those_by_pytorch(tmp_path, capsys):
+    file = tmp_path / "models.json"
+    command = ["models", "--models", "test_mambaout", "--size", "32", "--batch", "1", "--budget", "0", "--onednn"]
+    benchmark.main([*command, "--json", str(file)])
+    ours, by_onednn = json.loads(file.read_text())[0]["rows"]
+    assert by_onednn["model"] == "test_mambaout (onednn)"
+    assert by_onednn["of_eager"] == pytest.approx(ours["seconds"] / by_onednn["seconds"])
+    capsys.readouterr()
+    benchmark.main(["tables", str(file)])
+    assert "images/s by oneDNN, 1 x 32 px | speed-up, 1 x 32 px" in capsys.readouterr().out
+    assert not onednn.is_used()
+
+
 def test_operator_share():
     call, _, _ = benchmark.selective_scan_case("cpu", **SMALL)
     x = torch.randn(8, 8)
@@ -176,7 +189,8 @@ def test_speed_beside_swin_tiny(monkeypatch):
     """Of the same run, by images and MACs; none where it did not run."""
     monkeypatch.setattr(benchmark, "medians", lambda calls, *_: dict(zip(calls, (0.5, 0.25), strict=True)))
     monkeypatch.setattr(benchmark, "measure", lambda name, size: (1, 8 if "swin" in name else 2))
-    args = argparse.Namespace(batch=1, device="cpu", dtype="float32", train=False, compile=False, budget=0)
+    options = dict(batch=1, device="cpu", dtype="float32", budget=0)
+    args = argparse.Namespace(**options, train=False, compile=False, onednn=False)
     names = [benchmark.SWIN_TINY, "test_mambaout"]
     assert [r["of_swin_tiny"] for r in benchmark.model_rows(names, 32, args)] == [1, 0.5]
     assert [r["of_swin_tiny"] for r in benchmark.model_rows(["test_mambaout", "test_vit"], 32, args)] == [None] * 2
