@@ -1002,7 +1002,7 @@ COMPILED_CELLS = {
     "first call s": ("compile_seconds", lambda r: f"{r['compile_seconds']:.0f}"),
 }
 ONEDNN_CELLS = {
-    "images/s by oneDNN": ("images_per_s", lambda r: f"{r['images_per_s']:.1f}"),
+    "by oneDNN": ("images_per_s", lambda r: f"{r['images_per_s']:.1f}"),
     "speed-up": ("of_eager", lambda r: f"{r['of_eager']:.2f}"),
 }
 
@@ -1015,12 +1015,14 @@ def model_markdown(tables):
         for row in table["rows"]:
             name, _, variant = row["model"].partition(" (")
             rows.setdefault(name, {})[run, row["size"], variant] = row
-        eager = TRAIN_CELLS if train else EAGER_CELLS
+        onednn_too = any("(onednn)" in row["model"] for row in table["rows"])
+        eager = {"images/s": EAGER_CELLS["images/s"]} if onednn_too else TRAIN_CELLS if train else EAGER_CELLS
+        size_of = "{} x {} px" + ", training" * (train and onednn_too)
         for key, row in next(iter(rows.values())).items():
             cells = {"": eager, "compiled)": COMPILED_CELLS, "onednn)": ONEDNN_CELLS}[key[2]]
             for heading, (field, text) in cells.items():
                 if key[0] == run and row.get(field) is not None:
-                    columns[f"{heading}, {batch} x {key[1]} px"] = lambda r, key=key, text=text: text(r[1][key])
+                    columns[f"{heading}, {size_of.format(batch, key[1])}"] = lambda r, key=key, text=text: text(r[1][key])
         if "exponent" in table["rows"][0]:
             columns["time ~ tokens^"] = lambda r, key=key: f"{r[1][key]['exponent']:.2f}"
     first = {"model": lambda r: f"`{r[0]}`", "GMACs": lambda r: f"{next(iter(r[1].values()))['macs'] / 1e9:.2f}"}
@@ -1032,9 +1034,10 @@ def run_tables(args):
     kinds = {}
     for table in tables_of(args.file):
         kind = table["title"].partition(": ")[2]
-        if table["title"] == "models":  # runs of training over the same models stand side by side
+        if table["title"] == "models":  # runs of training over the same models, or by oneDNN, stand side by side
             kind = tuple(row["model"] for row in table["rows"])
-            kind = (*kind, "train" if table["environment"]["pass"] == "train" else len(kinds))
+            alike = "train" if table["environment"]["pass"] == "train" else len(kinds)
+            kind = (*kind, "onednn" if any("(onednn)" in name for name in kind) else alike)
         kinds.setdefault(kind, []).append(table)
     makers = {"cpu backend against the reference": operator_markdown, "time against length": length_markdown}
     for kind, tables in kinds.items():

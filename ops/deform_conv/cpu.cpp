@@ -168,7 +168,7 @@ void for_window(int64_t taps, bool inside, F f) {
 template <class T, class S>
 void run_forward(const S* x, const Taps& offset, const Taps& weight, S* y, const Sizes& s) {
   using V = typename Simd<T>::vec;
-  const int64_t height = std::min<int64_t>(std::max<int64_t>(s.B * s.rows / 64, 1), 8);  // of a band
+  const int64_t height = std::min<int64_t>(std::max<int64_t>(s.B * s.rows / 32, 1), 8);  // of a band
   const int64_t bands = (s.rows + height - 1) / height;
   torch::stable::parallel_for(0, s.B * bands, 1, [&](int64_t begin, int64_t end) {
     Points<T> p(s);
