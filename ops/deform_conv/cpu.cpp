@@ -1,8 +1,7 @@
 // Deformable convolution (DCNv4) on the CPU, forward and backward. Lanes are channels of one group: the taps' points
 // and bilinear weights are found once per pixel and group and serve all of its channels.
 //
-// Forward, a task is a band of an image's output rows, taken run by run downwards so that the pixels around a run are
-// still in the L1 cache for the next. Backward, a task is a group of an image and a split of the rows: it alone
+// Forward, a task is a row of the output. Backward, a task is a group of an image and a split of the rows: it alone
 // writes its channels of its split's copy of dx, so the scattered sums have a fixed order and need no atomics.
 
 #include "../kernel.h"
@@ -168,21 +167,18 @@ void for_window(int64_t taps, bool inside, F f) {
 template <class T, class S>
 void run_forward(const S* x, const Taps& offset, const Taps& weight, S* y, const Sizes& s) {
   using V = typename Simd<T>::vec;
-  const int64_t height = std::min<int64_t>(std::max<int64_t>(s.B * s.rows / 32, 1), 8);  // of a band
-  const int64_t bands = (s.rows + height - 1) / height;
-  torch::stable::parallel_for(0, s.B * bands, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, s.B * s.rows, 1, [&](int64_t begin, int64_t end) {
     Points<T> p(s);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / bands, top = task % bands * height, rows = std::min(height, s.rows - top);
+      const int64_t b = task / s.rows, r = task % s.rows;
       const S* image = x + b * s.H * s.W * s.C;
-      for (int64_t run = 0; run < (s.columns + p.kPixels - 1) / p.kPixels * rows; ++run) {
-        const int64_t first = run / rows * p.kPixels, r = top + run % rows;
+      for (int64_t first = 0; first < s.columns; first += p.kPixels) {
         const int64_t pixels = std::min(p.kPixels, s.columns - first);
         for (int64_t g = 0; g < s.G; ++g) {
           p.template locate<false>(s, offset, b, r, first, pixels, g);
           for (int64_t i = 0; i < pixels; ++i) {
             const T* w = weight.read(b, r, first + i, g, p.taps, p.room.data());
-            S* out = y + ((b * s.rows + r) * s.columns + first + i) * s.C;
+            S* out = y + (task * s.columns + first + i) * s.C;
             for_window(p.taps, p.inside[i], [&](auto taps, auto inside) {
               const auto* corners = p.corner.data() + i * taps;
               const T *shares = p.share.data() + i * taps, *weights = p.weights.data() + i * taps;
