@@ -74,6 +74,7 @@ def environment(device, dtype="float32"):
         facts["cpu"] = cpu_name()
         facts["threads"] = torch.get_num_threads()
         facts["matmul"] = "onednn" if onednn.is_used() else "torch"
+        facts["allocator"] = allocator()
         facts["load"] = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return facts
 
@@ -84,6 +85,26 @@ def cpu_name():
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def allocator():
+    """Which malloc serves this process, and how the environment sets it."""
+    maps = Path("/proc/self/maps")
+    loaded = maps.read_text() if maps.exists() else ""
+    name = next((x for x in ("jemalloc", "tcmalloc", "mimalloc") if x in loaded), " ".join(platform.libc_ver()))
+    settings = [f"{k}={v}" for k, v in os.environ.items() if k.startswith(("MALLOC_", "GLIBC_TUNABLES"))]
+    return " ".join([name or "the system's", *settings])
+
+
+def page_faults(call):
+    """Pages that the system hands over during `call()`; None where it does not count them."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def seconds(call, device):
@@ -668,6 +689,7 @@ def model_rows(names, size, args):
         row |= {"seconds": times[name], "images_per_s": args.batch / times[name]}
         row["operator_share"] = operator_share(call, args.device)
         row["peak_bytes"] = peak_bytes(call, args.device)
+        row["page_faults"] = page_faults(call) if args.device == "cpu" else None
         if name != eager:
             row["of_eager"] = times[eager] / times[name]
         if name in compiled:
@@ -696,6 +718,8 @@ def model_columns(rows):
         "GMACs": lambda r: f"{r['macs'] / 1e9:.2f}",
     }
     columns["peak MiB"] = lambda r: f"{r['peak_bytes'] / 2**20:.0f}"
+    if any(r["page_faults"] for r in rows):
+        columns["page faults"] = lambda r: f"{r['page_faults']}"
     if any(r["of_swin_tiny"] for r in rows):
         columns["MACs/s of swin_tiny's"] = lambda r: f"{r['of_swin_tiny']:.2f}"
     if any("of_eager" in r for r in rows):

@@ -150,6 +150,13 @@ def test_models_by_onednn_stand_beside_those_by_pytorch(tmp_path, capsys):
     assert not onednn.is_used()
 
 
+def test_page_faults_and_allocator(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert "MALLOC_ARENA_MAX=2" in benchmark.allocator()
+    few, many = (benchmark.page_faults(lambda n=n: torch.zeros(n, dtype=torch.int8)) for n in (1, 2**30))
+    assert few < many and many > 100  # pages have 4 KiB, or up to 2 MiB
+
+
 def test_operator_share():
     call, _, _ = benchmark.selective_scan_case("cpu", **SMALL)
     x = torch.randn(8, 8)
