@@ -1025,10 +1025,7 @@ COMPILED_CELLS = {
     "of eager's": ("of_eager", lambda r: f"{r['of_eager']:.2f}"),
     "first call s": ("compile_seconds", lambda r: f"{r['compile_seconds']:.0f}"),
 }
-ONEDNN_CELLS = {
-    "by oneDNN": ("images_per_s", lambda r: f"{r['images_per_s']:.1f}"),
-    "speed-up": ("of_eager", lambda r: f"{r['of_eager']:.2f}"),
-}
+ONEDNN_CELLS = {"by oneDNN": EAGER_CELLS["images/s"]}
 
 
 def model_markdown(tables):
@@ -1039,14 +1036,15 @@ def model_markdown(tables):
         for row in table["rows"]:
             name, _, variant = row["model"].partition(" (")
             rows.setdefault(name, {})[run, row["size"], variant] = row
+        kept = "MALLOC_MMAP_THRESHOLD_" in table["environment"].get("allocator", "")
         onednn_too = any("(onednn)" in row["model"] for row in table["rows"])
         eager = {"images/s": EAGER_CELLS["images/s"]} if onednn_too else TRAIN_CELLS if train else EAGER_CELLS
-        size_of = "{} x {} px" + ", training" * (train and onednn_too)
         for key, row in next(iter(rows.values())).items():
             cells = {"": eager, "compiled)": COMPILED_CELLS, "onednn)": ONEDNN_CELLS}[key[2]]
+            where = f"{batch} x {key[1]} px" + ", training" * (train and onednn_too) + ", memory kept" * kept
             for heading, (field, text) in cells.items():
                 if key[0] == run and row.get(field) is not None:
-                    columns[f"{heading}, {size_of.format(batch, key[1])}"] = lambda r, key=key, text=text: text(r[1][key])
+                    columns[f"{heading}, {where}"] = lambda r, key=key, text=text: text(r[1][key])
         if "exponent" in table["rows"][0]:
             columns["time ~ tokens^"] = lambda r, key=key: f"{r[1][key]['exponent']:.2f}"
     first = {"model": lambda r: f"`{r[0]}`", "GMACs": lambda r: f"{next(iter(r[1].values()))['macs'] / 1e9:.2f}"}
