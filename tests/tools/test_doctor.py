@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import linzoo
 from linzoo.ops import self_check as module
+from linzoo.ops.onednn import use_onednn
 from linzoo.ops.self_check import self_check
 from linzoo.tools import cli, doctor
 from linzoo.tools.engine import InputError
@@ -19,6 +21,16 @@ def test_doctor_tells_versions_backends_and_health(capsys):
     assert "torch 2." in out and "kernel cache" in out
     row = next(line for line in out.splitlines() if "selective_scan" in line and " cpu " in line)
     assert row.split()[2] == "cpu" and "ok" in row
+
+
+def test_doctor_compares_matrix_products(monkeypatch):
+    monkeypatch.setattr(doctor, "gflops", iter((100, 210, 100, 110, 205, 90)).__next__)
+    assert doctor.matrix_products() == "100 GFLOP/s, by oneDNN 210; LINZOO_MATMUL=onednn is 2.1 times as fast"
+    assert doctor.matrix_products() == "100 GFLOP/s, by oneDNN 110"
+    with use_onednn():
+        assert doctor.matrix_products() == "205 GFLOP/s by oneDNN (LINZOO_MATMUL)"
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert doctor.matrix_products() == "90 GFLOP/s"
 
 
 def test_doctor_says_why_the_reference_serves(tmp_path):
