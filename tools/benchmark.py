@@ -611,9 +611,11 @@ def backbones():
     return list_models() + list_models(kind="adopted")
 
 
-def network(name, size, args, compiled=False):
+def network(name, size, args, compiled=False, checkpointed=False):
     """A pass of model `name` over a batch of random images: `(model, call)`."""
     model = create(name, size).to(args.device).train(args.train)
+    if checkpointed:
+        model.set_grad_checkpointing()
     run = torch.compile(model) if compiled else model
     x = torch.randn(args.batch, model.in_chans, size, size, device=args.device)
     half = args.dtype != "float32"
@@ -674,8 +676,10 @@ def model_rows(names, size, args):
     """Times `names` in turns on images of one size."""
     networks = {name: network(name, size, args) for name in names}
     compiled = {f"{name} (compiled)": network(name, size, args, compiled=True) for name in names if args.compile}
+    if args.checkpointing:
+        networks |= {f"{name} (checkpointed)": network(name, size, args, checkpointed=True) for name in names}
     if args.onednn:
-        networks |= {f"{name} (onednn)": (model, by_onednn(call)) for name, (model, call) in networks.items()}
+        networks |= {f"{name} (onednn)": (networks[name][0], by_onednn(networks[name][1])) for name in names}
     with torch._inductor.config.patch(force_disable_caches=True) if args.compile else contextlib.nullcontext():
         compile_seconds = {name: seconds(call, args.device) for name, (_, call) in compiled.items()}  # as if new here
     networks |= compiled
@@ -740,7 +744,8 @@ def run_models(args):
         names += [n for n in BASELINES if n not in names]
     facts = environment(args.device, args.dtype) | {"batch": args.batch, "pass": "train" if args.train else "inference"}
     rows = [row for size in args.sizes for row in model_rows(names, size, args)]
-    variants = ["", *[" (onednn)"] * args.onednn, *[" (compiled)"] * args.compile]
+    chosen = {"checkpointed": args.checkpointing, "onednn": args.onednn, "compiled": args.compile}
+    variants = ["", *(f" ({variant})" for variant, wanted in chosen.items() if wanted)]
     names = [name + variant for name in names for variant in variants]
     for name in names if len(args.sizes) > 1 else ():
         own = [r for r in rows if r["model"] == name]
@@ -1026,6 +1031,11 @@ COMPILED_CELLS = {
     "first call s": ("compile_seconds", lambda r: f"{r['compile_seconds']:.0f}"),
 }
 ONEDNN_CELLS = {"by oneDNN": EAGER_CELLS["images/s"]}
+CHECKPOINTED_CELLS = {
+    "checkpointed images/s": EAGER_CELLS["images/s"],
+    "checkpointed peak MiB": TRAIN_CELLS["peak MiB"],
+}
+VARIANT_CELLS = {"compiled)": COMPILED_CELLS, "onednn)": ONEDNN_CELLS, "checkpointed)": CHECKPOINTED_CELLS}
 
 
 def model_markdown(tables):
@@ -1040,7 +1050,7 @@ def model_markdown(tables):
         onednn_too = any("(onednn)" in row["model"] for row in table["rows"])
         eager = {"images/s": EAGER_CELLS["images/s"]} if onednn_too else TRAIN_CELLS if train else EAGER_CELLS
         for key, row in next(iter(rows.values())).items():
-            cells = {"": eager, "compiled)": COMPILED_CELLS, "onednn)": ONEDNN_CELLS}[key[2]]
+            cells = VARIANT_CELLS.get(key[2], eager)
             where = f"{batch} x {key[1]} px" + ", training" * (train and onednn_too) + ", memory kept" * kept
             for heading, (field, text) in cells.items():
                 if key[0] == run and row.get(field) is not None:
@@ -1084,6 +1094,7 @@ def parse(argv):
     models.add_argument("--batch", type=int, default=4)
     models.add_argument("--dtype", choices=list(DTYPES), help="autocast dtype (default: float32; on CUDA bfloat16)")
     models.add_argument("--train", action="store_true", help="forward and backward in training mode")
+    models.add_argument("--checkpointing", action="store_true", help="also train with activation checkpointing")
     models.add_argument("--onednn", action="store_true", help="also time each model under use_onednn")
     models.add_argument("--compile", action="store_true", help="also time each model under torch.compile")
     models.add_argument(
@@ -1120,6 +1131,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
+    if args.part == "models" and args.checkpointing and not args.train:
+        parser.error("--checkpointing: expected with --train")
     if args.json:
         try:
             tables_of(args.json)

@@ -1,11 +1,13 @@
 """Convolutions of channel-last maps."""
 
 import torch
+from timm.models._features_fx import register_notrace_module
 from torch import nn
 
 from linzoo.ops import depthwise_conv2d
 
 
+@register_notrace_module  # FX takes it whole, as it takes PyTorch's
 class Conv2dNHWC(nn.Conv2d):
     """Convolution of a channel-last map ``(B, H, W, C)``: the same memory, viewed as NCHW."""
 

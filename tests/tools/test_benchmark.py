@@ -150,6 +150,31 @@ def test_models_by_onednn_stand_beside_those_by_pytorch(tmp_path, capsys):
     assert not onednn.is_used()
 
 
+def test_training_with_activation_checkpointing(tmp_path, capsys):
+    file = tmp_path / "models.json"
+    command = [
+        "models",
+        "--models",
+        "plain_ss2d_t",
+        "--size",
+        "224",
+        "--batch",
+        "1",
+        "--budget",
+        "0",
+        "--checkpointing",
+    ]
+    with pytest.raises(SystemExit):
+        benchmark.main(command)
+    assert "--checkpointing: expected with --train" in capsys.readouterr().err
+    benchmark.main([*command, "--train", "--json", str(file)])
+    kept, anew = json.loads(file.read_text())[0]["rows"]
+    assert anew["model"] == "plain_ss2d_t (checkpointed)" and anew["peak_bytes"] < kept["peak_bytes"]
+    capsys.readouterr()
+    benchmark.main(["tables", str(file)])
+    assert "| checkpointed images/s, 1 x 224 px | checkpointed peak MiB, 1 x 224 px |" in capsys.readouterr().out
+
+
 def test_page_faults_and_allocator(monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     assert "MALLOC_ARENA_MAX=2" in benchmark.allocator()
@@ -197,7 +222,7 @@ def test_speed_beside_swin_tiny(monkeypatch):
     monkeypatch.setattr(benchmark, "medians", lambda calls, *_: dict(zip(calls, (0.5, 0.25), strict=True)))
     monkeypatch.setattr(benchmark, "measure", lambda name, size: (1, 8 if "swin" in name else 2))
     options = dict(batch=1, device="cpu", dtype="float32", budget=0)
-    args = argparse.Namespace(**options, train=False, compile=False, onednn=False)
+    args = argparse.Namespace(**options, train=False, checkpointing=False, compile=False, onednn=False)
     names = [benchmark.SWIN_TINY, "test_mambaout"]
     assert [r["of_swin_tiny"] for r in benchmark.model_rows(names, 32, args)] == [1, 0.5]
     assert [r["of_swin_tiny"] for r in benchmark.model_rows(["test_mambaout", "test_vit"], 32, args)] == [None] * 2

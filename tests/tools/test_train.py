@@ -16,9 +16,11 @@ from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 from torch.nn import functional as F
 
+from linzoo.backbones.layers.isotropic import Isotropic
 from linzoo.tools import predict, test, train
-from linzoo.tools.engine import InputError, Runner
+from linzoo.tools.engine import Classifier, InputError, Runner
 from linzoo.tools.engine.classifier import distillation_loss
+from linzoo.tools.engine.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDENT = {
@@ -297,3 +299,22 @@ def test_imagenet_recipe(data, tmp_path):
     facts = json.loads((tmp_path / "w/export/config.json").read_text())
     assert facts["pretrained_cfg"]["input_size"] == [3, 224, 224]
     assert facts["pretrained_cfg"]["crop_pct"] == pytest.approx(0.875)
+
+
+def test_activation_checkpointing(monkeypatch):
+    """As a key of the model, in Python and on the command line."""
+    arguments = dict(num_classes=3, depth=2, dim=64, img_size=64)
+    model = Classifier("plain_ss2d_t", **arguments, grad_checkpointing=True).model
+    plain = Classifier("plain_ss2d_t", **arguments).model
+    plain.load_state_dict(model.state_dict())
+    assert model.grad_checkpointing and not plain.grad_checkpointing
+    x = torch.randn(2, 3, 64, 64)
+    for with_, without in zip(
+        *(torch.autograd.grad(m(x).sum(), list(m.parameters())) for m in (model, plain)), strict=True
+    ):
+        torch.testing.assert_close(with_, without)
+    cfg = load_config("cls/vmamba_t_digits.py", {"model.grad_checkpointing": True})
+    assert cfg.model.grad_checkpointing is True
+    monkeypatch.delattr(Isotropic, "set_grad_checkpointing")
+    with pytest.raises(InputError, match="grad_checkpointing=True: expected a model that has it, got 'plain_ss2d_t'"):
+        Classifier("plain_ss2d_t", **arguments, grad_checkpointing=True)

@@ -155,16 +155,23 @@ class TimmModel(Task, BaseModel):
         pretrained: True for published weights, or a file or URL of weights, from any trainer and in any layout. A
             classifier with another number of classes starts from random weights.
         data_preprocessor: settings of mmengine's preprocessor.
+        grad_checkpointing: compute activations anew in the backward pass rather than keep them: less memory, more time.
 
     Raises:
-        InputError: the model is of another kind; the weights are missing or another model's.
+        InputError: the model is of another kind, or keeps its activations; the weights are missing or another model's.
     """
 
     needs: ClassVar[str] = "forward"  # a method that identifies models of this task
     example: ClassVar[str | None] = None  # such a model, if the first of its kind is not one
 
     def __init__(
-        self, model_name: str, *args, pretrained: bool | str = False, data_preprocessor: dict | None = None, **kwargs
+        self,
+        model_name: str,
+        *args,
+        pretrained: bool | str = False,
+        data_preprocessor: dict | None = None,
+        grad_checkpointing: bool = False,
+        **kwargs,
     ):
         super().__init__(data_preprocessor)
         kind, example = kind_of(model_name), self.example or list_models(kind=self.kinds[0])[0]
@@ -174,6 +181,10 @@ class TimmModel(Task, BaseModel):
         self.model = create_model(model_name, *args, pretrained=pretrained, **kwargs)
         if not hasattr(self.model, self.needs):
             raise InputError(f"model_name={model_name!r} has no {self.needs}(); {expected}")
+        if grad_checkpointing:
+            if not hasattr(self.model, "set_grad_checkpointing"):
+                raise InputError(f"grad_checkpointing=True: expected a model that has it, got {model_name!r}")
+            self.model.set_grad_checkpointing()
         self._register_state_dict_hook(_remove_prefix)
         self._register_load_state_dict_pre_hook(_add_prefix)
 
