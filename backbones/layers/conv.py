@@ -1,13 +1,10 @@
 """Convolutions of channel-last maps."""
 
-import torch
-from timm.models._features_fx import register_notrace_module
 from torch import nn
 
 from linzoo.ops import depthwise_conv2d
 
 
-@register_notrace_module  # FX takes it whole, as it takes PyTorch's
 class Conv2dNHWC(nn.Conv2d):
     """Convolution of a channel-last map ``(B, H, W, C)``: the same memory, viewed as NCHW."""
 
@@ -15,10 +12,7 @@ class Conv2dNHWC(nn.Conv2d):
         if self._is_wide_and_depthwise():
             weight = self.weight.squeeze(1)
             return depthwise_conv2d(x, weight, self.bias, padding=self.padding, dilation=self.dilation[0])
-        maps = x.permute(0, 3, 1, 2)
-        if self.weight.numel() > x.numel() and self.groups == 1 and x.is_cpu and not torch.compiler.is_compiling():
-            maps = maps.contiguous()  # PyTorch copies the weights into the layout of the maps, so the maps are copied
-        return super().forward(maps).permute(0, 2, 3, 1)
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def _is_wide_and_depthwise(self):
         """Whether `depthwise_conv2d` has a faster backward pass."""
