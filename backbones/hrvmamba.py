@@ -268,8 +268,8 @@ class Neck(nn.Module):
     def forward(self, xs):
         y = self.increase[0](xs[0])
         for i, down in enumerate(self.downsample, start=1):
-            y = down(y.contiguous()) + self.increase[i](xs[i])
-        return self.final(y.contiguous())
+            y = down(y) + self.increase[i](xs[i])
+        return self.final(y)
 
 
 class HRVMamba(Pyramid):

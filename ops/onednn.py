@@ -1,8 +1,8 @@
 """float32 matrix products on the CPU by oneDNN, which PyTorch holds for convolutions, instead of MKL.
 
-PyTorch multiplies matrices by MKL. On processors that Intel did not make, MKL uses AVX2 even where there is AVX-512,
-at half of its speed or less; oneDNN looks at the instructions alone. ``LINZOO_MATMUL=onednn`` or `use_onednn` put
-`linear`, `mm` and `addmm` of the process onto oneDNN, in every model and in training. Values differ by rounding.
+PyTorch multiplies matrices by MKL. On AMD's processors MKL uses AVX2 even where there is AVX-512, at half of its speed;
+oneDNN looks at the instructions alone. ``LINZOO_MATMUL=onednn`` or `use_onednn` put `linear`, `mm` and `addmm` of the
+process onto oneDNN, in every model and in training. Values differ by rounding.
 """
 
 import contextlib
@@ -52,33 +52,28 @@ def is_used() -> bool:
 
 
 def _override():
-    """Puts functions of ours before `mm` and `addmm` of CPU tensors, until the returned library is destroyed."""
-    names = ("mm", "addmm", "mm.out", "addmm.out")
-    mm, addmm, mm_out, addmm_out = (torch.library.get_kernel(f"aten::{name}", "CPU").call_boxed for name in names)
-
-    def mm_(a, b):
-        y = _product(a, b)
-        return mm(_CPU, a, b) if y is None else y
-
-    def addmm_(bias, a, b, *, beta=1, alpha=1):
-        y = _product(a, b, bias) if beta == alpha == 1 else None
-        return addmm(_CPU, bias, a, b, beta=beta, alpha=alpha) if y is None else y
-
-    def mm_out_(a, b, *, out):
-        y = _product(a, b) if out.dtype == a.dtype and out.shape == (a.shape[0], b.shape[1]) else None
-        return mm_out(_CPU, a, b, out=out) if y is None else out.copy_(y)
-
-    def addmm_out_(bias, a, b, *, beta=1, alpha=1, out):
-        fits = beta == alpha == 1 and out.dtype == a.dtype and out.shape == (a.shape[0], b.shape[1])
-        y = _product(a, b, bias) if fits else None
-        return addmm_out(_CPU, bias, a, b, beta=beta, alpha=alpha, out=out) if y is None else out.copy_(y)
-
+    """Puts a function of ours before `mm` and `addmm` of CPU tensors, until the returned library is destroyed."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is overridden, which is what was asked for
-        for name, function in zip(names, (mm_, addmm_, mm_out_, addmm_out_), strict=True):
-            library.impl(name, function, "CPU", allow_override=True)
+        for name in ("mm", "addmm", "mm.out", "addmm.out"):
+            kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
+            library.impl(name, _instead_of(kernel.call_boxed), "CPU", allow_override=True)
     return library
+
+
+def _instead_of(kernel):
+    """What runs for PyTorch's `kernel`: oneDNN where it serves, else that kernel."""
+
+    def run(*inputs, out=None, **scales):
+        *bias, a, b = inputs
+        fits = out is None or (out.dtype == a.dtype and out.shape == (a.shape[0], b.shape[1]))
+        y = _product(a, b, *bias) if fits and all(scale == 1 for scale in scales.values()) else None
+        if y is None:
+            return kernel(_CPU, *inputs, **scales, **({} if out is None else {"out": out}))
+        return y if out is None else out.copy_(y)
+
+    return run
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -100,7 +95,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor | None:
 
 _wanted = os.environ.get("LINZOO_MATMUL") or None
 if _wanted == "onednn":
-    _for_good = use_onednn()
+    _for_good = use_onednn()  # held, since the block ends with it
     _for_good.__enter__()
 elif _wanted is not None:
     raise ValueError(f"LINZOO_MATMUL: expected 'onednn' or nothing, got {_wanted!r}")

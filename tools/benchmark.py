@@ -744,15 +744,14 @@ def run_models(args):
         names += [n for n in BASELINES if n not in names]
     facts = environment(args.device, args.dtype) | {"batch": args.batch, "pass": "train" if args.train else "inference"}
     rows = [row for size in args.sizes for row in model_rows(names, size, args)]
-    chosen = {"checkpointed": args.checkpointing, "onednn": args.onednn, "compiled": args.compile}
-    variants = ["", *(f" ({variant})" for variant, wanted in chosen.items() if wanted)]
-    names = [name + variant for name in names for variant in variants]
-    for name in names if len(args.sizes) > 1 else ():
+    timed = list(dict.fromkeys(row["model"] for row in rows))  # models and their variants
+    timed.sort(key=lambda name: names.index(name.partition(" (")[0]))
+    for name in timed if len(args.sizes) > 1 else ():
         own = [r for r in rows if r["model"] == name]
         slope = exponent([r["tokens"] for r in own], [r["seconds"] for r in own])
         for row in own:
             row["exponent"] = slope
-    rows.sort(key=lambda r: names.index(r["model"]))
+    rows.sort(key=lambda r: timed.index(r["model"]))
     print_rows("models", facts, rows, model_columns(rows), args.json)
     if args.picture:
         draw_models(rows, args)
@@ -1035,7 +1034,7 @@ CHECKPOINTED_CELLS = {
     "checkpointed images/s": EAGER_CELLS["images/s"],
     "checkpointed peak MiB": TRAIN_CELLS["peak MiB"],
 }
-VARIANT_CELLS = {"compiled)": COMPILED_CELLS, "onednn)": ONEDNN_CELLS, "checkpointed)": CHECKPOINTED_CELLS}
+VARIANT_CELLS = {"compiled": COMPILED_CELLS, "onednn": ONEDNN_CELLS, "checkpointed": CHECKPOINTED_CELLS}
 
 
 def model_markdown(tables):
@@ -1044,7 +1043,7 @@ def model_markdown(tables):
     for run, table in enumerate(tables):
         train, batch = table["environment"]["pass"] == "train", table["environment"]["batch"]
         for row in table["rows"]:
-            name, _, variant = row["model"].partition(" (")
+            name, _, variant = row["model"].rstrip(")").partition(" (")
             rows.setdefault(name, {})[run, row["size"], variant] = row
         kept = "MALLOC_MMAP_THRESHOLD_" in table["environment"].get("allocator", "")
         onednn_too = any("(onednn)" in row["model"] for row in table["rows"])
@@ -1133,6 +1132,8 @@ def parse(argv):
         parser.error("--device cuda: torch sees no CUDA device")
     if args.part == "models" and args.checkpointing and not args.train:
         parser.error("--checkpointing: expected with --train")
+    if args.part == "models" and args.onednn and args.device != "cpu":
+        parser.error("--onednn: expected with --device cpu")
     if args.json:
         try:
             tables_of(args.json)
